@@ -1,0 +1,217 @@
+"""LoRA on exactly the modules that the recipe names, and files that say what plain PEFT cannot.
+
+An adapter that never runs, a name that matches nothing and a key that finds no place are errors
+here; in PEFT they are warnings or silence.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+import medft
+from medft.checkpoints import write_json
+from medft.errors import BaseModelError
+from medft.recipe import LoraSection
+
+NOTES_FILE = "medft.json"
+
+
+def target_modules(
+    model: nn.Module, targets: str | list[str], presets: Mapping[str, str]
+) -> dict[str, nn.Module]:
+    """The modules that an adapter with these targets sits on, by name.
+
+    Args:
+        model: weights may be on the meta device.
+        targets: as `lora.targets` in a recipe.
+        presets: regular expressions over whole module names, by preset.
+
+    Raises:
+        BaseModelError: a target matches nothing, or matches a module whose adapter would not run.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(targets, str):
+        matched = _matched_by_pattern(modules, targets, presets)
+    else:
+        matched = _matched_by_endings(modules, targets)
+    for name in matched:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention) or isinstance(
+            modules[name], nn.MultiheadAttention
+        ):
+            raise BaseModelError(
+                f"expected lora.targets to name layers whose adapter runs, {name} belongs to an "
+                f"nn.MultiheadAttention, which never calls it: leave the pooling head out"
+            )
+        if not isinstance(modules[name], nn.Linear):
+            kind = type(modules[name]).__name__
+            raise BaseModelError(
+                f"expected lora.targets to name linear layers, {name} is a {kind}: "
+                f"end the expression in the layers' names"
+            )
+    return {name: modules[name] for name in matched}
+
+
+def _matched_by_pattern(
+    modules: Mapping[str, nn.Module], targets: str, presets: Mapping[str, str]
+) -> list[str]:
+    try:
+        pattern = re.compile(presets.get(targets, targets))
+    except re.error as error:
+        raise BaseModelError(
+            f"expected lora.targets to be a preset, a regular expression or a list, "
+            f"got {targets!r} ({error}): presets are {', '.join(presets)}"
+        ) from error
+    matched = [name for name in modules if pattern.fullmatch(name)]
+    if not matched:
+        raise BaseModelError(
+            f"expected lora.targets to match modules of the base, {targets!r} matches none: "
+            f"presets are {', '.join(presets)}; a regular expression must match whole names such "
+            f"as {_example(modules)}"
+        )
+    return matched
+
+
+def _matched_by_endings(modules: Mapping[str, nn.Module], targets: list[str]) -> list[str]:
+    found = {
+        ending: [name for name in modules if name == ending or name.endswith(f".{ending}")]
+        for ending in targets
+    }
+    unmatched = [ending for ending, names in found.items() if not names]
+    if unmatched or not targets:
+        raise BaseModelError(
+            f"expected each of lora.targets to match modules of the base, "
+            f"{', '.join(map(repr, unmatched)) or 'an empty list'} matches none: names end like "
+            f"{_example(modules)}"
+        )
+    return list(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def _example(modules: Mapping[str, nn.Module]) -> str:
+    return next(name for name, module in modules.items() if isinstance(module, nn.Linear))
+
+
+def attach_adapter(
+    model: nn.Module, lora: LoraSection, presets: Mapping[str, str], *, task_type: str | None
+) -> PeftModel:
+    """The model with a fresh LoRA adapter in float32, everything else frozen.
+
+    Raises:
+        BaseModelError: the targets are wrong, or PEFT refuses the configuration.
+    """
+    target_modules(model, lora.targets, presets)
+    targets = lora.targets
+    if isinstance(targets, str):
+        targets = presets.get(targets, targets)
+    further = lora.model_extra or {}
+    for name in further.get("modules_to_save") or []:
+        if not any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules()):
+            raise BaseModelError(
+                f"expected each of lora.modules_to_save to be a module of the base, {name!r} is "
+                f"none: name a module (bare parameters cannot be saved this way)"
+            )
+    try:
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            task_type=task_type,
+            **further,
+        )
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise BaseModelError(
+            f"expected a LoRA configuration that PEFT accepts, it says: {str(error).splitlines()[0]}"
+        ) from error
+    cast_trainable_to_float32(adapted)
+    return adapted
+
+
+def cast_trainable_to_float32(model: nn.Module) -> None:
+    """Keep what is trained in float32; in bfloat16 a late step moves hardly any entry."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def describe_targets(targets: Mapping[str, nn.Module], parts: Mapping[str, str]) -> str:
+    """A line such as "28 language, 4 vision" that counts adapted modules by part of the model.
+
+    Args:
+        targets: as from `target_modules`.
+        parts: prefixes of module names, by part.
+    """
+    counts = {
+        part: sum(name == prefix or name.startswith(f"{prefix}.") for name in targets)
+        for part, prefix in parts.items()
+    }
+    rest = len(targets) - sum(counts.values())
+    if rest:
+        counts["other"] = rest
+    return ", ".join(f"{count} {part}" for part, count in counts.items() if count)
+
+
+def lora_parameters(targets: Mapping[str, nn.Module], r: int) -> int:
+    """Entries of lora_A and lora_B over the adapted layers."""
+    return sum(r * (module.in_features + module.out_features) for module in targets.values())
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """The model with a trained adapter, every tensor of the file in its place.
+
+    Raises:
+        BaseModelError: a tensor has no place in this model, or the adapter was never trained.
+    """
+    weights_file = folder / "adapter_model.safetensors"
+    if not weights_file.is_file():
+        raise BaseModelError(
+            f"expected an adapter with {weights_file.name} in {folder}, found none: "
+            f"give the folder of a finished run, or its adapter/ or best_model/"
+        )
+    saved = load_file(weights_file)
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    unmatched = saved.keys() ^ get_peft_model_state_dict(adapted).keys()
+    if unmatched:
+        raise BaseModelError(
+            f"expected every tensor of {folder} to have a place in the base, {len(unmatched)} of "
+            f"{len(saved)} have none, first {min(unmatched)}: it was trained on another base"
+        )
+    untrained = [name for name, weight in saved.items() if "lora_B" in name and not weight.any()]
+    if untrained:
+        raise BaseModelError(
+            f"expected a trained adapter in {folder}, {len(untrained)} lora_B tensors are all "
+            f"zero, first {untrained[0]}: train it first"
+        )
+    return adapted
+
+
+def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write medft.json: what of a trained model plain PEFT files cannot hold."""
+    write_json(folder / NOTES_FILE, {"medft": medft.__version__, **notes})
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """The content of a trained folder's medft.json.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    try:
+        return json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"expected {NOTES_FILE} in {folder}, could not read it: give a folder that medft wrote"
+        ) from error
+
+
+def exact_float(parameter: torch.Tensor) -> float:
+    """A one-element float32 parameter as a number that JSON gives back bit for bit."""
+    return float(parameter.detach().float().cpu().reshape(()).item())

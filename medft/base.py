@@ -1,0 +1,122 @@
+"""Finding a base model: on the hub or in a folder, offline or not, with one sentence when not.
+
+Only config.json and the processor's files are read here; weights are loaded by the trainers'
+own modules.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
+
+from medft.errors import BaseModelError
+from medft.recipe import ModelSection
+from medft.runs import folder_sha256
+
+
+@contextmanager
+def readable_base(model: ModelSection) -> Iterator[None]:
+    """Turn what `from_pretrained` raises inside the block into one sentence.
+
+    Raises:
+        BaseModelError: the base is not there, not allowed, or not readable.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise BaseModelError(_explain(model, error)) from error
+
+
+def _explain(model: ModelSection, error: Exception) -> str:
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    if any(isinstance(cause, GatedRepoError) for cause in chain) or "gated repo" in str(error):
+        return (
+            f"expected access to model.base {model.base}, it is gated: accept its licence on the "
+            f"hub's page and set HF_TOKEN, or give a local folder"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
+        return (
+            f"expected model.base to be a model on the hub or a local folder, {model.base!r} is "
+            f"neither: check the name, or set HF_TOKEN if it is private"
+        )
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in chain) or (
+        offline and not Path(model.base).exists()
+    ):
+        where = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        return (
+            f"expected model.base {model.base} on this machine, it is not there and {where}: "
+            f"download it first or give a local folder"
+        )
+    if not Path(model.base).exists() and "/" not in model.base.strip("/"):
+        return f"expected model.base to be a hub id or a local folder, {model.base!r} is neither"
+    return (
+        f"expected a readable model at model.base {model.base}, it cannot be loaded: "
+        f"{str(error).strip().splitlines()[0]}"
+    )
+
+
+def check_local_base(model: ModelSection) -> None:
+    """Refuse what is meant as a folder and is none, before the hub is asked.
+
+    Raises:
+        BaseModelError: the path does not exist or holds no config.json.
+    """
+    base = Path(model.base)
+    looks_local = model.base.startswith((".", "/", "~")) or model.base.count("/") != 1
+    if base.is_dir():
+        if not (base / "config.json").is_file():
+            raise BaseModelError(
+                f"expected config.json in model.base {model.base}, there is none: "
+                f"give the folder of a whole model"
+            )
+    elif looks_local:
+        raise BaseModelError(
+            f"expected model.base to be a hub id or a local folder, {model.base!r} is neither: "
+            f"check the path"
+        )
+
+
+def load_config(model: ModelSection) -> PreTrainedConfig:
+    """The base's configuration.
+
+    Raises:
+        BaseModelError: it cannot be read.
+    """
+    check_local_base(model)
+    with readable_base(model):
+        return AutoConfig.from_pretrained(model.base, revision=model.revision)
+
+
+def load_processor(model: ModelSection) -> ProcessorMixin:
+    """The base's processor, its pictures resized by Pillow on every machine.
+
+    transformers takes torchvision where that is installed, and the two resize differently.
+
+    Raises:
+        BaseModelError: it cannot be read, or transformers chose another backend.
+    """
+    with readable_base(model):
+        processor = AutoProcessor.from_pretrained(
+            model.base, revision=model.revision, backend="pil"
+        )
+    if not type(processor.image_processor).__name__.endswith("Pil"):
+        raise BaseModelError(
+            f"expected a Pillow image processor for model.base {model.base}, transformers gives "
+            f"{type(processor.image_processor).__name__}: upgrade transformers"
+        )
+    return processor
+
+
+def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, Any]:
+    """What pins the base down in run.json: the commit on the hub, or a hash of the folder."""
+    record: dict[str, Any] = {"base": model.base, "revision": getattr(config, "_commit_hash", None)}
+    if Path(model.base).is_dir():
+        record["sha256"] = folder_sha256(Path(model.base))
+    return record

@@ -1,0 +1,245 @@
+"""pairs.parquet: one row an image-text pair, with the bytes of its images inside.
+
+`datasets.load_dataset("parquet", ...)` reads it as it is; the images column has the layout of
+`datasets.Image`.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from medft.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("width", pa.list_(pa.int32())),
+        ("height", pa.list_(pa.int32())),
+        ("sha256", pa.list_(pa.string())),
+        ("phash", pa.list_(pa.string())),
+        ("text", pa.string()),
+        ("question", pa.string()),
+        ("fields", pa.string()),
+        ("source", pa.string()),
+        ("group_id", pa.string()),
+        ("license", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+"""Columns of pairs.parquet; `fields` is a JSON object."""
+
+_ROWS_PER_GROUP = 64
+
+# Rows 0 to 7 of the cosine transform of 32 samples, unnormalised: only medians are compared.
+_COSINES = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredImage:
+    """A picture as pairs.parquet stores it."""
+
+    content: bytes
+    """A PNG or JPEG file."""
+
+    name: str | None
+    """The bare name of the file it came from."""
+
+    width: int
+    """Pixels."""
+
+    height: int
+    """Pixels."""
+
+    sha256: str
+    """Of `content`, in hexadecimal."""
+
+    phash: str
+    """64-bit perceptual hash, in hexadecimal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """One accepted row."""
+
+    id: str
+    images: list[StoredImage]
+    text: str
+    question: str | None
+    fields: dict[str, Any] = field(default_factory=dict)
+    source: str
+    group_id: str
+    license: str | None
+    split: str = "train"
+
+    def row(self) -> dict[str, Any]:
+        """The row of pairs.parquet."""
+        return {
+            "id": self.id,
+            "images": [{"bytes": image.content, "path": image.name} for image in self.images],
+            "width": [image.width for image in self.images],
+            "height": [image.height for image in self.images],
+            "sha256": [image.sha256 for image in self.images],
+            "phash": [image.phash for image in self.images],
+            "text": self.text,
+            "question": self.question,
+            "fields": json.dumps(self.fields, sort_keys=True, ensure_ascii=False),
+            "source": self.source,
+            "group_id": self.group_id,
+            "license": self.license,
+            "split": self.split,
+        }
+
+
+def store_image(image: Image.Image, *, name: str | None) -> StoredImage:
+    """The picture as lossless PNG with its hashes."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    content = stream.getvalue()
+    return StoredImage(
+        content=content,
+        name=name,
+        width=image.width,
+        height=image.height,
+        sha256=hashlib.sha256(content).hexdigest(),
+        phash=perceptual_hash(image),
+    )
+
+
+def perceptual_hash(image: Image.Image) -> str:
+    """A 64-bit hash that near copies of a picture share, in hexadecimal.
+
+    The signs of the 8 x 8 lowest cosine frequencies of a 32 x 32 grey thumbnail against their
+    median, the constant term left out of the median.
+
+    Source: the hash known as pHash; C. Zauner, Implementation and Benchmarking of Perceptual
+    Image Hash Functions, 2010, section 3.2.1.
+    """
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=float)
+    low = (_COSINES @ grey @ _COSINES.T).ravel()
+    bits = low > np.median(low[1:])
+    return f"{int(''.join('1' if bit else '0' for bit in bits), 2):016x}"
+
+
+def write_pairs(path: Path, pairs: Iterable[Pair], *, prompts: list[str]) -> None:
+    """Write pairs, and the prompts for those without question, a few rows in memory at a time."""
+    metadata = {
+        "huggingface": json.dumps({"info": {"features": _features()}}),
+        "medft": json.dumps({"prompts": prompts}),
+    }
+    schema = SCHEMA.with_metadata(metadata)
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in batched((pair.row() for pair in pairs), _ROWS_PER_GROUP):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def rewrite_splits(source: Path, target: Path, groups: list[str], splits: list[str]) -> None:
+    """Copy a pairs file with other groups and splits; `target` is replaced once it is whole."""
+    draft = target.with_name(f".{target.name}.draft")
+    file = pq.ParquetFile(source)
+    start = 0
+    with pq.ParquetWriter(draft, file.schema_arrow) as writer:
+        for index in range(file.num_row_groups):
+            table = file.read_row_group(index)
+            stop = start + table.num_rows
+            for name, values in (("group_id", groups[start:stop]), ("split", splits[start:stop])):
+                column = table.schema.get_field_index(name)
+                table = table.set_column(column, SCHEMA.field(name), [values])
+            writer.write_table(table)
+            start = stop
+    os.replace(draft, target)
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch
+
+
+def prompts_of(path: Path) -> list[str]:
+    """The prompts for rows without question that pairs.parquet was prepared with."""
+    metadata = open_pairs(path).schema_arrow.metadata or {}
+    return json.loads(metadata.get(b"medft", b'{"prompts": ["Describe this medical image."]}'))["prompts"]
+
+
+def _features() -> dict[str, Any]:
+    from datasets import Features, Image, List, Value
+
+    features = Features(
+        {
+            name: Value("string")
+            for name in SCHEMA.names
+            if name not in ("images", "width", "height", "sha256", "phash")
+        }
+        | {"images": List(Image()), "width": List(Value("int32")), "height": List(Value("int32"))}
+        | {"sha256": List(Value("string")), "phash": List(Value("string"))}
+    )
+    ordered = Features({name: features[name] for name in SCHEMA.names})
+    return ordered.to_dict()
+
+
+def read_pairs(path: Path, *, split: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of pairs.parquet, one at a time, images as bytes.
+
+    Args:
+        path: the file.
+        split: only the rows of this split; None: all.
+
+    Raises:
+        DataError: the file is no pairs.parquet, or a row has no bytes for an image.
+    """
+    file = open_pairs(path)
+    for batch in file.iter_batches(batch_size=64):
+        for row in batch.to_pylist():
+            if split is None or row["split"] == split:
+                check_row(path, row)
+                yield row
+
+
+def open_pairs(path: Path) -> pq.ParquetFile:
+    """The opened file, its columns checked.
+
+    Raises:
+        DataError: it cannot be read or lacks a column.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"expected a Parquet file at {path}, could not read it: write it with "
+            f"medft data prepare"
+        ) from error
+    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+    if missing:
+        raise DataError(
+            f"expected the columns of pairs.parquet in {path}, {', '.join(missing)} are missing: "
+            f"write it with medft data prepare"
+        )
+    return file
+
+
+def check_row(path: Path, row: dict[str, Any]) -> None:
+    """Refuse a row whose image is a path: it would open a file of the reader's machine.
+
+    Raises:
+        DataError: an image has no bytes.
+    """
+    if not all(image and image["bytes"] for image in row["images"]):
+        raise DataError(
+            f"expected the bytes of every image in {path}, row {row['id']} has a path or nothing: "
+            f"write the file with medft data prepare"
+        )

@@ -1,0 +1,52 @@
+"""Templates such as "{findings} {impression}": names between braces and nothing cleverer."""
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from medft.errors import RecipeError
+
+
+def template_names(template: str) -> list[str]:
+    """The names between the braces of a template.
+
+    Raises:
+        RecipeError: a brace is open, or there is more than a name between two.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise RecipeError(
+            f"expected a template such as '{{findings}} {{impression}}', got {template!r}: "
+            f"write a literal brace twice"
+        ) from error
+    names = []
+    for _, name, format_spec, conversion in parts:
+        if name is None:
+            continue
+        if not name or format_spec or conversion or any(sign in name for sign in ".[]"):
+            raise RecipeError(
+                f"expected a name alone between the braces of a template, got {template!r}: "
+                f"remove formats and indices"
+            )
+        names.append(name)
+    return names
+
+
+def text_of(value: Any) -> str:
+    """A cell as text; empty for what means nothing."""
+    if value is None or value != value:  # NaN
+        return ""
+    return str(value).strip()
+
+
+def fill_template(template: str, values: Mapping[str, Any]) -> str:
+    """The template with its names replaced; empty where all of them are.
+
+    Raises:
+        KeyError: a name has no value.
+    """
+    texts = {name: text_of(values[name]) for name in template_names(template)}
+    if texts and not any(texts.values()):
+        return ""
+    return template.format_map(texts).strip()

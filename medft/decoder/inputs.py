@@ -1,0 +1,181 @@
+"""Everything that a decoder run can know and check before the base's weights are loaded."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
+
+from medft.adapters import describe_targets, lora_parameters, target_modules
+from medft.base import load_config, load_processor
+from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
+from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator
+from medft.decoder.families import Family, family_of
+from medft.decoder.model import empty_model
+from medft.errors import BaseModelError, DataError, Findings
+from medft.recipe import DecoderDataSection, LoraSection, ModelSection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderInputs:
+    """What a decoder is trained on and with."""
+
+    config: PreTrainedConfig
+    family: Family
+    processor: ProcessorMixin
+    collator: DecoderCollator
+    targets: Mapping[str, nn.Module]
+    """Modules that get an adapter, by name; their weights are on the meta device."""
+
+    train: Dataset
+    validation: Dataset | None
+    record: dict[str, Any]
+    """Fingerprints of the files and what became of their rows, for run.json."""
+
+    def describe_targets(self, r: int) -> str:
+        """A line that counts the adapted modules by part and the adapter's parameters."""
+        counts = describe_targets(self.targets, self.family.parts)
+        return f"{counts}; {lora_parameters(self.targets, r):,} parameters"
+
+
+def prepare_inputs(
+    model: ModelSection,
+    data: DecoderDataSection,
+    lora: LoraSection | None,
+    arguments: TrainingArguments,
+) -> DecoderInputs:
+    """Read the data and the base's small files, and check each row against them.
+
+    Raises:
+        MedftError: with every problem found: data files first, then the base.
+    """
+    findings = Findings()
+    files: dict[str, tuple[Path, Dataset]] = {}
+    for split in ("train", "validation"):
+        path = getattr(data, split)
+        if path is not None:
+            with findings.gather():
+                files[split] = (Path(path), load_rows(Path(path), split=split))
+    with findings.gather():
+        config = load_config(model)
+        family = family_of(config.model_type)
+        processor = load_processor(model)
+        empty = empty_model(config)
+        targets = target_modules(empty, lora.targets, family.presets) if lora else {}
+        if family.parts["lm_head"] in targets:
+            raise BaseModelError(
+                "expected lora.targets without lm_head, whose weight the loss reads directly so "
+                "that an adapter on it would not be trained: leave it out"
+            )
+    findings.raise_any()
+    encoder = ConversationEncoder(processor, family)
+    head_rows = empty.get_output_embeddings().out_features
+    kept: dict[str, Dataset] = {}
+    record: dict[str, Any] = {}
+    for split, (path, rows) in files.items():
+        with findings.gather():
+            kept[split], counts, image_counts = _measured(rows, encoder, data, head_rows)
+            _check_one_image_count(split, image_counts, arguments)
+            record[split] = {**fingerprint(path, rows), **counts}
+            logger.info("%s: %s", split, describe_counts(counts))
+    findings.raise_any()
+    return DecoderInputs(
+        config=config,
+        family=family,
+        processor=processor,
+        collator=DecoderCollator(
+            encoder,
+            max_length=data.max_length,
+            max_image_tiles=data.max_image_tiles,
+            head_rows=head_rows,
+        ),
+        targets=targets,
+        train=kept["train"],
+        validation=kept.get("validation"),
+        record=record,
+    )
+
+
+def _measured(
+    rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection, head_rows: int
+) -> tuple[Dataset, dict[str, int], set[int]]:
+    """The rows that fit, how many were kept, cut and dropped, and how many images rows have.
+
+    Raises:
+        DataError: a row cannot be encoded, or its prompt is too long and `too_long` is error.
+    """
+    names = ("rows_kept", "rows_dropped", "answers_cut", "longest_row", "tokens_trained")
+    counts = dict.fromkeys(names, 0)
+    keep: list[int] = []
+    image_counts: set[int] = set()
+    problems: list[str] = []
+    for index, row in enumerate(rows.select_columns(["id", "messages", "images"])):
+        try:
+            encoded = encoder.encode(messages_of(row), row["id"])
+            _check_special_tokens(row, encoded.input_ids, encoded.labels, encoder, head_rows)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        positions = [i for i, token in enumerate(encoded.input_ids) if token == encoder.image_token_id]
+        needed = max(encoded.prompt_length, *positions, 0) + 1
+        counts["longest_row"] = max(counts["longest_row"], len(encoded.input_ids))
+        if needed > data.max_length:
+            counts["rows_dropped"] += 1
+            if data.too_long == "error":
+                problems.append(
+                    f"row {row['id']}: expected a prompt below data.max_length "
+                    f"({data.max_length}), it has {needed - 1} tokens: raise it, or write "
+                    f"data.too_long: drop"
+                )
+            continue
+        keep.append(index)
+        image_counts.add(len(row["images"]))
+        counts["answers_cut"] += len(encoded.input_ids) > data.max_length
+        labels = encoded.labels[: data.max_length]
+        counts["tokens_trained"] += sum(label != IGNORED for label in labels)
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        rest = [f"{more} more rows are bad: correct them too"] if more > 0 else []
+        raise DataError(*problems[:SHOWN_PROBLEMS], *rest)
+    if not keep:
+        raise DataError(
+            f"expected rows whose prompt is below data.max_length ({data.max_length}), all "
+            f"{len(rows)} are longer: raise it"
+        )
+    counts["rows_kept"] = len(keep)
+    return (rows if len(keep) == len(rows) else rows.select(keep)), counts, image_counts
+
+
+def _check_special_tokens(
+    row: dict[str, Any],
+    input_ids: list[int],
+    labels: list[int],
+    encoder: ConversationEncoder,
+    head_rows: int,
+) -> None:
+    if input_ids.count(encoder.image_token_id) != len(row["images"]):
+        raise DataError(
+            f"row {row['id']}: expected one image token for each of its {len(row['images'])} "
+            f"images, its text holds others: remove them from the text"
+        )
+    if max(labels) >= head_rows:
+        raise DataError(
+            f"row {row['id']}: expected answers of ordinary text, one holds the token "
+            f"{max(labels)}, beyond the {head_rows} rows of the output head: remove it"
+        )
+
+
+def _check_one_image_count(split: str, counts: set[int], arguments: TrainingArguments) -> None:
+    key = "per_device_train_batch_size" if split == "train" else "per_device_eval_batch_size"
+    if len(counts) > 1 and getattr(arguments, key) > 1:
+        raise DataError(
+            f"expected rows with equally many images in {split}, got rows with "
+            f"{' and '.join(map(str, sorted(counts)))}, which would see each other's images in one "
+            f"batch: write train.{key}: 1"
+        )

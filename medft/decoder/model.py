@@ -1,0 +1,105 @@
+"""The base of a decoder: loaded in the recipe's precision, 4-bit exactly where the recipe says."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from medft.base import readable_base
+from medft.decoder.families import Family
+from medft.errors import BaseModelError
+from medft.recipe import ModelSection, QuantizationSection
+
+logger = logging.getLogger(__name__)
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights: its modules and shapes on the meta device."""
+    with init_empty_weights():
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_model(
+    model: ModelSection,
+    family: Family,
+    quantization: QuantizationSection | None,
+    *,
+    trains_all: bool,
+) -> PreTrainedModel:
+    """The base with its weights, frozen parts in model.dtype.
+
+    Args:
+        model: the recipe's section.
+        family: of the base.
+        quantization: None for none.
+        trains_all: full fine-tuning; then all weights are float32.
+
+    Raises:
+        BaseModelError: it cannot be loaded, or another set of layers became 4-bit than asked for.
+    """
+    dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
+    config = quantization and bitsandbytes_config(quantization, family, dtype)
+    with readable_base(model):
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            model.base, revision=model.revision, dtype=dtype, quantization_config=config
+        )
+    if quantization:
+        check_quantized(loaded, family, quantization)
+    return loaded
+
+
+def bitsandbytes_config(
+    quantization: QuantizationSection, family: Family, dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    """The recipe's quantisation in bitsandbytes' terms, parts named as in this module tree."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[family.parts[part] for part in quantization.skip],
+    )
+
+
+def check_quantized(
+    model: nn.Module, family: Family, quantization: QuantizationSection
+) -> None:
+    """Make sure that every linear layer outside `skip` is 4-bit, and none inside.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a layer at its first forward in eval mode into
+    a form without gradient; that is switched off here.
+
+    Raises:
+        BaseModelError: another set of layers is 4-bit.
+    """
+    skipped = tuple(family.parts[part] for part in quantization.skip)
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        wanted = not any(name == prefix or name.startswith(f"{prefix}.") for prefix in skipped)
+        is_4bit = isinstance(module, Linear4bit)
+        if wanted != is_4bit:
+            raise BaseModelError(
+                f"expected {name} to be {'4-bit' if wanted else 'unquantised'}, bitsandbytes "
+                f"made it {'4-bit' if is_4bit else 'unquantised'}: report this base"
+            )
+        if is_4bit:
+            module.support_avx512bf16_for_cpu = False
+            part = _part_of(name, family.parts)
+            counts[part] = counts.get(part, 0) + 1
+    listed = ", ".join(f"{count} {part}" for part, count in counts.items())
+    logger.info("4-bit %s layers: %s", quantization.type, listed)
+
+
+def _part_of(name: str, parts: Mapping[str, str]) -> str:
+    return next((part for part, prefix in parts.items() if name.startswith(prefix)), "other")

@@ -1,0 +1,85 @@
+"""TRL's SFTTrainer with what it gets wrong for this use put right.
+
+The adapter stays in float32 (TRL casts it to bfloat16 on a 4-bit base), labels come from medft's
+collator, and the validation loss is total negative log-likelihood over total supervised tokens,
+whatever the batch size and the number of processes.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from medft.adapters import write_notes
+from medft.decoder.inputs import DecoderInputs
+
+
+class DecoderTrainer(SFTTrainer):
+    """Trains an adapter, or all weights, of an image-text decoder."""
+
+    def __init__(
+        self, model: PreTrainedModel, args: SFTConfig, inputs: DecoderInputs, notes: dict[str, Any]
+    ) -> None:
+        """Make the trainer.
+
+        Args:
+            model: with its adapter attached.
+            args: from `medft.arguments.training_arguments`.
+            inputs: from `prepare_inputs`.
+            notes: content of medft.json beside every saved adapter.
+        """
+        float32 = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=inputs.collator,
+            train_dataset=inputs.train,
+            eval_dataset=inputs.validation,
+            processing_class=inputs.processor,
+            compute_metrics=_validation_metrics,
+        )
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = float32[name].to(parameter.device)
+        self._notes = notes
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,  # noqa: ARG002
+        ignore_keys: list[str] | None = None,  # noqa: ARG002
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums over the supervised tokens of each row, for `_validation_metrics` to add up.
+
+        Returns:
+            None, negative log-likelihood and correct tokens [B, 2], and supervised tokens [B].
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        nll = -outputs.log_probs.float().sum(dim=1)
+        correct = outputs.is_top1.float().sum(dim=1)
+        return None, torch.stack([nll, correct], dim=1), outputs.label_mask.sum(dim=1)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_notes(Path(output_dir or self.args.output_dir), self._notes)
+
+
+def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    nll, correct = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    tokens = int(np.asarray(prediction.label_ids).sum())
+    loss = nll / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float overflows
+        "token_accuracy": correct / tokens,
+        "supervised_tokens": tokens,
+    }

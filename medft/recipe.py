@@ -1,0 +1,456 @@
+"""Recipe files: YAML in, frozen and validated sections out.
+
+Nothing in a recipe is ignored: an unknown key, a value of the wrong type, a key given twice and a
+key that medft owns are errors that name the file, the line and what to write instead. All that is
+wrong is reported at once. Loading a recipe reads the file and nothing else.
+"""
+
+import difflib
+import functools
+from collections.abc import Iterable
+from io import StringIO
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, create_model
+from ruamel.yaml import YAML
+
+from medft.errors import RecipeError
+from medft.strict_yaml import ErrorDetails, Section, StrictYaml, errors_of
+
+# Where other tools' names live here: TRL scripts, LLaMA-Factory, axolotl, unsloth, ms-swift, open_clip.
+FOREIGN_KEYS = {
+    "accum_freq": "train.gradient_accumulation_steps",
+    "adapter_name_or_path": "model.base",
+    "base_model": "model.base",
+    "batch_size": "train.per_device_train_batch_size",
+    "bnb_4bit_compute_dtype": "model.dtype",
+    "bnb_4bit_quant_type": "quantization.type",
+    "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.train",
+    "dataset_path": "data.train",
+    "datasets": "data.train",
+    "double_quantization": "quantization.double_quant",
+    "epochs": "train.num_train_epochs",
+    "eval_batch_size": "train.per_device_eval_batch_size",
+    "eval_dataset": "data.validation",
+    "finetuning_type": "lora (null: full fine-tuning)",
+    "force_image_size": "data.image_size",
+    "grad_accum": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.max_grad_norm",
+    "image_resolution": "data.image_size",
+    "load_in_4bit": "quantization.bits",
+    "load_in_8bit": "quantization.bits",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.targets",
+    "lora_target_linear": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "lr": "train.learning_rate",
+    "max_completion_length": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_pixels": "data.max_image_tiles",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "mixed_precision": "model.dtype",
+    "model_id": "model.base",
+    "model_name": "model.base",
+    "model_name_or_path": "model.base",
+    "num_epochs": "train.num_train_epochs",
+    "output": "train.output_dir",
+    "per_gpu_train_batch_size": "train.per_device_train_batch_size",
+    "precision": "model.dtype",
+    "quant_bits": "quantization.bits",
+    "quantization_bit": "quantization.bits",
+    "rank": "lora.r",
+    "resume": "train.resume_from_checkpoint",
+    "save_dir": "train.output_dir",
+    "sequence_len": "data.max_length",
+    "target_modules": "lora.targets",
+    "torch_dtype": "model.dtype",
+    "train_file": "data.train",
+    "val_data": "data.validation",
+    "val_set_size": "data.validation",
+    "val_size": "data.validation",
+    "validation_file": "data.validation",
+    "warmup": "train.warmup_steps",
+    "warmup_ratio": "train.warmup_steps",
+    "wd": "train.weight_decay",
+}
+
+_PRECISION = "precision stands in model.dtype alone and {key} follows it: remove the key"
+_LENGTH = "lengths belong to the data: write data.max_length"
+_LABELS = "medft always trains the assistant's tokens and nothing else: remove the key"
+_LAUNCHER = "it comes from the launcher: accelerate launch --config_file accelerate_configs/FILE.yaml"
+
+REFUSED_TRAIN_KEYS = {
+    "activation_checkpointing": "write gradient_checkpointing, which every supported version reads",
+    "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs",
+    "assistant_only_loss": _LABELS,
+    "auto_find_batch_size": "it changes the effective batch unseen: set the batch size yourself",
+    "bf16": _PRECISION,
+    "bf16_full_eval": _PRECISION,
+    "chat_template_path": "another template changes what is trained: put it into the base's folder",
+    "completion_only_loss": _LABELS,
+    "dataset_kwargs": "medft prepares the data itself: remove the key",
+    "dataset_text_field": "medft reads chat rows: remove the key",
+    "deepspeed": _LAUNCHER,
+    "do_eval": "evaluation happens when data.validation is given: remove the key",
+    "do_predict": "a recipe script trains: remove the key",
+    "do_train": "a recipe script trains: remove the key",
+    "eos_token": "another end token changes what is trained: put it into the base's folder",
+    "eval_packing": "packing mixes rows: remove the key",
+    "fp16": _PRECISION,
+    "fp16_full_eval": _PRECISION,
+    "fsdp": _LAUNCHER,
+    "fsdp_config": _LAUNCHER,
+    "ignore_data_skip": "a resumed run would see rows twice: remove the key",
+    "label_names": "medft owns the labels: remove the key",
+    "load_best_model_at_end": "best_model/ is written at every better evaluation: remove the key",
+    "loss_type": "medft trains the negative log-likelihood: remove the key",
+    "max_length": _LENGTH,
+    "max_seq_length": _LENGTH,
+    "model_init_kwargs": "the base is described in the section model: remove the key",
+    "packing": "packing mixes rows, and images with the wrong text: remove the key",
+    "padding_free": "Mllama's cross-attention needs padded rows: remove the key",
+    "push_to_hub": "medft writes local folders; upload them with the hub's own tool: remove the key",
+    "remove_unused_columns": "it would drop images and ids: remove the key",
+    "restore_callback_states_from_checkpoint": "medft restores what it needs: remove the key",
+    "save_only_model": "such a checkpoint cannot be resumed exactly: remove the key",
+    "trust_remote_code": "medft runs no code from a model folder: remove the key",
+    "use_liger_kernel": "Liger's fused loss reads a field Mllama lacks: remove the key",
+}
+TRAIN_DEFAULTS = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-8,
+    "learning_rate": 2e-4,
+    "logging_nan_inf_filter": False,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+    "report_to": "none",
+    "save_steps": 500,
+    "seed": 17,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+}
+"""medft's values for fields of TrainingArguments that a recipe leaves out."""
+
+
+class ModelSection(Section):
+    """Which base model, in which precision."""
+
+    base: str
+    """Hub id or local folder."""
+
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the base's weights and of the computation; the only place of precision."""
+
+
+class DecoderModelSection(ModelSection):
+    """The base of a decoder."""
+
+    cross_attention_fix: bool = False
+    """Mllama: mask the cross-attention output of rows without image."""
+
+    vision_cache: str | None = None
+    """Folder for the frozen tower's outputs."""
+
+
+class DataSection(Section):
+    """Which rows are trained on."""
+
+    train: str
+    """chat JSONL, or pairs.parquet (its rows of split `train`)."""
+
+    validation: str | None = None
+    """chat JSONL, or pairs.parquet (its rows of split `validation`)."""
+
+
+class DecoderDataSection(DataSection):
+    """Rows of a decoder."""
+
+    max_length: int = Field(512, ge=1)
+    """Tokens of a row; longer answers are cut."""
+
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a row whose prompt alone is longer than max_length."""
+
+    max_image_tiles: int = Field(4, ge=1, le=4)
+    """Mllama: tiles of an image at the most; a larger image is shrunk."""
+
+
+class SiglipDataSection(DataSection):
+    """Pairs of an encoder."""
+
+    max_length: int = Field(64, ge=1)
+    """Tokens of a caption; every caption is padded or cut to exactly this many."""
+
+    image_size: int = Field(448, ge=1)
+    """Side of the square input in pixels; position embeddings are interpolated once, at load."""
+
+    caption: str | None = None
+    """Template over the row, such as "{question} {answer}"; null: the first assistant text."""
+
+
+class QuantizationSection(Section):
+    """How bitsandbytes stores the frozen base."""
+
+    bits: Literal[4] = 4
+    """Bits a weight."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Number format."""
+
+    double_quant: bool = True
+    """Quantise the quantisation constants too."""
+
+    skip: list[Literal["vision", "projector", "lm_head"]] = ["vision", "projector", "lm_head"]
+    """Parts of the model that stay in model.dtype."""
+
+
+class LoraSection(Section):
+    """Where the adapter sits and how wide it is; further keys are fields of peft.LoraConfig."""
+
+    model_config = ConfigDict(extra="allow")
+
+    r: int = Field(16, ge=1)
+    """Inner width of the update; r in arXiv:2106.09685, section 4.1."""
+
+    alpha: int = Field(32, ge=1)
+    """The update is scaled by alpha / r; no unit."""
+
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Share of the adapter's inputs set to zero in training."""
+
+    targets: str | list[str] = "language"
+    """A preset's name, a regular expression over whole module names, or a list of name endings."""
+
+
+class SiglipLoraSection(LoraSection):
+    """Where the adapter of an encoder sits."""
+
+    targets: str | list[str] = "both_no_head"
+    """A preset's name, a regular expression over whole module names, or a list of name endings."""
+
+
+class ContrastiveSection(Section):
+    """What the encoder's loss compares."""
+
+    loss: Literal["sigmoid", "softmax", "row_sigmoid"] = "sigmoid"
+    """sigmoid: arXiv:2303.15343; softmax: CLIP; row_sigmoid: a row-normalised variant."""
+
+    exact_batch: bool = True
+    """Every pair of the effective batch is a negative of every other."""
+
+    positives: Literal["diagonal", "caption", "group"] = "caption"
+    """Which texts match an image: its own, every equal one, or also ignoring its group's others."""
+
+    scale_lr: float = Field(1.0, ge=0)
+    """Learning-rate multiplier of logit scale and bias."""
+
+
+class Recipe(Section):
+    """Everything a run needs to know; `model`, `data`, `lora` and `train` in every kind."""
+
+    kind: ClassVar[str]
+    default_file: ClassVar[str]
+
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection | None
+    train: dict[str, Any]
+    """Fields of TrainingArguments, medft's defaults filled in."""
+
+    @classmethod
+    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Self:
+        """The recipe in a file, changed by `section.key=value` overrides.
+
+        Raises:
+            RecipeError: the file cannot be read, or anything in it is wrong.
+        """
+        source = StrictYaml.read(path)
+        for override in overrides:
+            source.override(override)
+        errors = [
+            *errors_of(lambda: cls.model_validate(source.raw)),
+            *_train_errors(source.raw.get("train"), cls.kind),
+            *_lora_errors(source.raw.get("lora")),
+        ]
+        problems = source.describe(errors, functools.partial(_explain, kind=cls))
+        if not problems:
+            recipe = cls.model_validate(_expand_home(source.raw))
+            train = {**TRAIN_DEFAULTS, **_evaluation_defaults(recipe), **recipe.train}
+            recipe = recipe.model_copy(update={"train": train})
+            problems = [f"{source.path}: {problem}" for problem in _contradictions(recipe)]
+        if problems:
+            raise RecipeError(*problems)
+        return recipe
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML; loading it gives an equal recipe."""
+        return dump_sections(self.model_dump())
+
+
+class DecoderRecipe(Recipe):
+    """A recipe of decoder_qlora.py."""
+
+    kind = "decoder"
+    default_file = "decoder/llama32_11b_24gb.yaml"
+
+    model: DecoderModelSection
+    data: DecoderDataSection
+    quantization: QuantizationSection | None = QuantizationSection()
+    lora: LoraSection | None = LoraSection()
+
+
+class SiglipRecipe(Recipe):
+    """A recipe of siglip_lora.py."""
+
+    kind = "siglip"
+    default_file = "siglip/siglip_base_448.yaml"
+
+    data: SiglipDataSection
+    lora: SiglipLoraSection | None = SiglipLoraSection()
+    contrastive: ContrastiveSection = ContrastiveSection()
+
+
+def dump_sections(sections: dict[str, Any]) -> str:
+    """The sections of a recipe as YAML, in the order in which they are written by hand."""
+    order = ["model", "data", "quantization", "lora", "contrastive", "train"]
+    stream = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump({name: sections[name] for name in order if name in sections}, stream)
+    return stream.getvalue()
+
+
+RECIPE_KINDS: dict[str, type[Recipe]] = {kind.kind: kind for kind in (DecoderRecipe, SiglipRecipe)}
+"""Recipe classes by the name of what they train."""
+
+
+@functools.cache
+def _train_section(kind: str) -> type[Section]:
+    """A section that takes the fields of the library's own training arguments, under their names."""
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    hints = get_type_hints(SFTConfig if kind == "decoder" else TrainingArguments)
+    known = {name: (hint, None) for name, hint in hints.items() if not name.startswith("_")}
+    known["output_dir"] = (str, ...)
+    known["resume_from_checkpoint"] = (bool | str | None, None)
+    return create_model("TrainSection", __base__=Section, **known)
+
+
+def _train_errors(train: object, kind: str) -> list[ErrorDetails]:
+    if not isinstance(train, dict):
+        return [] if train is not None else [{"loc": ("train", "output_dir"), "type": "missing"}]
+    refused = [key for key in train if key in REFUSED_TRAIN_KEYS]
+    errors = [{"loc": ("train", key), "type": "refused"} for key in refused]
+    rest = {key: value for key, value in train.items() if key not in refused}
+    return errors + errors_of(lambda: _train_section(kind).model_validate(rest), "train")
+
+
+def _lora_errors(lora: object) -> list[ErrorDetails]:
+    """Errors in the keys of `lora` that are not medft's own but peft.LoraConfig's."""
+    from peft import LoraConfig
+
+    if not isinstance(lora, dict):
+        return []
+    hints = {**get_type_hints(LoraConfig), "init_lora_weights": bool | str}
+    owned = {"lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_type"}
+    errors = []
+    for key in lora.keys() - LoraSection.model_fields.keys():
+        if key not in hints or key in owned:
+            errors.append({"loc": ("lora", key), "type": "extra_forbidden"})
+            continue
+        adapter = TypeAdapter(hints[key])
+        check = functools.partial(adapter.validate_python, lora[key], strict=True)
+        errors += errors_of(check, "lora", key)
+    return errors
+
+
+def _evaluation_defaults(recipe: Recipe) -> dict[str, Any]:
+    if recipe.data.validation is None:
+        return {}
+    return {"eval_strategy": "epoch", "metric_for_best_model": "eval_loss"}
+
+
+def _expand_home(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _expand_home(value) for key, value in content.items()}
+    is_path = isinstance(content, str) and content.startswith("~/")
+    return str(Path(content).expanduser()) if is_path else content
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What is wrong although every key by itself is right."""
+    evaluates = recipe.train.get("eval_strategy", "no") != "no"
+    if evaluates and recipe.data.validation is None:
+        return [
+            "train.eval_strategy asks for evaluations and data.validation is missing: "
+            "give a validation file or remove train.eval_strategy"
+        ]
+    if recipe.data.validation is not None and not evaluates:
+        return [
+            'data.validation is given and train.eval_strategy is "no", so it would never be read: '
+            'write "epoch" or "steps", or data.validation: null'
+        ]
+    return []
+
+
+def _explain(error: ErrorDetails, *, kind: type[Recipe]) -> str | None:
+    """A sentence for an error that only a recipe has, else None."""
+    keys = tuple(str(key) for key in error["loc"][:2])
+    name = ".".join(keys)
+    if error["type"] == "refused":
+        return f"{name} is refused: {REFUSED_TRAIN_KEYS[keys[1]].format(key=name)}"
+    if error["type"] == "missing":
+        required = {"model": "model.base", "data": "data.train", "train": "train.output_dir"}
+        return f"{required.get(name, name)} is required and missing: add it"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {name}: {_suggest(keys, kind)}"
+    return None
+
+
+def _suggest(keys: tuple[str, ...], kind: type[Recipe]) -> str:
+    """What to write instead of an unknown key."""
+    key = keys[-1]
+    if keys == ("quantization",):
+        return "SigLIP is not trained on a 4-bit base, its towers are small: remove the section"
+    if keys == ("contrastive",):
+        return "it belongs to recipes of siglip_lora.py: remove the section"
+    if key in FOREIGN_KEYS:
+        return f"here it is {FOREIGN_KEYS[key]}"
+    names = _names(kind)
+    for other in RECIPE_KINDS.values():
+        if keys in _names(other) and other is not kind:
+            return f"it belongs to {other.kind} recipes: remove it"
+    elsewhere = [name for name in names if name[-1] == key]
+    if elsewhere:
+        return f"here it is {'.'.join(elsewhere[0])}"
+    near = [name for name in names if name[:-1] == keys[:-1]] or names
+    close = difflib.get_close_matches(key, [name[-1] for name in near], n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {'.'.join((*keys[:-1], close[0]))}?"
+    if keys[:-1] == ("train",):
+        return "no field of the library's training arguments has this name: remove it"
+    return f"known here are {', '.join(sorted(name[-1] for name in near))}"
+
+
+def _names(kind: type[Recipe]) -> list[tuple[str, ...]]:
+    """Every key that a recipe of this kind may have, as a path."""
+    names: list[tuple[str, ...]] = [(section,) for section in kind.model_fields]
+    for section, field in kind.model_fields.items():
+        hints = getattr(field.annotation, "__args__", (field.annotation,))
+        for hint in hints:
+            if isinstance(hint, type) and issubclass(hint, Section):
+                names += [(section, key) for key in hint.model_fields]
+    allowed = _train_section(kind.kind).model_fields.keys() - REFUSED_TRAIN_KEYS.keys()
+    return names + [("train", key) for key in sorted(allowed)]

@@ -1,0 +1,457 @@
+"""The run directory: what was asked, on what it ran, how it went.
+
+`recipe.yaml` is the resolved recipe, `run.json` the record, `log_history.json` Trainer's list and
+`curves.png` its picture. Only the first process writes. Secrets are masked at any depth; paths
+below the user's home are written with `~`; host names are never read.
+"""
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import medft
+from medft.checkpoints import (
+    BestModelKeeper,
+    CheckpointKeeper,
+    checkpoint_to_resume,
+    complete_folder,
+    file_sha256,
+    wait_for_everyone,
+    world_size_of,
+    write_json,
+)
+from medft.errors import RunError, Terminated
+from medft.recipe import Recipe, dump_sections
+
+PACKAGES = (
+    "torch transformers peft bitsandbytes trl accelerate datasets pillow deepspeed safetensors "
+    "tokenizers numpy"
+).split()
+
+FREE_ON_RESUME = re.compile(
+    r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
+)
+"""Recipe keys that may differ when a run goes on, since they do not change what is trained."""
+
+_SECRET = re.compile(r"(?i)token(?!iz)|key|secret|password")
+
+def masked(content: Any, *, secret: bool = False) -> Any:
+    """A copy without secrets: texts below a key that names one are `***`, the home folder is `~`.
+
+    Args:
+        content: what json can hold.
+        secret: whether a key above names a secret.
+    """
+    if isinstance(content, dict):
+        return {
+            key: masked(value, secret=secret or bool(_SECRET.search(str(key))))
+            for key, value in content.items()
+        }
+    if isinstance(content, list | tuple):
+        return [masked(value, secret=secret) for value in content]
+    if not isinstance(content, str):
+        return content
+    name, equals, value = content.partition("=")
+    if secret or (equals and value and _SECRET.search(name)):
+        return "***" if secret else f"{name}=***"
+    home = str(Path.home())
+    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", content) if home != "/" else content
+
+
+def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
+    """How rows become optimizer steps, as Trainer counts them.
+
+    Returns:
+        per_device, accumulation, world, effective (rows an optimizer step), steps_per_epoch,
+        steps and warmup_steps.
+    """
+    per_device = arguments.per_device_train_batch_size
+    accumulation = arguments.gradient_accumulation_steps
+    round_size = per_device * arguments.world_size
+    share = rows / round_size
+    rounds = math.floor(share) if arguments.dataloader_drop_last else math.ceil(share)
+    steps_per_epoch = max(math.ceil(rounds / accumulation), 1)
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    return {
+        "per_device": per_device,
+        "accumulation": accumulation,
+        "world": arguments.world_size,
+        "effective": round_size * accumulation,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps,
+        "warmup_steps": arguments.get_warmup_steps(steps),
+    }
+
+
+def check_output_dir(train: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start into an empty folder.
+
+    Args:
+        train: the recipe's section.
+
+    Raises:
+        RunError: the folder is not empty and the run does not resume, or nothing whole is there.
+    """
+    output_dir, resume = Path(train["output_dir"]), train.get("resume_from_checkpoint")
+    if not resume and output_dir.exists():
+        if not output_dir.is_dir():
+            raise RunError(f"expected train.output_dir to be a folder, {output_dir} is a file")
+        if any(output_dir.iterdir()):
+            raise RunError(
+                f"expected train.output_dir to be empty, {output_dir} is not: choose another "
+                f"folder, or resume with train.resume_from_checkpoint=true"
+            )
+    return checkpoint_to_resume(output_dir, resume)
+
+
+def check_same_run(recipe: Recipe, data: dict[str, Any], checkpoint: Path, world_size: int) -> None:
+    """Refuse to continue a run with anything changed that decides what is trained.
+
+    Raises:
+        RunError: a recipe key, the data or the number of processes differs from the record.
+    """
+    run = checkpoint.parent
+    try:
+        earlier = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"expected the record of the interrupted run at {run / 'run.json'}, could not read "
+            f"it: resume only runs of medft"
+        ) from error
+    now, then = (_flat(content) for content in (masked(recipe.model_dump()), earlier["recipe"]))
+    changed = sorted(
+        key
+        for key in now.keys() | then.keys()
+        if now.get(key) != then.get(key) and not FREE_ON_RESUME.fullmatch(key)
+    )
+    if changed:
+        listed = ", ".join(f"{key} ({then.get(key)} -> {now.get(key)})" for key in changed)
+        raise RunError(
+            f"expected the recipe of the interrupted run in {run}, these keys differ: {listed}: "
+            f"restore them, or start a new run in another folder"
+        )
+    if masked(data) != earlier["data"]:
+        raise RunError(
+            f"expected the data of the interrupted run in {run}, the files have changed: "
+            f"restore them, or start a new run in another folder"
+        )
+    if world_size_of(checkpoint) != world_size:
+        raise RunError(
+            f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
+            f"got {world_size}: the order of the rows would change"
+        )
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {
+        name: value
+        for key, inner in content.items()
+        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash over the names and contents of all files of a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
+class Run:
+    """A training run and its directory; created by `open_run`."""
+
+    def __init__(self, directory: Path, record: dict[str, Any], *, writes: bool) -> None:
+        self.directory = directory
+        self.record = record
+        self._writes = writes
+
+    def note(self, **entries: Any) -> None:
+        """Add entries to run.json."""
+        self.record.update(entries)
+        if self._writes:
+            write_json(self.directory / "run.json", masked(self.record))
+
+    def train(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        """Train, keep whole checkpoints and the best model, and write adapter/ or model/.
+
+        Args:
+            trainer: a trainer of medft, its dataset and model in place.
+            checkpoint: a whole checkpoint to continue from.
+
+        Raises:
+            Terminated: SIGTERM came; a checkpoint was saved and can be resumed from.
+            RunError: the loss or the gradient is no longer a number.
+        """
+        arguments = trainer.args
+        keeper = CheckpointKeeper(arguments.save_total_limit)
+        arguments.save_total_limit = None  # the keeper deletes, once the new one is whole
+        stopper = _SigtermStopper()
+        trainer.add_callback(_HistoryWriter(self))
+        trainer.add_callback(keeper)
+        trainer.add_callback(stopper)
+        if trainer.eval_dataset is not None:
+            trainer.add_callback(BestModelKeeper(lambda folder: save_result(trainer, folder)))
+        parameters = list(trainer.model.parameters())
+        self.note(
+            trainable_parameters=_count(p for p in parameters if p.requires_grad),
+            total_parameters=_count(parameters),
+            resumed_from=checkpoint.name if checkpoint else None,
+        )
+        with stopper.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.write_history(trainer.state)
+        if stopper.terminated:
+            self.note(status="interrupted", steps_done=trainer.state.global_step)
+            raise Terminated
+        is_adapter = hasattr(trainer.model, "peft_config")
+        save_result(trainer, self.directory / ("adapter" if is_adapter else "model"))
+        self.note(
+            status="completed",
+            steps_done=trainer.state.global_step,
+            metrics=final_metrics(trainer.state.log_history),
+            best_metric=trainer.state.best_metric,
+            peak_memory_bytes=_peak_memory(),
+            ended=_now(),
+        )
+
+    def write_history(self, state: TrainerState) -> None:
+        """Write log_history.json and curves.png."""
+        if self._writes:
+            history = [
+                {k: v if math.isfinite(v) else None for k, v in entry.items()}
+                for entry in state.log_history
+            ]
+            write_json(self.directory / "log_history.json", history)
+            draw_curves(history, self.directory / "curves.png")
+
+
+@contextmanager
+def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) -> Iterator[Run]:
+    """The run of a recipe, its directory made and its record begun.
+
+    Everything must have been checked before: this is where writing begins. An exception inside
+    the block leaves `status` as failed (or interrupted, for Ctrl-C) in run.json.
+
+    Args:
+        recipe: the resolved recipe.
+        argv: the command line.
+        resuming: whether the directory holds an earlier part of this run.
+        **record: further entries of run.json: base, data, batch.
+    """
+    directory = Path(recipe.train["output_dir"])
+    wait_for_everyone()  # every process has seen the folder empty before the first one writes
+    writes = os.environ.get("RANK", "0") == "0"
+    entries = {
+        "status": "running",
+        "medft": _medft_version(),
+        "argv": argv,
+        "started": _now(),
+        "recipe": recipe.model_dump(),
+        "seed": recipe.train["seed"],
+        "packages": _package_versions(),
+        "hardware": _hardware(),
+        **record,
+    }
+    run = Run(directory, entries, writes=writes)
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        if resuming:
+            earlier = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+            entries["started"] = earlier["started"]
+            entries["resumed"] = [*earlier.get("resumed", []), _now()]
+        recipe_text = dump_sections(masked(recipe.model_dump()))
+        (directory / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+    run.note()
+    try:
+        yield run
+    except BaseException as error:
+        if run.record["status"] == "running":
+            stopped = isinstance(error, KeyboardInterrupt)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            run.note(status="interrupted" if stopped else "failed", error=reason, ended=_now())
+        raise
+
+
+def save_result(trainer: Trainer, folder: Path) -> None:
+    """Write the trained weights, the processor and medft.json as one complete folder."""
+    wait_for_everyone()
+    if not trainer.args.should_save:
+        trainer.save_model(str(folder), _internal_call=True)
+        return
+    with complete_folder(folder) as draft:
+        trainer.save_model(str(draft), _internal_call=True)
+        (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle, never read by medft
+
+
+def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """The last logged training loss and the figures of the last evaluation."""
+    losses = [entry["loss"] for entry in log_history if "loss" in entry]
+    evaluations = [entry for entry in log_history if "eval_loss" in entry]
+    metrics = {"loss": losses[-1]} if losses else {}
+    if evaluations:
+        metrics |= {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+    return metrics
+
+
+def draw_curves(log_history: list[dict[str, float]], path: Path) -> None:
+    """Draw loss, validation loss, learning rate and gradient norm over the steps as a PNG."""
+    from matplotlib.figure import Figure
+
+    panels = [("loss", "eval_loss"), ("learning_rate",), ("grad_norm",)]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, names in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for name in names:
+            points = [(e["step"], e[name]) for e in log_history if e.get(name) is not None]
+            if points:
+                marker = "o" if name.startswith("eval_") or len(points) == 1 else None
+                axes.plot(*zip(*points, strict=True), label=name, marker=marker)
+        axes.set_title(names[0].replace("_", " "))
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+class _HistoryWriter(TrainerCallback):
+    """Stops a run whose numbers are no numbers; writes the history at every save."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float],
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        # under loss scaling an infinite gradient only skips the step
+        names = ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm")
+        for name in names:
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise RunError(
+                    f"expected {name} to be a number at step {state.global_step}, got "
+                    f"{logs[name]}: lower train.learning_rate or use model.dtype: float32, and "
+                    f"resume from the last checkpoint"
+                )
+
+    def on_save(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        self.run.write_history(state)
+
+
+class _SigtermStopper(TrainerCallback):
+    """Saves a checkpoint and ends training after the step in which SIGTERM came."""
+
+    def __init__(self) -> None:
+        self.terminated = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        previous = signal.signal(signal.SIGTERM, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002
+        self.terminated = True
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        if args.world_size > 1:  # all processes stop after the same step
+            flag = torch.tensor(int(self.terminated), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.terminated = bool(flag)
+        if self.terminated:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _count(parameters: Any) -> int:
+    # a 4-bit parameter packs two weights a byte; a ZeRO-3 one is empty here and knows its size
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * (2 if type(p).__name__ == "Params4bit" else 1)
+        for p in parameters
+    )
+
+
+def _peak_memory() -> dict[str, int]:
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated()
+        peak["device_reserved"] = torch.cuda.max_memory_reserved()
+    return peak
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu_count": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _medft_version() -> dict[str, Any]:
+    checkout = Path(medft.__file__).parent.parent
+    version: dict[str, Any] = {"version": medft.__version__, "commit": None, "dirty": None}
+    if (checkout / ".git").exists():
+        git: Callable[..., str] = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        version["commit"] = git("rev-parse", "HEAD") or None
+        version["dirty"] = bool(git("status", "--porcelain"))
+    return version

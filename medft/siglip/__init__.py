@@ -1,0 +1,1 @@
+"""Alignment and retrieval: LoRA on SigLIP with a contrastive trainer."""

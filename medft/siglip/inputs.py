@@ -1,0 +1,228 @@
+"""Everything that an encoder run can know and check before the base's weights are loaded."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset as Rows
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
+
+from medft.adapters import describe_targets, lora_parameters, target_modules
+from medft.base import load_config, load_processor
+from medft.data.chat import (
+    describe_counts,
+    fingerprint,
+    first_texts,
+    image_source,
+    load_rows,
+    messages_of,
+)
+from medft.data.images import open_image
+from medft.data.template import fill_template, template_names
+from medft.errors import BaseModelError, DataError, Findings, RecipeError
+from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
+from medft.siglip.model import HEAD_PRESETS, PARTS, PRESETS, check_family, empty_model
+
+logger = logging.getLogger(__name__)
+
+
+class PairDataset(Dataset):
+    """One image and its caption an entry; a row with several images gives one entry each."""
+
+    def __init__(self, rows: Rows, captions: Sequence[str]) -> None:
+        self.rows = rows
+        self.captions = captions
+        counts = (len(row["images"]) for row in rows.select_columns(["images"]))
+        self._places = [(row, i) for row, count in enumerate(counts) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """id, image (bytes or path), caption and group_id of an entry."""
+        row_index, image_index = self._places[index]
+        row = self.rows[row_index]
+        return {
+            "id": row["id"],
+            "group_id": row["group_id"],
+            "image": row["images"][image_index],
+            "caption": self.captions[row_index],
+        }
+
+
+class PairCollator:
+    """Entries of a PairDataset -> pixel_values [B, 3, H, W], input_ids [B, S], group_ids [B]."""
+
+    def __init__(self, processor: ProcessorMixin, *, max_length: int) -> None:
+        self.processor = processor
+        self.max_length = max_length
+
+    def __call__(self, entries: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The batch; captions padded to max_length and without attention mask, as SigLIP's are.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        images = []
+        for entry in entries:
+            try:
+                images.append(open_image(image_source(entry["image"])))
+            except DataError as error:
+                raise DataError(f"row {entry['id']}: {error}") from error
+        texts = self.processor.tokenizer(
+            [entry["caption"] for entry in entries],
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        pixels = self.processor.image_processor(images, return_tensors="pt")
+        groups = [
+            int.from_bytes(hashlib.sha256(entry["group_id"].encode()).digest()[:7])
+            for entry in entries
+        ]
+        return {
+            "input_ids": texts["input_ids"],
+            "pixel_values": pixels["pixel_values"],
+            "group_ids": torch.tensor(groups),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiglipInputs:
+    """What an encoder is trained on and with."""
+
+    config: PreTrainedConfig
+    processor: ProcessorMixin
+    collator: PairCollator
+    targets: Mapping[str, nn.Module]
+    """Modules that get an adapter, by name; their weights are on the meta device."""
+
+    train: PairDataset
+    validation: PairDataset | None
+    record: dict[str, Any]
+    """Fingerprints of the files and what became of their rows, for run.json."""
+
+    def describe_targets(self, r: int) -> str:
+        """A line that counts the adapted modules by tower and the adapter's parameters."""
+        counts = describe_targets(self.targets, PARTS)
+        return f"{counts}; {lora_parameters(self.targets, r):,} parameters"
+
+
+def prepare_inputs(
+    model: ModelSection,
+    data: SiglipDataSection,
+    lora: LoraSection | None,
+    contrastive: ContrastiveSection,
+    arguments: TrainingArguments,
+) -> SiglipInputs:
+    """Read the data and the base's small files, and check them against each other.
+
+    Raises:
+        MedftError: with every problem found: data files first, then the base.
+    """
+    findings = Findings()
+    with findings.gather():
+        _check_batch(contrastive, arguments)
+    files: dict[str, tuple[Path, PairDataset]] = {}
+    for split in ("train", "validation"):
+        path = getattr(data, split)
+        if path is not None:
+            with findings.gather():
+                files[split] = (Path(path), _pairs(Path(path), split, data.caption))
+    with findings.gather():
+        config = load_config(model)
+        check_family(config)
+        _check_sizes(config, data)
+        processor = load_processor(model)
+        processor.image_processor.size = {"height": data.image_size, "width": data.image_size}
+        targets = _targets(config, lora) if lora else {}
+    findings.raise_any()
+    record = {}
+    for split, (path, pairs) in files.items():
+        counts = _measured(pairs, processor, data.max_length)
+        record[split] = {**fingerprint(path, pairs.rows), **counts}
+        logger.info("%s: %s", split, describe_counts(counts))
+    return SiglipInputs(
+        config=config,
+        processor=processor,
+        collator=PairCollator(processor, max_length=data.max_length),
+        targets=targets,
+        train=files["train"][1],
+        validation=files["validation"][1] if "validation" in files else None,
+        record=record,
+    )
+
+
+def _check_batch(contrastive: ContrastiveSection, arguments: TrainingArguments) -> None:
+    rounds = arguments.gradient_accumulation_steps * arguments.world_size
+    if contrastive.exact_batch and rounds > 1:
+        raise RecipeError(
+            f"expected contrastive.exact_batch with one process and no accumulation, got "
+            f"{arguments.world_size} processes and {arguments.gradient_accumulation_steps} "
+            f"accumulation steps: raise train.per_device_train_batch_size instead, or write "
+            f"contrastive.exact_batch: false, with negatives from each micro-batch only"
+        )
+
+
+def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
+    positions = config.text_config.max_position_embeddings
+    if data.max_length > positions:
+        raise RecipeError(
+            f"expected data.max_length of at most {positions}, the text positions of the base, "
+            f"got {data.max_length}: lower it"
+        )
+    patch = config.vision_config.patch_size
+    if data.image_size < patch:
+        raise RecipeError(
+            f"expected data.image_size of at least one patch of {patch} pixels, got "
+            f"{data.image_size}: raise it"
+        )
+
+
+def _targets(config: PreTrainedConfig, lora: LoraSection) -> dict[str, nn.Module]:
+    if lora.targets in HEAD_PRESETS:
+        raise BaseModelError(
+            f"expected lora.targets without the pooling head, whose adapter would never run, got "
+            f"{lora.targets!r}: write {lora.targets}_no_head"
+        )
+    return target_modules(empty_model(config), lora.targets, PRESETS)
+
+
+def _pairs(path: Path, split: str, template: str | None) -> PairDataset:
+    rows = load_rows(path, split=split)
+    captions = [_caption(row, template) for row in rows.remove_columns("images")]
+    pairs = PairDataset(rows, captions)
+    if len(pairs) == 0:
+        raise DataError(f"expected images in {path}, no row has one: give rows with images")
+    return pairs
+
+
+def _caption(row: dict[str, Any], template: str | None) -> str:
+    texts = first_texts(messages_of(row))
+    if template is None:
+        return texts["answer"]
+    values = {**json.loads(row["fields"]), **texts, "id": row["id"]}
+    missing = [name for name in template_names(template) if name not in values]
+    if missing:
+        raise RecipeError(
+            f"expected data.caption to name parts of the row, {', '.join(missing)} is none in row "
+            f"{row['id']}: choose from {', '.join(sorted(values))}"
+        )
+    return fill_template(template, values)
+
+
+def _measured(pairs: PairDataset, processor: ProcessorMixin, max_length: int) -> dict[str, int]:
+    lengths = [len(ids) for ids in processor.tokenizer(list(pairs.captions))["input_ids"]]
+    return {
+        "pairs": len(pairs),
+        "captions_cut": sum(length > max_length for length in lengths),
+        "longest_caption": max(lengths),
+    }

@@ -1,0 +1,157 @@
+"""The base of an encoder: SigLIP at the recipe's image size, its learned scale and bias trainable.
+
+The scale and bias are bare parameters: PEFT freezes them and leaves them out of an adapter, so
+they are unfrozen here and travel in medft.json.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel, PreTrainedConfig, SiglipModel
+
+from medft.adapters import cast_trainable_to_float32, exact_float, read_notes
+from medft.base import readable_base
+from medft.errors import BaseModelError
+from medft.recipe import ModelSection
+
+PARTS: Mapping[str, str] = MappingProxyType({"vision": "vision_model", "text": "text_model"})
+"""Prefixes of module names, by tower."""
+
+_LAYER = r"encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
+
+PRESETS: Mapping[str, str] = MappingProxyType(
+    {
+        "text": rf"text_model\.{_LAYER}",
+        "vision_no_head": rf"vision_model\.{_LAYER}",
+        "both_no_head": rf"(text_model|vision_model)\.{_LAYER}",
+    }
+)
+"""Regular expressions over whole module names, by the name of a `lora.targets` preset."""
+
+HEAD_PRESETS = ("vision", "both")
+"""Presets that include the pooling head, an nn.MultiheadAttention, which must be split first."""
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Refuse a base that is no SigLIP of fixed resolution.
+
+    Raises:
+        BaseModelError: another architecture.
+    """
+    if config.model_type != "siglip":
+        raise BaseModelError(
+            f"expected a SigLIP of fixed resolution (model_type siglip), model.base has "
+            f"model_type {config.model_type!r}: choose another base; decoders are trained with "
+            f"decoder_qlora.py"
+        )
+
+
+def empty_model(config: PreTrainedConfig) -> SiglipModel:
+    """The model without weights: its modules and shapes on the meta device."""
+    with init_empty_weights():
+        return AutoModel.from_config(config)
+
+
+def load_model(model: ModelSection, *, image_size: int, trains_all: bool) -> SiglipModel:
+    """The base with its weights, its position embeddings interpolated to `image_size`.
+
+    Args:
+        model: the recipe's section.
+        image_size: side of the square input in pixels.
+        trains_all: full fine-tuning; then all weights are float32.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
+    with readable_base(model):
+        loaded = AutoModel.from_pretrained(model.base, revision=model.revision, dtype=dtype)
+    resize_positions(loaded, image_size)
+    return loaded
+
+
+def resize_positions(model: SiglipModel, image_size: int) -> None:
+    """Interpolate the vision tower's position embeddings to another input size, once.
+
+    The result equals what the tower does on every forward under interpolate_pos_encoding=True;
+    afterwards the plain forward takes pictures of the new size and the saved config says so.
+    """
+    config = model.config.vision_config
+    if image_size == config.image_size:
+        return
+    embeddings = model.vision_model.embeddings
+    old, new = config.image_size // config.patch_size, image_size // config.patch_size
+    weight = embeddings.position_embedding.weight
+    grid = weight.detach().float().view(1, old, old, -1).permute(0, 3, 1, 2)
+    resized = functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    resized = resized.permute(0, 2, 3, 1).reshape(new * new, -1).to(weight)
+    embeddings.position_embedding = nn.Embedding.from_pretrained(resized, freeze=False)
+    embeddings.num_patches = embeddings.num_positions = new * new
+    embeddings.image_size = config.image_size = image_size
+    positions = torch.arange(new * new, device=weight.device).expand(1, -1)
+    embeddings.register_buffer("position_ids", positions, persistent=False)
+
+
+def bare_model(model: nn.Module) -> SiglipModel:
+    """The SigLIP inside an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def scale_and_bias(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """The learned logarithm of the logits' factor, and their bias."""
+    bare = bare_model(model)
+    return bare.logit_scale, bare.logit_bias
+
+
+def train_scale_and_bias(model: nn.Module) -> None:
+    """Unfreeze scale and bias, which PEFT froze, in float32."""
+    for parameter in scale_and_bias(model):
+        parameter.requires_grad_(True)
+    cast_trainable_to_float32(model)
+
+
+def scale_and_bias_notes(model: nn.Module) -> dict[str, float]:
+    """The values of scale and bias for medft.json, exact to the bit."""
+    scale, bias = scale_and_bias(model)
+    return {"logit_scale": exact_float(scale), "logit_bias": exact_float(bias)}
+
+
+def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
+    """Set scale and bias from the medft.json beside an adapter.
+
+    Raises:
+        BaseModelError: the file is missing or lacks them.
+    """
+    notes: dict[str, Any] = read_notes(folder)
+    if not {"logit_scale", "logit_bias"} <= notes.keys():
+        raise BaseModelError(
+            f"expected logit_scale and logit_bias in {folder / 'medft.json'}, they are missing: "
+            f"give an adapter that siglip_lora.py trained"
+        )
+    with torch.no_grad():
+        for name, parameter in zip(
+            ("logit_scale", "logit_bias"), scale_and_bias(model), strict=True
+        ):
+            parameter.fill_(notes[name])
+
+
+def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of images and texts as the towers give them, not normalised.
+
+    Args:
+        model: SiglipModel, with or without adapter, or a wrapper around it.
+        input_ids: [B, S], padded to the model's length; no attention mask, as in training SigLIP.
+        pixel_values: [B, 3, height, width].
+
+    Returns:
+        Two tensors [B, D].
+    """
+    outputs = model(input_ids=input_ids, pixel_values=pixel_values)
+    return outputs.vision_model_output.pooler_output, outputs.text_model_output.pooler_output

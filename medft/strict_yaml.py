@@ -1,0 +1,173 @@
+"""YAML files that a user writes: every key known, every value of its type, every error with its line.
+
+YAML 1.2 is read, so 1e-4 is a number and `no` is a word. A key given twice is an error.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML, MappingNode, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from medft.errors import RecipeError
+
+ErrorDetails = dict[str, Any]
+"""One of pydantic's errors: loc, type, msg."""
+
+
+class Section(BaseModel):
+    """A mapping in a file: no unknown key, no conversion of types, no change afterwards."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+def errors_of(check: Callable[[], object], *prefix: str) -> list[ErrorDetails]:
+    """What pydantic says of a check, with its places below `prefix`."""
+    try:
+        check()
+    except ValidationError as error:
+        return [{**found, "loc": (*prefix, *found["loc"])} for found in error.errors()]
+    return []
+
+
+@dataclass(frozen=True)
+class StrictYaml:
+    """What was written, and where."""
+
+    path: Path
+    raw: dict[str, Any]
+    """The file's mapping, changed by overrides."""
+
+    places: dict[tuple[str | int, ...], str]
+    """`file:line`, or the override, of every key."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Parse a file that holds a mapping.
+
+        Raises:
+            RecipeError: the file cannot be read, is no YAML, or holds something else.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "no UTF-8 text"
+            raise RecipeError(
+                f"expected a YAML file at {path}, could not read it ({reason}): check the path"
+            ) from error
+        try:
+            raw = YAML(typ="safe", pure=True).load(text)
+            tree = YAML(pure=True).compose(text)
+        except YAMLError as error:
+            raise RecipeError(_syntax_problem(path, error)) from error
+        if not isinstance(raw, dict):
+            found = "nothing" if raw is None else f"a {type(raw).__name__}"
+            raise RecipeError(f"{path}: expected named sections, found {found}: write them")
+        return cls(path, raw, dict(_places(tree, path)))
+
+    def override(self, text: str) -> None:
+        """Set `section.key=value`, or `section=null`.
+
+        Raises:
+            RecipeError: the text has another form, or its value is no YAML.
+        """
+        name, equals, value = text.partition("=")
+        keys = tuple(name.split("."))
+        if not equals or len(keys) > 2 or not all(keys):
+            raise RecipeError(
+                f"expected an override as section.key=value, got {text!r}: "
+                f"for example train.learning_rate=1e-4"
+            )
+        target = self.raw
+        if len(keys) == 2:
+            if not isinstance(target.get(keys[0]), dict):
+                target[keys[0]] = {}
+            target = target[keys[0]]
+        try:
+            target[keys[-1]] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as error:
+            raise RecipeError(
+                f"override {text!r}: expected a YAML value: quote it for the shell"
+            ) from error
+        self.places[keys] = f"override {text!r}"
+
+    def describe(
+        self, errors: Iterable[ErrorDetails], explain: Callable[[ErrorDetails], str | None]
+    ) -> list[str]:
+        """A sentence for each key that is wrong.
+
+        Args:
+            errors: pydantic's, of one or several checks of this file.
+            explain: a sentence for an error that pydantic's own words do not serve, or None.
+        """
+        by_place: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+        for error in errors:
+            by_place.setdefault(self._written(error), []).append(error)
+        return [self._sentence(place, found, explain) for place, found in by_place.items()]
+
+    def _written(self, error: ErrorDetails) -> tuple[str | int, ...]:
+        """The longest part of an error's place that stands in the file; a missing key as it is."""
+        loc = tuple(error["loc"])
+        if error["type"] == "missing":
+            return loc
+        while loc and loc not in self.places:
+            loc = loc[:-1]
+        return loc
+
+    def _sentence(
+        self,
+        keys: tuple[str | int, ...],
+        errors: list[ErrorDetails],
+        explain: Callable[[ErrorDetails], str | None],
+    ) -> str:
+        known = keys
+        while known and known not in self.places:
+            known = known[:-1]
+        place = self.places.get(known, str(self.path))
+        explained = explain(errors[0])
+        if explained:
+            return f"{place}: {explained}"
+        name = ".".join(map(str, keys)) or "the file"
+        if errors[0]["type"] == "missing":
+            return f"{place}: {name} is required and missing: add it"
+        got: Any = self.raw
+        for key in keys:
+            got = got[key]
+        expected = " or ".join(
+            error["msg"].removeprefix("Input should be ")
+            for error in errors
+            if "class" not in error.get("ctx", {})
+        )
+        return f"{place}: {name}: expected {expected}, got {got!r}: correct the value"
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that a misspelled one most resembles, or all of them, as advice."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"known here are {', '.join(known)}"
+
+
+def _places(node: Any, path: Path, *prefix: str | int) -> Iterable[tuple[tuple, str]]:
+    children: Iterable[tuple[Any, Any, Any]] = ()
+    if isinstance(node, MappingNode):
+        children = ((key.value, key, value) for key, value in node.value)
+    elif isinstance(node, SequenceNode):
+        children = ((index, value, value) for index, value in enumerate(node.value))
+    for key, marked, value in children:
+        yield (*prefix, key), f"{path}:{marked.start_mark.line + 1}"
+        yield from _places(value, path, *prefix, key)
+
+
+def _syntax_problem(path: Path, error: YAMLError) -> str:
+    if not isinstance(error, MarkedYAMLError):
+        return f"{path}: expected YAML, could not parse it: correct the file"
+    line = error.problem_mark.line + 1 if error.problem_mark else 1
+    problem = (error.problem or "could not parse it").splitlines()[0]
+    return f"{path}:{line}: expected YAML, {problem}: correct the line"

@@ -1,0 +1,56 @@
+"""Fine-tune an image-text decoder with QLoRA.
+
+    accelerate launch recipes/decoder_qlora.py RECIPE.yaml [section.key=value ...]
+
+Without RECIPE.yaml: recipes/decoder/llama32_11b_24gb.yaml.
+"""
+
+import sys
+
+from trl import SFTConfig
+
+from medft.adapters import attach_adapter
+from medft.arguments import training_arguments
+from medft.base import identify_base
+from medft.decoder.inputs import prepare_inputs
+from medft.decoder.model import load_model
+from medft.decoder.trainer import DecoderTrainer
+from medft.errors import run_command
+from medft.launch import process_set_up, read_recipe
+from medft.recipe import DecoderRecipe
+from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_run
+
+
+def main(argv: list[str]) -> None:
+    recipe = read_recipe(DecoderRecipe, argv)
+    with process_set_up(seed=recipe.train["seed"]):
+        arguments = training_arguments(
+            SFTConfig, recipe.train, dtype=recipe.model.dtype, max_length=None
+        )
+        checkpoint = check_output_dir(recipe.train)
+        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+        base = identify_base(recipe.model, inputs.config)
+        if checkpoint:
+            check_same_run(recipe, inputs.record, checkpoint, arguments.world_size)
+
+        with open_run(
+            recipe,
+            argv,
+            resuming=checkpoint is not None,
+            base=base,
+            data=inputs.record,
+            batch=batch_arithmetic(len(inputs.train), arguments),
+        ) as run:
+            model = load_model(
+                recipe.model, inputs.family, recipe.quantization, trains_all=recipe.lora is None
+            )
+            if recipe.lora:
+                model = attach_adapter(
+                    model, recipe.lora, inputs.family.presets, task_type="CAUSAL_LM"
+                )
+            notes = {"family": inputs.family.model_type, **base}
+            run.train(DecoderTrainer(model, arguments, inputs, notes), checkpoint)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""Fine-tune a SigLIP encoder with LoRA.
+
+    accelerate launch recipes/siglip_lora.py RECIPE.yaml [section.key=value ...]
+
+Without RECIPE.yaml: recipes/siglip/siglip_base_448.yaml.
+"""
+
+import sys
+
+from transformers import TrainingArguments
+
+from medft.adapters import attach_adapter
+from medft.arguments import training_arguments
+from medft.base import identify_base
+from medft.errors import run_command
+from medft.launch import process_set_up, read_recipe
+from medft.recipe import SiglipRecipe
+from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_run
+from medft.siglip.inputs import prepare_inputs
+from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
+from medft.siglip.trainer import SiglipTrainer
+
+
+def main(argv: list[str]) -> None:
+    recipe = read_recipe(SiglipRecipe, argv)
+    with process_set_up(seed=recipe.train["seed"]):
+        arguments = training_arguments(TrainingArguments, recipe.train, dtype=recipe.model.dtype)
+        checkpoint = check_output_dir(recipe.train)
+        inputs = prepare_inputs(
+            recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
+        )
+        base = identify_base(recipe.model, inputs.config)
+        if checkpoint:
+            check_same_run(recipe, inputs.record, checkpoint, arguments.world_size)
+
+        with open_run(
+            recipe,
+            argv,
+            resuming=checkpoint is not None,
+            base=base,
+            data=inputs.record,
+            batch=batch_arithmetic(len(inputs.train), arguments),
+        ) as run:
+            model = load_model(
+                recipe.model, image_size=recipe.data.image_size, trains_all=recipe.lora is None
+            )
+            if recipe.lora:
+                model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
+                train_scale_and_bias(model)
+            notes = {"family": "siglip", "image_size": recipe.data.image_size, **base}
+            trainer = SiglipTrainer(model, arguments, inputs, recipe.contrastive, notes)
+            run.train(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
