@@ -129,7 +129,8 @@ def attach_adapter(
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise BaseModelError(
-            f"expected a LoRA configuration that PEFT accepts, it says: {str(error).splitlines()[0]}"
+            f"expected a LoRA configuration that PEFT accepts, it says: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     cast_trainable_to_float32(adapted)
     return adapted

@@ -42,11 +42,12 @@ def training_arguments(
             "expected a GPU for model.dtype float16, whose gradients need loss scaling, found "
             "none: write bfloat16 or float32"
         )
-    quiet = {
+    machine = {
         "disable_tqdm": not sys.stderr.isatty(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
     }
-    fields = {**quiet, **train}
+    fields = {**machine, **train}
     fields.pop("resume_from_checkpoint", None)
     # the name that every supported version reads; newer ones announce another
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)

@@ -143,7 +143,7 @@ class CheckpointKeeper(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         """Write the manifest of the checkpoint that was just saved."""
         wait_for_everyone()
@@ -166,9 +166,9 @@ class BestModelKeeper(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: TrainerControl,
         metrics: dict[str, float],
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         """Compare with the best so far, which Trainer updates after this call.
 

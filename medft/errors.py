@@ -38,7 +38,7 @@ class RunError(MedftError):
     """A run directory or a checkpoint cannot be used."""
 
 
-class Terminated(Exception):  # noqa: N818 - the run ended early, which is no error
+class Terminated(Exception):
     """The run was stopped by SIGTERM after it had saved."""
 
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import medft
-from medft.errors import RecipeError
-from medft.recipe import Recipe
+from medft.errors import EXIT_TERMINATED, RecipeError
+from medft.recipe import DecoderRecipe, Recipe, SiglipRecipe
+from medft.strict_yaml import StrictYaml
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -55,20 +58,97 @@ def read_recipe(kind: type[AnyRecipe], argv: list[str]) -> AnyRecipe:
     return kind.load(file or shipped(f"recipes/{kind.default_file}"), overrides)
 
 
+def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
+    """What a recipe file trains: a section `contrastive`, or else its base, tells.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    source = StrictYaml.read(file)
+    for override in overrides:
+        source.override(override)
+    if "contrastive" in source.raw:
+        return SiglipRecipe
+    model = source.raw.get("model")
+    base = model.get("base") if isinstance(model, dict) else None
+    if not isinstance(base, str):
+        return DecoderRecipe
+    from transformers import PreTrainedConfig
+
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(base, revision=model.get("revision"))
+    except (OSError, ValueError):
+        return DecoderRecipe  # whose check of the base says what is wrong
+    return SiglipRecipe if content.get("model_type") == "siglip" else DecoderRecipe
+
+
+def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
+    """Launch the recipe's script under accelerate; returns its exit code.
+
+    Without a configuration file the one for a single device is taken, never the user's own
+    default, which may hold a precision or hyper-parameters. SIGTERM is passed on to the training
+    processes, which save first; then the exit code is 143.
+
+    Args:
+        file: the recipe, already checked.
+        overrides: as given.
+        config_file: of accelerate; None for one GPU where there is one, else the CPU.
+    """
+    import psutil
+    import torch
+
+    kind = recipe_class(file, overrides)
+    if config_file is None:
+        device = "single_gpu" if torch.cuda.is_available() else "cpu"
+        config_file = shipped(f"accelerate_configs/{device}.yaml")
+    script = shipped(f"recipes/{kind.script}")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(config_file)]
+    deepspeed = StrictYaml.read(config_file).raw.get("deepspeed_config", {})
+    if "deepspeed_config_file" in deepspeed:
+        path = Path(deepspeed["deepspeed_config_file"])
+        command += ["--deepspeed_config_file", str(path if path.exists() else shipped(str(path)))]
+    process = subprocess.Popen([*command, str(script), str(file), *overrides])
+    terminated = False
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal terminated
+        terminated = True
+        for child in psutil.Process(process.pid).children():
+            child.terminate()
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the terminal has sent Ctrl-C to the training processes too
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return EXIT_TERMINATED if terminated else code
+
+
 @contextmanager
-def process_set_up(*, seed: int) -> Iterator[None]:
-    """Logging, seeds, and an orderly end of the process group around a script's work."""
+def process_set_up(*, seed: int | None = None, quiet: bool = False) -> Iterator[None]:
+    """Logging, seeds, and an orderly end of the process group around a command's work.
+
+    Args:
+        seed: of all random numbers of the process; None leaves them alone.
+        quiet: show warnings only.
+    """
     import datasets
     import torch
     import transformers
 
     is_first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("medft").setLevel(logging.INFO if is_first else logging.ERROR)
+    level = logging.WARNING if quiet else logging.INFO
+    logging.getLogger("medft").setLevel(level if is_first else logging.ERROR)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    transformers.set_seed(seed)
+    if seed is not None:
+        transformers.set_seed(seed)
     try:
         yield
     finally:

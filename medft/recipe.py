@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from medft.errors import RecipeError
 from medft.strict_yaml import ErrorDetails, Section, StrictYaml, errors_of
 
-# Where other tools' names live here: TRL scripts, LLaMA-Factory, axolotl, unsloth, ms-swift, open_clip.
+# Names of TRL scripts, LLaMA-Factory, axolotl, unsloth, ms-swift and open_clip.
 FOREIGN_KEYS = {
     "accum_freq": "train.gradient_accumulation_steps",
     "adapter_name_or_path": "model.base",
@@ -83,7 +83,9 @@ FOREIGN_KEYS = {
 _PRECISION = "precision stands in model.dtype alone and {key} follows it: remove the key"
 _LENGTH = "lengths belong to the data: write data.max_length"
 _LABELS = "medft always trains the assistant's tokens and nothing else: remove the key"
-_LAUNCHER = "it comes from the launcher: accelerate launch --config_file accelerate_configs/FILE.yaml"
+_LAUNCHER = (
+    "it comes from the launcher: accelerate launch --config_file accelerate_configs/FILE.yaml"
+)
 
 REFUSED_TRAIN_KEYS = {
     "activation_checkpointing": "write gradient_checkpointing, which every supported version reads",
@@ -115,7 +117,7 @@ REFUSED_TRAIN_KEYS = {
     "model_init_kwargs": "the base is described in the section model: remove the key",
     "packing": "packing mixes rows, and images with the wrong text: remove the key",
     "padding_free": "Mllama's cross-attention needs padded rows: remove the key",
-    "push_to_hub": "medft writes local folders; upload them with the hub's own tool: remove the key",
+    "push_to_hub": "medft writes local folders, upload them with the hub's tool: remove it",
     "remove_unused_columns": "it would drop images and ids: remove the key",
     "restore_callback_states_from_checkpoint": "medft restores what it needs: remove the key",
     "save_only_model": "such a checkpoint cannot be resumed exactly: remove the key",
@@ -210,7 +212,9 @@ class QuantizationSection(Section):
     double_quant: bool = True
     """Quantise the quantisation constants too."""
 
-    skip: list[Literal["vision", "projector", "lm_head"]] = ["vision", "projector", "lm_head"]
+    skip: list[Literal["vision", "projector", "lm_head"]] = Field(
+        ["vision", "projector", "lm_head"]
+    )
     """Parts of the model that stay in model.dtype."""
 
 
@@ -259,6 +263,7 @@ class Recipe(Section):
     """Everything a run needs to know; `model`, `data`, `lora` and `train` in every kind."""
 
     kind: ClassVar[str]
+    script: ClassVar[str]
     default_file: ClassVar[str]
 
     model: ModelSection
@@ -301,6 +306,7 @@ class DecoderRecipe(Recipe):
     """A recipe of decoder_qlora.py."""
 
     kind = "decoder"
+    script = "decoder_qlora.py"
     default_file = "decoder/llama32_11b_24gb.yaml"
 
     model: DecoderModelSection
@@ -313,6 +319,7 @@ class SiglipRecipe(Recipe):
     """A recipe of siglip_lora.py."""
 
     kind = "siglip"
+    script = "siglip_lora.py"
     default_file = "siglip/siglip_base_448.yaml"
 
     data: SiglipDataSection
@@ -337,7 +344,7 @@ RECIPE_KINDS: dict[str, type[Recipe]] = {kind.kind: kind for kind in (DecoderRec
 
 @functools.cache
 def _train_section(kind: str) -> type[Section]:
-    """A section that takes the fields of the library's own training arguments, under their names."""
+    """A section with the fields of the library's own training arguments, under their names."""
     from transformers import TrainingArguments
     from trl import SFTConfig
 
@@ -350,7 +357,7 @@ def _train_section(kind: str) -> type[Section]:
 
 def _train_errors(train: object, kind: str) -> list[ErrorDetails]:
     if not isinstance(train, dict):
-        return [] if train is not None else [{"loc": ("train", "output_dir"), "type": "missing"}]
+        return []
     refused = [key for key in train if key in REFUSED_TRAIN_KEYS]
     errors = [{"loc": ("train", key), "type": "refused"} for key in refused]
     rest = {key: value for key, value in train.items() if key not in refused}
@@ -391,6 +398,12 @@ def _expand_home(content: Any) -> Any:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     """What is wrong although every key by itself is right."""
+    if isinstance(recipe, DecoderRecipe):
+        if recipe.quantization and "lm_head" not in recipe.quantization.skip:
+            return ["quantization.skip lacks lm_head, whose weight the loss reads directly: add it"]
+        for key in ("cross_attention_fix", "vision_cache"):
+            if getattr(recipe.model, key):
+                return [f"model.{key} is not available in this version: remove it"]
     evaluates = recipe.train.get("eval_strategy", "no") != "no"
     if evaluates and recipe.data.validation is None:
         return [

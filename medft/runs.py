@@ -44,10 +44,20 @@ from medft.checkpoints import (
 from medft.errors import RunError, Terminated
 from medft.recipe import Recipe, dump_sections
 
-PACKAGES = (
-    "torch transformers peft bitsandbytes trl accelerate datasets pillow deepspeed safetensors "
-    "tokenizers numpy"
-).split()
+PACKAGES = [
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "accelerate",
+    "datasets",
+    "pillow",
+    "deepspeed",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+]
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
@@ -55,6 +65,7 @@ FREE_ON_RESUME = re.compile(
 """Recipe keys that may differ when a run goes on, since they do not change what is trained."""
 
 _SECRET = re.compile(r"(?i)token(?!iz)|key|secret|password")
+
 
 def masked(content: Any, *, secret: bool = False) -> Any:
     """A copy without secrets: texts below a key that names one are `***`, the home folder is `~`.
@@ -127,20 +138,37 @@ def check_output_dir(train: dict[str, Any]) -> Path | None:
     return checkpoint_to_resume(output_dir, resume)
 
 
-def check_same_run(recipe: Recipe, data: dict[str, Any], checkpoint: Path, world_size: int) -> None:
+def read_record(run: Path) -> dict[str, Any]:
+    """The content of a run's run.json.
+
+    Raises:
+        RunError: there is none.
+    """
+    try:
+        return json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"expected the record of a run at {run / 'run.json'}, could not read it: "
+            f"give the output_dir of a run of medft"
+        ) from error
+
+
+def check_same_run(
+    recipe: Recipe, data: dict[str, Any], checkpoint: Path, world_size: int | None
+) -> None:
     """Refuse to continue a run with anything changed that decides what is trained.
+
+    Args:
+        recipe: as resolved now.
+        data: the inputs' record, as read now.
+        checkpoint: the one to continue from, in the run's directory.
+        world_size: processes now; None where it is not known yet.
 
     Raises:
         RunError: a recipe key, the data or the number of processes differs from the record.
     """
     run = checkpoint.parent
-    try:
-        earlier = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"expected the record of the interrupted run at {run / 'run.json'}, could not read "
-            f"it: resume only runs of medft"
-        ) from error
+    earlier = read_record(run)
     now, then = (_flat(content) for content in (masked(recipe.model_dump()), earlier["recipe"]))
     changed = sorted(
         key
@@ -158,7 +186,7 @@ def check_same_run(recipe: Recipe, data: dict[str, Any], checkpoint: Path, world
             f"expected the data of the interrupted run in {run}, the files have changed: "
             f"restore them, or start a new run in another folder"
         )
-    if world_size_of(checkpoint) != world_size:
+    if world_size is not None and world_size_of(checkpoint) != world_size:
         raise RunError(
             f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
             f"got {world_size}: the order of the rows would change"
@@ -282,7 +310,7 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
         if resuming:
-            earlier = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+            earlier = read_record(directory)
             entries["started"] = earlier["started"]
             entries["resumed"] = [*earlier.get("resumed", []), _now()]
         recipe_text = dump_sections(masked(recipe.model_dump()))
@@ -334,7 +362,7 @@ def draw_curves(log_history: list[dict[str, float]], path: Path) -> None:
         axes.set_title(names[0].replace("_", " "))
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(axes.lines) > 1:
             axes.legend()
     figure.savefig(path, dpi=100)
 
@@ -349,9 +377,9 @@ class _HistoryWriter(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: TrainerControl,
         logs: dict[str, float],
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         # under loss scaling an infinite gradient only skips the step
         names = ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm")
@@ -365,10 +393,10 @@ class _HistoryWriter(TrainerCallback):
 
     def on_save(
         self,
-        args: TrainingArguments,  # noqa: ARG002
+        args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
         self.run.write_history(state)
 
@@ -387,15 +415,15 @@ class _SigtermStopper(TrainerCallback):
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002
+    def _on_signal(self, number: int, frame: object) -> None:
         self.terminated = True
 
     def on_step_end(
         self,
         args: TrainingArguments,
-        state: TrainerState,  # noqa: ARG002
+        state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         if args.world_size > 1:  # all processes stop after the same step
             flag = torch.tensor(int(self.terminated), device=args.device)

@@ -1,4 +1,4 @@
-"""YAML files that a user writes: every key known, every value of its type, every error with its line.
+"""YAML files that a user writes: known keys, values of their type, errors with their line.
 
 YAML 1.2 is read, so 1e-4 is a number and `no` is a word. A key given twice is an error.
 """

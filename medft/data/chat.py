@@ -36,6 +36,9 @@ _FEATURES = Features(
 )
 
 
+_NO_ROWS = Dataset.from_dict({})
+
+
 def write_chat(pairs: Path, out: Path, *, format: str = "trl") -> dict[str, int]:
     """Write train.jsonl, validation.jsonl, test.jsonl and images/ as one complete folder.
 
@@ -162,7 +165,7 @@ def _pairs_dataset(path: Path, split: str) -> Dataset:
     splits = open_pairs(path).read(columns=["split"]).column("split").to_pylist()
     chosen = [index for index, name in enumerate(splits) if name == split]
     if not chosen:
-        return Dataset.from_dict({"id": []})
+        return _NO_ROWS
     columns = ["id", "group_id", "images", "text", "question", "fields"]
     dataset = Dataset.from_parquet(str(path), columns=columns)
     dataset = dataset.cast_column("images", List(Image(decode=False))).select(chosen)
@@ -186,7 +189,7 @@ def _jsonl_dataset(path: Path) -> Dataset:
         more = len(problems) - SHOWN_PROBLEMS
         rest = [f"{path}: {more} more rows are bad: correct them too"] if more > 0 else []
         raise DataError(*islice(problems, SHOWN_PROBLEMS), *rest)
-    return Dataset.from_list(rows, features=_FEATURES)
+    return Dataset.from_list(rows, features=_FEATURES) if rows else _NO_ROWS
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

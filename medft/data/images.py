@@ -47,7 +47,9 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
-        raise DataError(f"expected a picture at {name}, there is no file: check the path") from error
+        raise DataError(
+            f"expected a picture at {name}, there is no file: check the path"
+        ) from error
     except (
         UnidentifiedImageError,
         Image.DecompressionBombError,

@@ -173,7 +173,9 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def prompts_of(path: Path) -> list[str]:
     """The prompts for rows without question that pairs.parquet was prepared with."""
     metadata = open_pairs(path).schema_arrow.metadata or {}
-    return json.loads(metadata.get(b"medft", b'{"prompts": ["Describe this medical image."]}'))["prompts"]
+    return json.loads(metadata.get(b"medft", b'{"prompts": ["Describe this medical image."]}'))[
+        "prompts"
+    ]
 
 
 def _features() -> dict[str, Any]:

@@ -20,8 +20,8 @@ from pydantic import Field
 from medft.checkpoints import write_json
 from medft.data.images import MAX_PIXELS, open_image
 from medft.data.pairs import Pair, StoredImage, rewrite_splits, store_image, write_pairs
-from medft.data.template import fill_template, template_names, text_of
 from medft.data.splits import SplitSection, assign_splits, join_groups
+from medft.data.template import fill_template, template_names, text_of
 from medft.errors import DataError, RecipeError
 from medft.strict_yaml import Section, StrictYaml, errors_of, nearest
 
@@ -55,7 +55,7 @@ class SourceSection(Section):
     question: str | None = None
     """A column or a template; then text is the answer."""
 
-    keep: list[str] = []
+    keep: list[str] = Field([])
     """Columns carried into `fields`."""
 
     group: str | None = None
@@ -123,7 +123,7 @@ class SourceCounts:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-class Rejected(Exception):  # noqa: N818 - a verdict on a row, no error of the program
+class Rejected(Exception):
     """A row that is not taken: a reason code and what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -232,9 +232,7 @@ def _accepted_pairs(
             seen.add(pair.id)
             content_seen.add(content)
             count.accepted += 1
-            lights.append(
-                _Light(pair.id, pair.group_id, [image.sha256 for image in pair.images])
-            )
+            lights.append(_Light(pair.id, pair.group_id, [image.sha256 for image in pair.images]))
             yield pair
 
 
@@ -417,7 +415,9 @@ def _all_rows(kind: str, table: Path) -> Iterator[dict[str, Any]]:
         yield from _csv_rows(text, table)
         return
     try:
-        rows = json.loads(text) if kind == "json" else map(json.loads, filter(str.strip, _lines(text)))
+        rows = (
+            json.loads(text) if kind == "json" else map(json.loads, filter(str.strip, _lines(text)))
+        )
         for row in rows:
             if not isinstance(row, dict):
                 raise DataError(

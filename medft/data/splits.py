@@ -5,7 +5,7 @@ Pure functions over group names and hashes. The result does not depend on the or
 
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 
 from pydantic import Field
@@ -58,14 +58,14 @@ def assign_splits(groups: Sequence[str], split: SplitSection) -> list[str]:
     """
     sizes = Counter(groups)
     order = sorted(sizes, key=lambda group: _draw(split.seed, group))
-    chosen: dict[str, str] = defaultdict(lambda: "train")
+    chosen: dict[str, str] = {}
     for name, share in (("test", split.test), ("validation", split.validation)):
         room = math.floor(share * len(groups) + 0.5)
         for group in order:
             if group not in chosen and sizes[group] <= room:
                 chosen[group] = name
                 room -= sizes[group]
-    return [chosen[group] if group in chosen else "train" for group in groups]
+    return [chosen.get(group, "train") for group in groups]
 
 
 def _draw(seed: int, group: str) -> str:

@@ -9,6 +9,7 @@ Shape letters in this file:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -103,6 +104,17 @@ class ConversationEncoder:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def mark_trained(row: EncodedRow, encoder: ConversationEncoder, max_length: int) -> str:
+    """The tokens of a row as text on one line, each run that is trained between >>> and <<<."""
+    decode = encoder.processor.tokenizer.decode
+    tokens = zip(row.input_ids[:max_length], row.labels[:max_length], strict=True)
+    pieces = []
+    for trained, run in groupby(tokens, key=lambda pair: pair[1] != IGNORED):
+        text = decode([token for token, _ in run])
+        pieces.append(f">>>{text}<<<" if trained else text)
+    return "".join(pieces).replace("\n", "\\n")
+
+
 class DecoderCollator:
     """Rows of `medft.data.chat.load_rows` -> a batch of the model's inputs.
 
@@ -174,7 +186,9 @@ class DecoderCollator:
         """
         processor = self.encoder.processor.image_processor
         limit, tile = self.max_image_tiles, processor.size["height"]
-        canvas = get_optimal_tiled_canvas(image.height, image.width, processor.max_image_tiles, tile)
+        canvas = get_optimal_tiled_canvas(
+            image.height, image.width, processor.max_image_tiles, tile
+        )
         if canvas[0] * canvas[1] <= limit * tile * tile:
             return image
         canvas = get_optimal_tiled_canvas(image.height, image.width, limit, tile)

@@ -13,7 +13,12 @@ from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
 from medft.adapters import describe_targets, lora_parameters, target_modules
 from medft.base import load_config, load_processor
 from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
-from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator
+from medft.decoder.collator import (
+    IGNORED,
+    ConversationEncoder,
+    DecoderCollator,
+    mark_trained,
+)
 from medft.decoder.families import Family, family_of
 from medft.decoder.model import empty_model
 from medft.errors import BaseModelError, DataError, Findings
@@ -37,6 +42,15 @@ class DecoderInputs:
     validation: Dataset | None
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
+
+    def examples(self, num_rows: int = 3) -> list[str]:
+        """The first rows as text, what is trained between >>> and <<<."""
+        encoder, max_length = self.collator.encoder, self.collator.max_length
+        rows = self.train.select(range(min(num_rows, len(self.train))))
+        return [
+            mark_trained(encoder.encode(messages_of(row), row["id"]), encoder, max_length)
+            for row in rows.remove_columns("images")
+        ]
 
     def describe_targets(self, r: int) -> str:
         """A line that counts the adapted modules by part and the adapter's parameters."""
@@ -122,7 +136,9 @@ def _measured(
         except DataError as error:
             problems.append(str(error))
             continue
-        positions = [i for i, token in enumerate(encoded.input_ids) if token == encoder.image_token_id]
+        positions = [
+            i for i, token in enumerate(encoded.input_ids) if token == encoder.image_token_id
+        ]
         needed = max(encoded.prompt_length, *positions, 0) + 1
         counts["longest_row"] = max(counts["longest_row"], len(encoded.input_ids))
         if needed > data.max_length:

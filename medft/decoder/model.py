@@ -70,9 +70,7 @@ def bitsandbytes_config(
     )
 
 
-def check_quantized(
-    model: nn.Module, family: Family, quantization: QuantizationSection
-) -> None:
+def check_quantized(model: nn.Module, family: Family, quantization: QuantizationSection) -> None:
     """Make sure that every linear layer outside `skip` is 4-bit, and none inside.
 
     On CPUs with AVX512-BF16 bitsandbytes repacks a layer at its first forward in eval mode into

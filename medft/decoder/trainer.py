@@ -52,8 +52,8 @@ class DecoderTrainer(SFTTrainer):
         self,
         model: torch.nn.Module,
         inputs: dict[str, Tensor],
-        prediction_loss_only: bool,  # noqa: ARG002
-        ignore_keys: list[str] | None = None,  # noqa: ARG002
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """Sums over the supervised tokens of each row, for `_validation_metrics` to add up.
 

@@ -60,7 +60,7 @@ _LLAMA3_TEMPLATE = """\
   {%- endif %}
 {%- endfor %}
 {%- if messages[0].role == 'system' %}
-  {%- if seen.image %}{{- raise_exception('a system turn cannot be combined with images') }}{%- endif %}
+  {%- if seen.image %}{{- raise_exception('images and a system turn') }}{%- endif %}
 {%- elif not seen.image %}
   {%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}
   {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '<|eot_id|>' }}
@@ -81,21 +81,106 @@ _LLAMA3_TEMPLATE = """\
 {%- endif %}
 """
 
-_WORDS = """
-a an and are area at axial both bone brain bright centre chest clear contrast ct dark describe disc
-discs does effusion evidence field finding findings fracture head heart image in is knee large left
-lesion level lobe lower lung lungs medical middle moderate mri no normal not nodule of on one or
-pleural pneumothorax quadrant question red right round scan seen shows side single size skin slice
-small soft square squares study the there this three tissue two upper view visible what where which
-white with within x-ray yes
-""".split()
+_WORDS = [
+    "a",
+    "an",
+    "and",
+    "are",
+    "area",
+    "at",
+    "axial",
+    "both",
+    "bone",
+    "brain",
+    "bright",
+    "centre",
+    "chest",
+    "clear",
+    "contrast",
+    "ct",
+    "dark",
+    "describe",
+    "disc",
+    "discs",
+    "does",
+    "effusion",
+    "evidence",
+    "field",
+    "finding",
+    "findings",
+    "fracture",
+    "head",
+    "heart",
+    "image",
+    "in",
+    "is",
+    "knee",
+    "large",
+    "left",
+    "lesion",
+    "level",
+    "lobe",
+    "lower",
+    "lung",
+    "lungs",
+    "medical",
+    "middle",
+    "moderate",
+    "mri",
+    "no",
+    "normal",
+    "not",
+    "nodule",
+    "of",
+    "on",
+    "one",
+    "or",
+    "pleural",
+    "pneumothorax",
+    "quadrant",
+    "question",
+    "red",
+    "right",
+    "round",
+    "scan",
+    "seen",
+    "shows",
+    "side",
+    "single",
+    "size",
+    "skin",
+    "slice",
+    "small",
+    "soft",
+    "square",
+    "squares",
+    "study",
+    "the",
+    "there",
+    "this",
+    "three",
+    "tissue",
+    "two",
+    "upper",
+    "view",
+    "visible",
+    "what",
+    "where",
+    "which",
+    "white",
+    "with",
+    "within",
+    "x-ray",
+    "yes",
+]
 
 
 def tokenizer_corpus() -> list[str]:
     """Sentences that cover every printable ASCII character and the words of plain reports."""
     characters = [chr(code) * 3 for code in range(32, 127)]
     pairs = [f"{first} {second}." for first in _WORDS for second in _WORDS[::7]]
-    return [*characters, *(word.capitalize() for word in _WORDS), *pairs]
+    breaks = ["a\n\nb"] * 1000  # one token, as in the release, where a prompt ends in it
+    return [*characters, *(word.capitalize() for word in _WORDS), *pairs, *breaks]
 
 
 def decoder_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -110,6 +110,19 @@ class SiglipInputs:
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
 
+    def examples(self, num_rows: int = 3) -> list[str]:
+        """The first captions, as the tokenizer gives them back."""
+        tokenizer = self.processor.tokenizer
+        return [
+            f"{caption!r} -> {tokenizer.decode(ids, skip_special_tokens=True)!r}"
+            for caption in self.train.captions[:num_rows]
+            for ids in [
+                tokenizer(caption, truncation=True, max_length=self.collator.max_length)[
+                    "input_ids"
+                ]
+            ]
+        ]
+
     def describe_targets(self, r: int) -> str:
         """A line that counts the adapted modules by tower and the adapter's parameters."""
         counts = describe_targets(self.targets, PARTS)

@@ -61,7 +61,7 @@ class SiglipTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The contrastive loss of the micro-batch."""
         images, texts = embed(model, inputs["input_ids"], inputs["pixel_values"])
@@ -95,8 +95,8 @@ class SiglipTrainer(Trainer):
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
-        prediction_loss_only: bool,  # noqa: ARG002
-        ignore_keys: list[str] | None = None,  # noqa: ARG002
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[None, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Embeddings of the batch, for `_validation_metrics` to compare across batches.
 

@@ -1,0 +1,75 @@
+"""What can be known of a recipe before any weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from medft.arguments import training_arguments
+from medft.decoder import inputs as decoder_inputs
+from medft.decoder.inputs import DecoderInputs
+from medft.errors import Findings
+from medft.launch import recipe_class
+from medft.recipe import Recipe, SiglipRecipe
+from medft.runs import batch_arithmetic, check_output_dir, check_same_run
+from medft.siglip import inputs as siglip_inputs
+from medft.siglip.inputs import SiglipInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A recipe that passed every check that needs no weights."""
+
+    recipe: Recipe
+    inputs: DecoderInputs | SiglipInputs
+    batch: dict[str, int]
+
+
+def check(file: Path, overrides: list[str]) -> Checked:
+    """Check a recipe as its script does before loading weights: schema, files, base.
+
+    Raises:
+        MedftError: with everything that is wrong.
+    """
+    recipe = recipe_class(file, overrides).load(file, overrides)
+    findings = Findings()
+    with findings.gather():
+        checkpoint = check_output_dir(recipe.train)
+    with findings.gather():
+        if isinstance(recipe, SiglipRecipe):
+            arguments = training_arguments(
+                TrainingArguments, recipe.train, dtype=recipe.model.dtype
+            )
+            inputs = siglip_inputs.prepare_inputs(
+                recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
+            )
+        else:
+            arguments = training_arguments(
+                SFTConfig, recipe.train, dtype=recipe.model.dtype, max_length=None
+            )
+            inputs = decoder_inputs.prepare_inputs(
+                recipe.model, recipe.data, recipe.lora, arguments
+            )
+    findings.raise_any()
+    if checkpoint:
+        check_same_run(recipe, inputs.record, checkpoint, None)
+    return Checked(recipe, inputs, batch_arithmetic(len(inputs.train), arguments))
+
+
+def describe_check(checked: Checked) -> str:
+    """What a check found, for reading: the resolved recipe, targets, examples and arithmetic."""
+    recipe, inputs, batch = checked.recipe, checked.inputs, checked.batch
+    lines = [recipe.dump()]
+    if recipe.lora:
+        lines += [f"adapters: {inputs.describe_targets(recipe.lora.r)}"]
+    else:
+        lines += ["adapters: none, every weight is trained"]
+    lines += [f"example: {example}" for example in inputs.examples()]
+    lines += [
+        f"batch: {batch['per_device']} per device x {batch['accumulation']} accumulation x "
+        f"{batch['world']} devices = {batch['effective']} rows a step",
+        f"steps: {batch['steps']} ({batch['steps_per_epoch']} an epoch), of which "
+        f"{batch['warmup_steps']} warm up",
+    ]
+    return "\n".join(lines)

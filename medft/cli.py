@@ -1,0 +1,151 @@
+"""The `medft` command. Nothing heavy is imported before a command is known."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import medft
+from medft.errors import run_command
+
+
+def main() -> int:
+    """Run `medft` with the process's arguments; returns the exit code."""
+    code = 0
+
+    def run(argv: list[str]) -> None:
+        nonlocal code
+        arguments = parser().parse_args(argv)
+        code = arguments.command(arguments) or 0
+
+    return run_command(run, sys.argv[1:]) or code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line and its help."""
+    medft_parser = argparse.ArgumentParser(
+        prog="medft",
+        description="Fine-tune medical image-text models without silent failures. "
+        "For research use.",
+        epilog="--debug after any command shows the traceback of an error.",
+    )
+    medft_parser.add_argument("--version", action="version", version=medft.__version__)
+    commands = medft_parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole pipeline on drawn pictures and tiny models")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.set_defaults(command=_demo)
+
+    data = commands.add_parser("data", help="prepare data")
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    prepare = data_commands.add_parser("prepare", help="tables and pictures -> pairs.parquet")
+    prepare.add_argument("sources", type=Path, metavar="SOURCES.yaml")
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
+    prepare.add_argument(
+        "--max-rejects",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of a source's rows that may be rejected (default 0.2)",
+    )
+    prepare.set_defaults(command=_prepare)
+    chat = data_commands.add_parser("chat", help="pairs.parquet -> conversations to train on")
+    chat.add_argument("pairs", type=Path, metavar="pairs.parquet")
+    chat.add_argument("--out", type=Path, required=True, metavar="DIR")
+    chat.add_argument("--format", choices=["trl", "sharegpt"], default="trl")
+    chat.set_defaults(command=_chat)
+
+    check = commands.add_parser("check", help="all that can be known of a recipe without weights")
+    _add_recipe(check)
+    check.set_defaults(command=_check)
+
+    train = commands.add_parser("train", help="check a recipe, then train it under accelerate")
+    _add_recipe(train)
+    train.add_argument("--config_file", type=Path, help="of accelerate; default: a single device")
+    train.set_defaults(command=_train)
+
+    merge = commands.add_parser("merge", help="fold an adapter into its base")
+    merge.add_argument("source", type=Path, metavar="RUN|ADAPTER")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR")
+    merge.add_argument(
+        "--onto", choices=["original"], default="original", help="which weights of the base"
+    )
+    merge.set_defaults(command=_merge)
+    return medft_parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path, metavar="RECIPE")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from medft.demo.chain import run_demo
+    from medft.launch import process_set_up
+
+    with process_set_up():
+        report = run_demo(arguments.out)
+    _say(str(report))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from medft.data.sources import prepare
+
+    summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)
+    for name, counts in summary["sources"].items():
+        reasons = "".join(f", {reason} {count}" for reason, count in counts["reasons"].items())
+        _say(
+            f"{name}: {counts['read']} rows read = {counts['accepted']} accepted + "
+            f"{counts['rejected']} rejected{reasons}"
+        )
+    splits = ", ".join(f"{split} {count}" for split, count in summary["splits"].items())
+    _say(f"{summary['rows']} pairs in {summary['groups']} groups: {splits}")
+    by_image = [name for name, by in summary["grouped_by"].items() if by == "image"]
+    if by_image:
+        _say(
+            f"{', '.join(by_image)}: split by image, whether a patient stands in two splits "
+            f"cannot be checked without a group column"
+        )
+    _say(str(arguments.out / "pairs.parquet"))
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from medft.data.chat import write_chat
+
+    counts = write_chat(arguments.pairs, arguments.out, format=arguments.format)
+    for split, count in counts.items():
+        _say(f"{arguments.out / split}.jsonl: {count} rows")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from medft.check import check, describe_check
+    from medft.launch import process_set_up
+
+    with process_set_up():
+        checked = check(arguments.recipe, arguments.overrides)
+        _say(describe_check(checked))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from medft.check import check
+    from medft.launch import process_set_up, train
+
+    with process_set_up(quiet=True):
+        check(arguments.recipe, arguments.overrides)
+    return train(arguments.recipe, arguments.overrides, arguments.config_file)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from medft.export.merge import merge
+    from medft.launch import process_set_up
+
+    with process_set_up():
+        adapter = merge(arguments.source, arguments.out)
+    _say(f"{adapter} merged onto the original weights of its base: {arguments.out}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

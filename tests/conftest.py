@@ -1,0 +1,114 @@
+"""Tiny bases and drawn data, made once; every test is offline."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Folders of a tiny decoder and a tiny SigLIP."""
+    from medft.demo.bases import build_decoder, build_siglip
+
+    folder = tmp_path_factory.mktemp("bases")
+    build_decoder(folder / "decoder", seed=5)
+    build_siglip(folder / "siglip", seed=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prepared drawn data: pairs.parquet and chat/."""
+    from medft.data.chat import write_chat
+    from medft.data.sources import prepare
+    from medft.demo.phantoms import draw_phantoms
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare(draw_phantoms(folder / "raw", patients=18, seed=3), folder, max_rejects=0.5)
+    write_chat(folder / "pairs.parquet", folder / "chat")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sections(bases, data):
+    """The sections of a small recipe by kind, to be changed by a test before it is written."""
+
+    def make(kind: str) -> dict:
+        chat = data / "chat"
+        recipe = {
+            "model": {"base": str(bases / kind), "dtype": "float32"},
+            "data": {
+                "train": str(chat / "train.jsonl"),
+                "validation": str(chat / "validation.jsonl"),
+            },
+            "lora": {"r": 4, "alpha": 8, "dropout": 0.05},
+            "train": {
+                "output_dir": "missing",
+                "per_device_train_batch_size": 3,
+                "per_device_eval_batch_size": 2,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+            },
+        }
+        if kind == "decoder":
+            recipe["quantization"] = None
+            recipe["data"]["max_length"] = 96
+        else:
+            recipe["contrastive"] = {"positives": "caption"}
+            recipe["data"]["image_size"] = 84
+        return recipe
+
+    return make
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Write sections to a file; its output_dir is a fresh folder."""
+
+    def write(recipe: dict, name: str = "run") -> Path:
+        recipe["train"]["output_dir"] = str(tmp_path / name)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def start_script():
+    """Start the command a user types in a process of its own, its output in one pipe."""
+
+    def start(kind: str, *words: object, **options: object) -> subprocess.Popen:
+        script = {"decoder": "decoder_qlora.py", "siglip": "siglip_lora.py"}[kind]
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "recipes" / script), *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            **options,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def output_of():
+    """What a process printed; it must have ended with the given code."""
+
+    def wait(process: subprocess.Popen, *, code: int = 0) -> str:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
+
+    return wait

@@ -1,0 +1,195 @@
+"""Every row of a table ends in pairs.parquet or, with its reason, in rejects.jsonl."""
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+from medft.data.pairs import perceptual_hash, read_pairs
+from medft.data.sources import load_sources, prepare
+from medft.errors import DataError, RecipeError
+
+
+def picture(folder, name, seed):
+    values = np.random.default_rng(seed).integers(0, 255, (30, 40), dtype=np.uint8)
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(values).save(folder / name)
+
+
+@pytest.fixture
+def export(tmp_path):
+    """A folder with pictures and a way to write a table and its SOURCES.yaml."""
+    for seed in range(6):
+        picture(tmp_path / "images", f"{seed}.png", seed)
+
+    def write(table: bytes, yaml: str, name: str = "table.csv"):
+        (tmp_path / name).write_bytes(table)
+        sources = tmp_path / "SOURCES.yaml"
+        sources.write_text(yaml)
+        return sources
+
+    return write
+
+
+YAML = """\
+sources:
+  - {name: a, kind: csv, path: table.csv, images: images, image: file, text: report%s}
+split: {validation: 0.0}
+"""
+
+
+def rejects(out):
+    return [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+
+
+def test_a_messy_csv_is_read_and_every_row_accounted_for(export, tmp_path):
+    table = (
+        " file ; report;age \r\n0.png;Herz größer als üblich;61\r\n1.png; ;40\r\n"
+        "9.png;Lost;1\r\n../secret.png;Out;2\r\n2.png;CLOSED ;3\r\n2.png;CLOSED;3\r\n;x;1\r\n"
+    ).encode("latin-1")
+    sources = export(table, YAML % ", keep: [age]")
+    (tmp_path / "secret.png").write_bytes((tmp_path / "images" / "0.png").read_bytes())
+    out = tmp_path / "out"
+    summary = prepare(sources, out, max_rejects=0.9)
+    counts = summary["sources"]["a"]
+    assert (counts["read"], counts["accepted"], counts["rejected"]) == (7, 2, 5)
+    assert [(line["row"], line["reason"]) for line in rejects(out)] == [
+        (2, "empty_text"),
+        (3, "missing_image"),
+        (4, "outside_root"),
+        (6, "duplicate"),
+        (7, "no_image"),
+    ]
+    rows = list(read_pairs(out / "pairs.parquet"))
+    assert [row["text"] for row in rows] == ["Herz größer als üblich", "CLOSED"]
+    assert json.loads(rows[0]["fields"]) == {"age": "61"}
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_what_is_stored_is_what_datasets_reads(export, tmp_path):
+    sources = export(b"file,report\n0.png,first\n1.png,second\n", YAML % "")
+    out = tmp_path / "out"
+    prepare(sources, out)
+    loaded = load_dataset("parquet", data_files=str(out / "pairs.parquet"), split="train")
+    for row, raw in zip(loaded, read_pairs(out / "pairs.parquet"), strict=True):
+        content = raw["images"][0]["bytes"]
+        assert hashlib.sha256(content).hexdigest() == row["sha256"][0]
+        assert (row["width"], row["height"]) == ([40], [30])
+        image = row["images"][0]
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(content))))
+        assert perceptual_hash(image) == row["phash"][0]
+        assert raw["images"][0]["path"] in ("0.png", "1.png")
+
+
+def test_templates_questions_and_where(export, tmp_path):
+    rows = [
+        {"file": "0.png", "findings": "Clear.", "impression": None, "view": "PA", "q": "Clear?"},
+        {"file": "1.png", "findings": "Opaque.", "impression": "Ill.", "view": "AP", "q": "Ill?"},
+        {"file": "2.png", "findings": "x", "impression": "y", "view": "LAT", "q": "z"},
+    ]
+    yaml = """\
+sources:
+  - name: a
+    kind: json
+    path: table.json
+    images: images
+    image: file
+    text: "{findings} {impression}"
+    question: q
+    where: {view: [PA, AP]}
+"""
+    sources = export(json.dumps(rows).encode(), yaml, "table.json")
+    prepare(sources, tmp_path / "out")
+    got = list(read_pairs(tmp_path / "out" / "pairs.parquet"))
+    assert [(row["text"], row["question"]) for row in got] == [
+        ("Clear.", "Clear?"),
+        ("Opaque. Ill.", "Ill?"),
+    ]
+
+
+def test_groups_stay_together_and_equal_pictures_join_them(export, tmp_path):
+    lines = ["file,report,patient"]
+    for index in range(60):
+        picture(tmp_path / "images", f"v{index}.png", 100 + index)
+        lines.append(f"v{index}.png,text {index},p{index // 3}")
+    lines.append("v0.png,another text,p19")  # the picture of p0 under p19
+    yaml = YAML.replace("0.0", "0.2") % ", group: patient"
+    sources = export("\n".join(lines).encode(), yaml)
+    summary = prepare(sources, tmp_path / "out")
+    splits = {}
+    for row in read_pairs(tmp_path / "out" / "pairs.parquet"):
+        splits.setdefault(row["group_id"], set()).add(row["split"])
+        splits.setdefault(row["sha256"][0], set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert summary["groups"] == 19
+    assert summary["splits"]["validation"] == 12  # floor(0.2 * 61 + 0.5), in groups of three
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (", group: patient", "the columns patient in"),
+        (", keep: [age]", "it has file, report"),
+        (', question: "{a} {report}"', "the columns a in"),
+    ],
+)
+def test_a_column_that_does_not_exist_is_an_error_that_lists_those_that_do(
+    export, tmp_path, extra, message
+):
+    sources = export(b"file,report\n0.png,x\n", YAML % extra)
+    with pytest.raises(DataError, match=message):
+        prepare(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_rejects_stop_and_leave_the_reasons_and_the_old_pairs(export, tmp_path):
+    out = tmp_path / "out"
+    prepare(export(b"file,report\n0.png,x\n", YAML % ""), out)
+    before = (out / "pairs.parquet").read_bytes()
+    sources = export(b"file,report\n0.png,x\n8.png,y\n9.png,z\n", YAML % "")
+    with pytest.raises(DataError, match=r"2 of 3 were \(missing_image 2\)"):
+        prepare(sources, out)
+    assert len(rejects(out)) == 2
+    assert (out / "pairs.parquet").read_bytes() == before
+    assert {path.name for path in out.iterdir()} == {
+        "pairs.parquet",
+        "rejects.jsonl",
+        "summary.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sources: []\n", "sources: expected"),
+        ("sources:\n  - {name: a, kind: xml, path: t, image: i, text: t}\n", ":2: sources.0.kind"),
+        ("sources:\n  - {name: a, kind: csv, paht: t, image: i, text: t}\n", "did you mean path"),
+        ("split: {validation: 0.1}\n", "sources is required"),
+    ],
+)
+def test_a_wrong_sources_file_names_the_place(tmp_path, text, message):
+    path = tmp_path / "SOURCES.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_sources(path)
+    assert any(message in problem for problem in caught.value.problems)
+
+
+def test_prompts_may_only_use_kept_columns(export, tmp_path):
+    yaml = YAML % "" + 'prompts: ["Describe this {modality}."]\n'
+    sources = export(b"file,report,modality\n0.png,x,CT\n", yaml)
+    with pytest.raises(RecipeError, match="add it to keep"):
+        prepare(sources, tmp_path / "out")
+
+
+@pytest.mark.parametrize("template", ["{report.__class__}", "{report!r}", "{0}{", "{report:>9}"])
+def test_templates_take_names_only(export, tmp_path, template):
+    sources = export(
+        b"file,report\n0.png,x\n", YAML.replace("text: report", f"text: '{template}'") % ""
+    )
+    with pytest.raises((RecipeError, DataError)):
+        prepare(sources, tmp_path / "out")

@@ -1,0 +1,210 @@
+"""The trainer trains what was asked: against plain transformers with labels made by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from medft.adapters import attach_adapter
+from medft.arguments import training_arguments
+from medft.data.chat import image_source
+from medft.data.images import open_image
+from medft.decoder.families import MLLAMA
+from medft.decoder.inputs import prepare_inputs
+from medft.decoder.model import load_model
+from medft.decoder.trainer import DecoderTrainer
+from medft.errors import RecipeError
+from medft.recipe import DecoderRecipe
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def trainer(sections, write_recipe):
+    def make(changes=(), **train):
+        recipe = sections("decoder")
+        recipe["train"] |= {"max_steps": 1, "save_strategy": "no", **train}
+        recipe = DecoderRecipe.load(write_recipe(recipe), changes)
+        set_seed(3)
+        arguments = training_arguments(
+            SFTConfig, recipe.train, dtype=recipe.model.dtype, max_length=None
+        )
+        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+        model = load_model(recipe.model, MLLAMA, recipe.quantization, trains_all=False)
+        model = attach_adapter(model, recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        return DecoderTrainer(model, arguments, inputs, {"family": "mllama"})
+
+    return make
+
+
+def plain_batch(bases, rows):
+    """Inputs by the stock processor and labels written by hand from the end-of-turn tokens."""
+    processor = AutoProcessor.from_pretrained(bases / "decoder", backend="pil")
+    answers = []
+    texts = []
+
+    for row in rows:
+        messages = json.loads(row["messages"])
+        texts.append(processor.apply_chat_template(messages))
+        answers.append(messages[-1]["content"][0]["text"])
+    images = [[open_image(image_source(image)) for image in row["images"]] for row in rows]
+    batch = processor(
+        images=images, text=texts, add_special_tokens=False, padding=True, return_tensors="pt"
+    )
+    labels = torch.full_like(batch["input_ids"], -100)
+    for index, answer in enumerate(answers):
+        tokens = processor.tokenizer(answer + "<|eot_id|>", add_special_tokens=False)["input_ids"]
+        stop = int(batch["attention_mask"][index].sum())
+        assert batch["input_ids"][index, stop - len(tokens) : stop].tolist() == tokens
+        labels[index, stop - len(tokens) : stop] = torch.tensor(tokens)
+    return batch, labels
+
+
+def plain_model(bases, trainer):
+    """The base by plain transformers with the trainer's adapter by plain PEFT."""
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=MLLAMA.presets["language"])
+    model = get_peft_model(model, config)
+    weights = {n: p for n, p in trainer.model.named_parameters() if "lora_" in n}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(weights[name])
+    return model
+
+
+def plain_loss(model, batch, labels, tokens=None):
+    logits = model(**batch).logits[:, :-1].float()
+    total = functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total / (tokens or (labels[:, 1:] != -100).sum())
+
+
+def test_the_step_0_loss_and_gradient_are_those_of_plain_transformers(bases, trainer):
+    trained = trainer(("lora.dropout=0",))
+    rows = [trained.train_dataset[index] for index in range(7)]
+    inputs = trained._prepare_inputs(trained.data_collator(rows))
+    trained.model.train()
+    loss = trained.compute_loss(trained.model, inputs)
+    loss.backward()
+
+    batch, labels = plain_batch(bases, rows)
+    plain = plain_model(bases, trained)
+    expected = plain_loss(plain, batch, labels)
+    expected.backward()
+    # fp32 sums in another order: far above the 1e-7 of one rounding, far below any wrong token
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = {n: p.grad for n, p in trained.model.named_parameters() if p.requires_grad}
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            gap = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert gap < 1e-4, name
+    wrong = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    wrong[wrong == 512] = -100
+    assert abs(plain_loss(plain, batch, wrong).item() - loss.item()) > 1e-3
+
+
+def test_the_logged_loss_of_the_first_step_is_the_plain_one(bases, trainer):
+    trained = trainer(("lora.dropout=0",), gradient_accumulation_steps=2)
+    batches = list(trained.get_train_dataloader())[:2]
+    plain = plain_model(bases, trained)
+    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    expected = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch.pop("labels")
+            expected += plain_loss(plain, batch, labels, tokens).item()
+    trained.train()
+    assert trained.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_loss_does_not_depend_on_the_batch_size(bases, trainer):
+    small, large = (trainer(per_device_eval_batch_size=size).evaluate() for size in (1, 3))
+    tokens = small["eval_supervised_tokens"]
+    assert small["eval_loss"] == pytest.approx(large["eval_loss"], rel=1e-6)
+    assert small["eval_token_accuracy"] == large["eval_token_accuracy"]
+    assert small["eval_perplexity"] == pytest.approx(math.exp(small["eval_loss"]))
+    trained = trainer()
+    batch, labels = plain_batch(bases, list(trained.eval_dataset))
+    plain = plain_model(bases, trained).eval()
+    with torch.no_grad():
+        expected = plain_loss(plain, batch, labels).item()
+    assert small["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert tokens == int((labels[:, 1:] != -100).sum())
+
+
+def test_adapters_stay_float32_on_a_4_bit_base_where_trl_rounds_them(trainer, data):
+    changes = ("quantization={bits: 4}", "model.dtype=bfloat16")
+    trained = trainer(changes)
+    weights = {n: p for n, p in trained.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in weights.values()} == {torch.float32}
+    rounded = [p.to(torch.bfloat16).float() for p in weights.values()]
+    assert any(not torch.equal(a, b) for a, b in zip(weights.values(), rounded, strict=True))
+    trained.train()
+    states = trained.optimizer.state.values()
+    assert {s["exp_avg"].dtype for s in states} == {torch.float32}
+
+    AcceleratorState._reset_state(True)
+    arguments = SFTConfig(
+        "unused", max_length=None, report_to="none", remove_unused_columns=False, use_cpu=True
+    )
+    stock = SFTTrainer(
+        trained.model, args=arguments, train_dataset=trained.train_dataset,
+        data_collator=trained.data_collator, processing_class=trained.processing_class,
+    )  # fmt: skip
+    dtypes = {p.dtype for p in stock.model.parameters() if p.requires_grad}
+    assert dtypes == {torch.bfloat16}  # the trap
+
+
+def test_training_moves_the_adapter_alone(trainer):
+    trained = trainer(max_steps=3)
+    before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+    trained.train()
+    for name, parameter in trained.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "launched", "message"),
+    [
+        ("float32", "bf16", "mixed_precision to be absent, it is bf16"),
+        ("bfloat16", "fp16", "it is fp16"),
+    ],
+)
+def test_a_launchers_precision_against_the_recipe_is_an_error(
+    trainer, monkeypatch, dtype, launched, message
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(RecipeError, match=message):
+        trainer((f"model.dtype={dtype}",))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is allowed on a GPU")
+def test_float16_without_gpu_is_an_error_before_loading(trainer):
+    with pytest.raises(RecipeError, match="expected a GPU"):
+        trainer(("model.dtype=float16",))
+
+
+def test_bfloat16_runs_under_autocast_and_float32_does_not(trainer):
+    assert trainer(("model.dtype=bfloat16",)).accelerator.mixed_precision == "bf16"
+    AcceleratorState._reset_state(True)
+    assert trainer().accelerator.mixed_precision == "no"
+
+
+def test_a_value_that_the_trainer_refuses_is_one_sentence(trainer):
+    with pytest.raises(RecipeError, match="expected values that the trainer accepts in train"):
+        trainer(lr_scheduler_type="linearr")

@@ -1,0 +1,176 @@
+"""Adapted = merged = reloaded from disk, with plain PEFT and plain transformers; merged != base."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from medft.decoder.families import MLLAMA
+from medft.decoder.model import load_model
+from medft.errors import BaseModelError, RunError
+from medft.export.merge import merge
+from medft.recipe import ModelSection, QuantizationSection
+from medft.siglip.model import resize_positions
+
+
+@pytest.fixture(scope="module")
+def runs(sections, tmp_path_factory, start_script, output_of):
+    """A finished run of each kind and one on a 4-bit base, trained side by side."""
+    folder = tmp_path_factory.mktemp("runs")
+    processes = []
+    for name, kind, changes in (
+        ("decoder", "decoder", []),
+        ("nf4", "decoder", ["quantization={bits: 4}"]),
+        ("siglip", "siglip", []),
+    ):
+        recipe = sections(kind)
+        recipe["train"] |= {"output_dir": str(folder / name), "max_steps": 8}
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        processes.append(start_script(kind, file, *changes))
+    for process in processes:
+        output_of(process)
+    return folder
+
+
+def decoder_logits(model, bases):
+    processor = AutoProcessor.from_pretrained(bases / "decoder", backend="pil")
+    generator = torch.Generator().manual_seed(8)
+    pixels = torch.randint(0, 255, (90, 70, 3), generator=generator, dtype=torch.uint8)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    batch = processor(
+        images=[[Image.fromarray(pixels.numpy())]], text=[text], add_special_tokens=False,
+        return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def siglip_logits(model):
+    generator = torch.Generator().manual_seed(8)
+    pixels = torch.randn(3, 3, 84, 84, generator=generator)
+    ids = torch.randint(3, 200, (5, 64), generator=generator)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, pixel_values=pixels).logits_per_image
+
+
+def gap(left, right):
+    return ((left - right).abs().max() / right.abs().max()).item()
+
+
+# W x + B A x against (W + B A) x in fp32: another order of summation, a few roundings of 6e-8
+MERGED = 1e-5
+
+
+def test_decoder_adapted_merged_and_reloaded_agree(runs, bases, tmp_path):
+    base = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    untouched = decoder_logits(base, bases)
+    adapted = decoder_logits(PeftModel.from_pretrained(base, runs / "decoder" / "adapter"), bases)
+    assert merge(runs / "decoder", tmp_path / "merged") == runs / "decoder" / "adapter"
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    merged = decoder_logits(loaded, bases)
+    assert gap(merged, adapted) < MERGED
+    assert gap(untouched, adapted) > 1e-2
+    assert AutoProcessor.from_pretrained(tmp_path / "merged").image_token_id == 512
+    assert json.loads((tmp_path / "merged" / "medft.json").read_text())["merged_onto"] == "original"
+
+
+def test_an_adapter_of_a_4_bit_base_merges_onto_the_original(runs, bases, tmp_path):
+    section = ModelSection(base=str(bases / "decoder"), dtype="float32")
+    packed = load_model(section, MLLAMA, QuantizationSection(), trains_all=False)
+    folder = runs / "nf4" / "adapter"
+    trained = decoder_logits(PeftModel.from_pretrained(packed, folder), bases)
+    base = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    untouched = decoder_logits(base, bases)
+    onto_original = decoder_logits(PeftModel.from_pretrained(base, folder), bases)
+    merge(runs / "nf4", tmp_path / "merged")
+    merged = decoder_logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), bases)
+    assert gap(merged, onto_original) < MERGED
+    # the trained model saw rounded weights: near what it learnt, nearer than the base is
+    near, far = ((x - trained).abs().mean().item() for x in (merged, untouched))
+    assert 0 < near < far
+
+
+def test_siglip_with_scale_and_bias_survives_merging(runs, bases, tmp_path):
+    merge(runs / "siglip" / "best_model", tmp_path / "best")
+    merge(runs / "siglip", tmp_path / "merged")
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    notes = json.loads((runs / "siglip" / "adapter" / "medft.json").read_text())
+    assert merged.logit_scale.item() == notes["logit_scale"]
+    assert merged.logit_bias.item() == notes["logit_bias"] != -10
+    assert merged.config.vision_config.image_size == 84
+
+    base = AutoModel.from_pretrained(bases / "siglip")
+    resize_positions(base, 84)
+    untouched = siglip_logits(base)
+    adapted_model = PeftModel.from_pretrained(base, runs / "siglip" / "adapter")
+    with torch.no_grad():
+        base.logit_scale.fill_(notes["logit_scale"])
+        base.logit_bias.fill_(notes["logit_bias"])
+    adapted = siglip_logits(adapted_model)
+    assert gap(siglip_logits(merged), adapted) < MERGED
+    assert gap(untouched, adapted) > 1e-3
+    size = AutoProcessor.from_pretrained(tmp_path / "merged").image_processor.size
+    assert (size["height"], size["width"]) == (84, 84)
+
+
+def test_a_run_directory_is_complete_and_keeps_no_pickle_in_its_results(runs, bases):
+    for name, kind in (("decoder", "decoder"), ("nf4", "decoder"), ("siglip", "siglip")):
+        run = runs / name
+        assert {path.name for path in run.iterdir()} - {"README.md"} == {
+            "adapter", "best_model", "checkpoint-8", "curves.png", "log_history.json",
+            "recipe.yaml", "run.json",
+        }  # fmt: skip
+        for result in ("adapter", "best_model"):
+            inside = {path.name for path in (run / result).iterdir()}
+            assert {"adapter_model.safetensors", "adapter_config.json", "medft.json"} <= inside
+            assert "processor_config.json" in inside
+            assert not [name for name in inside if name.endswith((".bin", ".pt", ".pth"))]
+        record = json.loads((run / "run.json").read_text())
+        assert record["status"] == "completed"
+        assert record["batch"]["effective"] == 3
+        assert record["base"]["sha256"]
+        assert record["data"]["train"]["sha256"]
+        assert record["metrics"]["eval_loss"] == record["best_metric"]
+        assert 0 < record["trainable_parameters"] < record["total_parameters"]
+        base_class = AutoModel if kind == "siglip" else AutoModelForImageTextToText
+        base = base_class.from_pretrained(bases / kind)
+        total = sum(p.numel() for p in base.parameters()) + record["trainable_parameters"]
+        if kind == "siglip":
+            total += 20 * 64 - 2  # 36 positions for 16; scale and bias are counted twice
+        assert record["total_parameters"] == total
+
+
+def test_what_cannot_be_merged_is_one_sentence(runs, bases, tmp_path):
+    with pytest.raises(RunError, match="holds no adapter_config"):
+        merge(tmp_path, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    with pytest.raises(RunError, match="an empty folder"):
+        merge(runs / "decoder", tmp_path / "full")
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {"file"}
+    broken = tmp_path / "run"
+    broken.mkdir()
+    (broken / "run.json").write_text('{"status": "interrupted"}')
+    with pytest.raises(RunError, match="its status is interrupted"):
+        merge(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_changed_since_is_refused(runs, bases, tmp_path):
+    copy = tmp_path / "adapter"
+    shutil.copytree(runs / "decoder" / "adapter", copy)
+    notes = json.loads((copy / "medft.json").read_text())
+    (copy / "medft.json").write_text(json.dumps({**notes, "sha256": "0" * 64}))
+    with pytest.raises(BaseModelError, match="its files have changed"):
+        merge(copy, tmp_path / "out")

@@ -1,0 +1,70 @@
+"""Position embeddings are interpolated once, exactly; scale and bias are trained and restored."""
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from medft.adapters import attach_adapter, write_notes
+from medft.errors import BaseModelError
+from medft.recipe import ModelSection, SiglipLoraSection
+from medft.siglip.model import (
+    PRESETS,
+    load_model,
+    resize_positions,
+    restore_scale_and_bias,
+    scale_and_bias,
+    scale_and_bias_notes,
+    train_scale_and_bias,
+)
+
+
+@pytest.fixture
+def section(bases):
+    return ModelSection(base=str(bases / "siglip"), dtype="float32")
+
+
+@pytest.mark.parametrize("size", [84, 112, 28])
+def test_interpolating_once_is_what_transformers_does_on_every_forward(section, size, tmp_path):
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    stock = AutoModel.from_pretrained(section.base)
+    with torch.no_grad():
+        expected = stock.vision_model(pixels, interpolate_pos_encoding=True).pooler_output
+        model = load_model(section, image_size=size, trains_all=False)
+        assert torch.equal(model.vision_model(pixels).pooler_output, expected)
+        model.save_pretrained(tmp_path / "resized")
+        again = AutoModel.from_pretrained(tmp_path / "resized")
+        assert torch.equal(again.vision_model(pixels).pooler_output, expected)
+    assert again.config.vision_config.image_size == size
+    with pytest.raises(RuntimeError, match="must match"):
+        stock.vision_model(pixels)  # the trap: without the flag a stock forward refuses
+
+
+def test_the_bases_own_size_is_left_alone(section):
+    model = load_model(section, image_size=56, trains_all=False)
+    before = model.vision_model.embeddings.position_embedding
+    resize_positions(model, 56)
+    assert model.vision_model.embeddings.position_embedding is before
+
+
+def test_peft_freezes_scale_and_bias_and_medft_frees_them(section):
+    model = load_model(section, image_size=56, trains_all=False)
+    adapted = attach_adapter(model, SiglipLoraSection(r=4, alpha=8), PRESETS, task_type=None)
+    assert not any(p.requires_grad for p in scale_and_bias(adapted))  # the trap
+    train_scale_and_bias(adapted)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in scale_and_bias(adapted))
+
+
+def test_scale_and_bias_come_back_bit_for_bit(section, tmp_path):
+    model = load_model(section, image_size=56, trains_all=False)
+    with torch.no_grad():
+        model.logit_scale.fill_(4.7123457)
+        model.logit_bias.fill_(-12.912345)
+    write_notes(tmp_path, scale_and_bias_notes(model))
+    other = load_model(section, image_size=56, trains_all=False)
+    assert not torch.equal(other.logit_scale, model.logit_scale)
+    restore_scale_and_bias(other, tmp_path)
+    assert torch.equal(other.logit_scale, model.logit_scale)
+    assert torch.equal(other.logit_bias, model.logit_bias)
+    write_notes(tmp_path, {})
+    with pytest.raises(BaseModelError, match="they are missing"):
+        restore_scale_and_bias(other, tmp_path)

@@ -1,0 +1,188 @@
+"""Adapters sit on exactly what was named; what would not run or not load is an error."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from medft.adapters import (
+    attach_adapter,
+    describe_targets,
+    load_adapter,
+    lora_parameters,
+    read_notes,
+    target_modules,
+    write_notes,
+)
+from medft.decoder import model as decoder_model
+from medft.decoder.families import MLLAMA
+from medft.errors import BaseModelError
+from medft.recipe import LoraSection
+from medft.siglip import model as siglip_model
+
+
+@pytest.fixture(scope="module")
+def mllama(bases):
+    return decoder_model.empty_model(AutoConfig.from_pretrained(bases / "decoder"))
+
+
+@pytest.fixture(scope="module")
+def siglip(bases):
+    return siglip_model.empty_model(AutoConfig.from_pretrained(bases / "siglip"))
+
+
+# 4 text layers: 2 of self-attention, 2 of cross-attention; 4 tower layers; 1 projector
+@pytest.mark.parametrize(
+    ("preset", "counts"),
+    [
+        ("language", "28 language"),
+        ("language_no_mlp", "16 language"),
+        ("cross_attention", "8 language"),
+        ("projector", "1 projector"),
+        ("vision", "24 vision"),
+        ("all", "24 vision, 1 projector, 28 language"),
+    ],
+)
+def test_presets_of_the_decoder_hit_the_parts_they_name(mllama, preset, counts):
+    assert preset in MLLAMA.presets
+    targets = target_modules(mllama, preset, MLLAMA.presets)
+    assert describe_targets(targets, MLLAMA.parts) == counts
+
+
+def test_every_linear_layer_of_the_decoder_but_the_head_is_in_the_preset_all(mllama):
+    linear = {name for name, module in mllama.named_modules() if isinstance(module, nn.Linear)}
+    assert linear - target_modules(mllama, "all", MLLAMA.presets).keys() == {"lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "counts"),
+    [("text", "12 text"), ("vision_no_head", "12 vision"), ("both_no_head", "12 vision, 12 text")],
+)
+def test_presets_of_siglip_hit_the_towers_they_name(siglip, preset, counts):
+    targets = target_modules(siglip, preset, siglip_model.PRESETS)
+    assert describe_targets(targets, siglip_model.PARTS) == counts
+
+
+def test_a_bare_name_also_hits_the_tower_and_is_counted(mllama):
+    targets = target_modules(mllama, ["q_proj"], MLLAMA.presets)
+    assert describe_targets(targets, MLLAMA.parts) == "4 vision, 4 language"
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("langauge", "'langauge' matches none: presets are language"),
+        (r".*\.no_such", "matches none"),
+        (["q_proj", "qproj"], "'qproj' matches none"),
+        ([], "an empty list matches none"),
+        ("(", "a regular expression"),
+        (r"model\.language_model.*", "linear layers"),
+    ],
+)
+def test_a_target_that_matches_nothing_usable_is_an_error(mllama, targets, message):
+    with pytest.raises(BaseModelError, match=message.replace("(", r"\(")):
+        target_modules(mllama, targets, MLLAMA.presets)
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], r".*head\.attention.*", ["attention"]])
+def test_adapters_in_the_pooling_head_which_would_never_run_are_refused(siglip, targets):
+    with pytest.raises(BaseModelError, match="never calls it"):
+        target_modules(siglip, targets, siglip_model.PRESETS)
+
+
+def test_the_preset_is_what_peft_adapts_in_float32_and_nothing_else(bases):
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder", dtype=torch.bfloat16)
+    targets = target_modules(model, "language", MLLAMA.presets)
+    lora = LoraSection(r=4, alpha=8)
+    adapted = attach_adapter(model, lora, MLLAMA.presets, task_type="CAUSAL_LM")
+    trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trainable} == set(
+        targets
+    )
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert sum(p.numel() for p in trainable.values()) == lora_parameters(targets, 4)
+    frozen = {p.dtype for p in adapted.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+
+
+def test_further_fields_reach_peft_and_its_refusals_are_sentences(bases):
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    dora = LoraSection(r=4, alpha=8, use_dora=True, rank_pattern={"o_proj": 2})
+    adapted = attach_adapter(model, dora, MLLAMA.presets, task_type=None)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("magnitude" in name for name in names)
+    ranks = {p.shape[0] for n, p in adapted.named_parameters() if "o_proj.lora_A" in n}
+    assert ranks == {2}
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    wrong = LoraSection(r=4, alpha=8, layers_to_transform=[1])
+    with pytest.raises(BaseModelError, match="it says: "):
+        attach_adapter(model, wrong, MLLAMA.presets, task_type=None)
+
+
+def test_bare_parameters_in_modules_to_save_are_refused(bases):
+    model = AutoModel.from_pretrained(bases / "siglip")
+    lora = LoraSection(r=4, alpha=8, targets="text", modules_to_save=["logit_scale"])
+    with pytest.raises(BaseModelError, match="'logit_scale' is none"):
+        attach_adapter(model, lora, siglip_model.PRESETS, task_type=None)
+
+
+@pytest.fixture
+def trained(bases, tmp_path):
+    """An adapter folder with random, non-zero weights."""
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    adapted = attach_adapter(model, LoraSection(r=4, alpha=8), MLLAMA.presets, task_type=None)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def load(bases, folder):
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    return load_adapter(model, folder)
+
+
+def test_a_whole_adapter_loads(bases, trained):
+    adapted = load(bases, trained)
+    saved = load_file(trained / "adapter_model.safetensors")
+    got = {n.replace(".default", ""): p for n, p in adapted.named_parameters() if "lora_" in n}
+    assert got.keys() == saved.keys()
+    assert all(torch.equal(got[name], saved[name]) for name in saved)
+
+
+def test_a_key_without_place_is_an_error_where_peft_warns(bases, trained):
+    path = trained / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = min(weights)
+    weights[name.replace("language_model", "old_model")] = weights.pop(name)
+    save_file(weights, path)
+    with pytest.raises(BaseModelError, match="trained on another base"):
+        load(bases, trained)
+
+
+def test_an_adapter_that_was_never_trained_is_refused(bases, trained):
+    path = trained / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "lora_B" in name)
+    save_file({**weights, name: torch.zeros_like(weights[name])}, path)
+    with pytest.raises(BaseModelError, match="1 lora_B tensors are all zero"):
+        load(bases, trained)
+
+
+def test_a_folder_without_adapter_is_an_error(bases, tmp_path):
+    with pytest.raises(BaseModelError, match="found none"):
+        load(bases, tmp_path)
+
+
+def test_notes_are_read_back_bit_for_bit(tmp_path):
+    value = torch.rand(1, generator=torch.Generator().manual_seed(3)).item() * 3
+    write_notes(tmp_path, {"logit_scale": value})
+    assert read_notes(tmp_path)["logit_scale"] == value
+    assert "medft" in json.loads((tmp_path / "medft.json").read_text())
+    with pytest.raises(BaseModelError, match=r"medft\.json"):
+        read_notes(tmp_path / "none")

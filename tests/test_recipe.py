@@ -1,0 +1,202 @@
+"""A recipe is read strictly: whatever is wrong is an error that names the place and the cure."""
+
+import pytest
+
+from medft.errors import RecipeError
+from medft.recipe import FOREIGN_KEYS, DecoderRecipe, SiglipRecipe, _names
+
+GOOD = """\
+model: {base: some/base}
+data: {train: train.jsonl}
+train:
+  output_dir: runs/x
+  learning_rate: 1e-4
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text, *overrides, kind=DecoderRecipe):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return kind.load(path, overrides)
+
+    return load
+
+
+def problems(load, text, *overrides, kind=DecoderRecipe):
+    with pytest.raises(RecipeError) as caught:
+        load(text, *overrides, kind=kind)
+    return caught.value.problems
+
+
+def test_defaults_are_filled_in_and_a_bare_exponent_is_a_number(load):
+    recipe = load(GOOD)
+    assert recipe.train["learning_rate"] == 1e-4
+    assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.targets) == (16, 32, "language")
+    assert (recipe.quantization.bits, recipe.quantization.type) == (4, "nf4")
+    assert (recipe.train["adam_beta2"], recipe.train["warmup_steps"]) == (0.95, 0.1)
+    assert "eval_strategy" not in recipe.train
+    assert load(GOOD, "data.validation=v.jsonl").train["eval_strategy"] == "epoch"
+
+
+def test_null_switches_a_section_off(load):
+    recipe = load(GOOD + "quantization: null\nlora: null\n")
+    assert recipe.quantization is None
+    assert recipe.lora is None
+    assert load(GOOD, "quantization=null").quantization is None
+
+
+@pytest.mark.parametrize("kind", [DecoderRecipe, SiglipRecipe])
+def test_a_dumped_recipe_loads_as_itself(load, kind):
+    text = GOOD.replace("model:", "lora: {r: 8, use_dora: true, rank_pattern: {a: 3}}\nmodel:")
+    recipe = load(text, "data.validation=v.jsonl", "train.seed=5", kind=kind)
+    assert load(recipe.dump(), kind=kind) == recipe
+    assert load(recipe.dump(), "train.seed=6", kind=kind) != recipe
+
+
+def test_overrides_come_after_the_file_and_are_validated(load):
+    assert load(GOOD, "train.learning_rate=3e-5").train["learning_rate"] == 3e-5
+    assert load(GOOD, "lora.targets=[q_proj, v_proj]").lora.targets == ["q_proj", "v_proj"]
+    [problem] = problems(load, GOOD, "train.learning_rate=fast")
+    assert "override 'train.learning_rate=fast'" in problem
+    assert "expected a valid number" in problem
+    [problem] = problems(load, GOOD, "learning_rate=1")
+    assert "train.learning_rate" in problem
+
+
+@pytest.mark.parametrize("word", ["train.seed", "a.b.c=1", "=1", "train.=2", "train.seed=[1"])
+def test_a_malformed_override_is_an_error(load, word):
+    [problem] = problems(load, GOOD, word)
+    assert "override" in problem
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "advice"),
+    [
+        ("base:", "bsae: x, base:", 1, "did you mean model.base?"),
+        ("{train: train.jsonl}", "{train: a, validaton: b}", 2, "did you mean data.validation?"),
+        ("learning_rate:", "learing_rate:", 5, "did you mean train.learning_rate?"),
+        ("model:", "modle: {}\nmodel:", 1, "did you mean model?"),
+        ("model:", "lora: {r: 4, alhpa: 3}\nmodel:", 1, "did you mean lora.alpha?"),
+        ("model:", "quantization: {bit: 4}\nmodel:", 1, "did you mean quantization.bits?"),
+        ("model:", "lora: {lora_rank: 4}\nmodel:", 1, "here it is lora.r"),
+        ("model:", "cutoff_len: 4\nmodel:", 1, "here it is data.max_length"),
+        ("learning_rate:", "micro_batch_size: 4\n  learning_rate:", 5, "train.per_device"),
+        ("learning_rate:", "load_in_4bit: true\n  learning_rate:", 5, "quantization.bits"),
+        ("base:", "learning_rate: 3, base:", 1, "here it is train.learning_rate"),
+        ("{train: train.jsonl}", "{train: a, image_size: 4}", 2, "belongs to siglip recipes"),
+        ("model:", "contrastive: {}\nmodel:", 1, "siglip_lora.py"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_names_its_line_and_the_right_key(load, old, new, line, advice):
+    found = problems(load, GOOD.replace(old, new, 1))
+    assert any(f"recipe.yaml:{line}: unknown key" in text and advice in text for text in found)
+
+
+def test_quantization_of_siglip_is_refused_with_the_reason(load):
+    [problem] = problems(load, GOOD + "quantization: {bits: 4}\n", kind=SiglipRecipe)
+    assert "not trained on a 4-bit base" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("max_length: 5", "data.max_length"),
+        ("packing: true", "packing"),
+        ("padding_free: true", "padded"),
+        ("assistant_only_loss: true", "assistant"),
+        ("completion_only_loss: true", "assistant"),
+        ("model_init_kwargs: {}", "section model"),
+        ("remove_unused_columns: true", "images"),
+        ("load_best_model_at_end: true", "best_model/"),
+        ("deepspeed: x.json", "launcher"),
+        ("fsdp: full_shard", "launcher"),
+        ("bf16: true", "model.dtype"),
+        ("fp16: false", "model.dtype"),
+    ],
+)
+def test_train_keys_that_medft_owns_are_refused_with_the_reason(load, key, reason):
+    [problem] = problems(load, GOOD + f"  {key}\n")
+    assert "recipe.yaml:6: train." in problem
+    assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rate: fast", "a valid number, got 'fast'"),
+        ("max_steps: 2.5", "a valid integer, got 2.5"),
+        ("gradient_checkpointing: yes", "a valid boolean, got 'yes'"),
+        ("seed: true", "a valid integer, got True"),
+    ],
+)
+def test_a_wrong_type_is_an_error(load, text, expected):
+    [problem] = problems(load, GOOD.replace("learning_rate: 1e-4", text))
+    assert f"expected {expected}" in problem
+
+
+def test_out_of_range_values_and_choices_are_errors(load):
+    found = problems(load, GOOD + "lora: {r: 0, dropout: 1.5}\n", "model.dtype=bf16")
+    assert any("lora.r: expected greater than or equal to 1" in text for text in found)
+    assert any("lora.dropout" in text for text in found)
+    assert any("'bfloat16', 'float16' or 'float32', got 'bf16'" in text for text in found)
+
+
+def test_missing_required_keys_are_all_named(load):
+    found = problems(load, "lora: {r: 3}\n")
+    assert [text.split(": ")[1].split(" ")[0] for text in found] == [
+        "model.base",
+        "data.train",
+        "train.output_dir",
+    ]
+    [problem] = problems(load, GOOD.replace("output_dir", "# output_dir"))
+    assert "train.output_dir is required" in problem
+
+
+def test_further_lora_keys_are_those_of_peft_and_typed(load):
+    recipe = load(GOOD + "lora: {use_rslora: true, init_lora_weights: pissa_niter_4}\n")
+    assert recipe.lora.model_extra == {"use_rslora": True, "init_lora_weights": "pissa_niter_4"}
+    assert "valid boolean" in problems(load, GOOD + "lora: {use_rslora: 'on'}\n")[0]
+    assert "lora.alpha" in problems(load, GOOD + "lora: {lora_alpha: 4}\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("model: {base: x}\nmodel: {base: y}\n", 2), ("model: [\n", 2), ("a: b: c\n", 1)],
+)
+def test_broken_yaml_names_the_line(load, text, line):
+    [problem] = problems(load, text)
+    assert f"recipe.yaml:{line}" in problem
+
+
+def test_empty_and_missing_files_are_errors(load, tmp_path):
+    assert "found nothing" in problems(load, "")[0]
+    with pytest.raises(RecipeError, match="could not read it"):
+        DecoderRecipe.load(tmp_path / "none.yaml")
+
+
+def test_a_validation_file_that_would_never_be_read_is_an_error(load):
+    [problem] = problems(load, GOOD, "data.validation=v.jsonl", "train.eval_strategy='no'")
+    assert "never be read" in problem
+    [problem] = problems(load, GOOD, "train.eval_strategy=epoch")
+    assert "data.validation is missing" in problem
+
+
+def test_keys_without_effect_in_this_version_are_refused(load):
+    assert "not available" in problems(load, GOOD, "model.vision_cache=cache")[0]
+    assert "not available" in problems(load, GOOD, "model.cross_attention_fix=true")[0]
+    assert "lm_head" in problems(load, GOOD, "quantization.skip=[vision]")[0]
+
+
+@pytest.mark.parametrize("kind", [DecoderRecipe, SiglipRecipe])
+def test_the_table_of_other_tools_names_points_at_real_keys(kind):
+    real = {".".join(name) for name in [*_names(DecoderRecipe), *_names(SiglipRecipe)]}
+    assert {target.split(" ")[0] for target in FOREIGN_KEYS.values()} <= real
+    own = {name[-1] for name in _names(kind)}
+    assert not own & FOREIGN_KEYS.keys()
+
+
+def test_home_paths_are_expanded(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere/ada")
+    assert load(GOOD, "model.base=~/models/x").model.base == "/somewhere/ada/models/x"

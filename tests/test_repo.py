@@ -1,0 +1,95 @@
+"""The files that ship belong together."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medft.launch import shipped
+from medft.recipe import DecoderRecipe, SiglipRecipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+def test_the_recipes_that_ship_are_counted():
+    assert {path.relative_to(ROOT / "recipes").as_posix() for path in RECIPES} == {
+        "decoder/llama32_11b_24gb.yaml",
+        "decoder/tiny.yaml",
+        "siglip/siglip_base_448.yaml",
+        "siglip/tiny.yaml",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_that_ships_loads_and_its_header_names_itself(path):
+    kind = {"decoder": DecoderRecipe, "siglip": SiglipRecipe}[path.parent.name]
+    recipe = kind.load(path)
+    header = "".join(re.findall(r"^#(.*)$", path.read_text(), flags=re.MULTILINE))
+    assert path.relative_to(ROOT).as_posix() in header
+    per_device = recipe.train["per_device_train_batch_size"]
+    accumulation = recipe.train.get("gradient_accumulation_steps", 1)
+    assert re.search(rf"\b{per_device} (row|pair)s? ", header)
+    assert re.search(
+        rf"= {per_device * accumulation} (row|pair)s|{per_device} (row|pair)s a step", header
+    )
+
+
+def test_default_recipes_exist():
+    for kind in (DecoderRecipe, SiglipRecipe):
+        assert shipped(f"recipes/{kind.default_file}").is_file()
+        assert shipped(f"recipes/{kind.script}").is_file()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_an_accelerate_config_holds_no_precision_and_no_hyper_parameters(path):
+    config = yaml.safe_load(path.read_text())
+    assert not {"mixed_precision", "gradient_accumulation_steps"} & config.keys()
+    deepspeed = config.get("deepspeed_config", {})
+    assert set(deepspeed) <= {"deepspeed_config_file", "zero3_init_flag"}
+    if deepspeed:
+        content = json.loads((ROOT / deepspeed["deepspeed_config_file"]).read_text())
+        assert content["bf16"] == content["fp16"] == {"enabled": "auto"}
+        assert content["gradient_accumulation_steps"] == content["gradient_clipping"] == "auto"
+
+
+def test_the_accelerate_configs_are_counted():
+    names = {path.stem for path in CONFIGS}
+    assert names == {"cpu", "single_gpu", "ddp", "zero2", "zero3"}
+
+
+def test_paths_named_in_the_documentation_exist():
+    named = set()
+    for page in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text()
+        named |= set(
+            re.findall(
+                r"\b(?:recipes|accelerate_configs|deepspeed_configs|medft|tests)/[\w/.]+\w", text
+            )
+        )
+    assert len(named) > 5
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_constraints_pin_every_direct_dependency_and_name_no_host():
+    text = (ROOT / "constraints.txt").read_text()
+    assert all(re.fullmatch(r"[\w.\-]+==[\w.+\-]+", line) for line in text.splitlines())
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in text.splitlines()}
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = project["dependencies"] + project["optional-dependencies"]["deepspeed"]
+    names = {re.split(r"[>=<]", need)[0].lower().replace("_", "-") for need in needed}
+    assert names <= pinned
+
+
+def test_tracked_files_are_small():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    sizes = {name: (ROOT / name).stat().st_size for name in listed if (ROOT / name).exists()}
+    assert {name: size for name, size in sizes.items() if size > 250_000} == {}
