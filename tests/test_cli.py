@@ -1,0 +1,67 @@
+"""The command answers at once and says what went wrong by its exit code."""
+
+import subprocess
+import sys
+
+import pytest
+
+from medft import cli
+from medft.errors import MedftError, Terminated, run_command
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, medft.cli; medft.cli.parser().format_help();"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'pydantic', 'numpy', 'PIL'};"
+        "sys.stdout.write(' '.join(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["data", "--help"], ["train", "--help"]])
+def test_help_exits_with_0(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parser().parse_args(words)
+    assert caught.value.code == 0
+    assert "usage: medft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["tarin"], ["merge", "x"], ["train"]])
+def test_wrong_words_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parser().parse_args(words)
+    assert caught.value.code == 2
+    assert "usage: medft" in capsys.readouterr().err
+
+
+def test_exit_codes_and_sentences(capsys, monkeypatch):
+    def fail(argv):
+        raise MedftError("expected a, got b", "expected c, got d")
+
+    def stop(argv):
+        raise Terminated
+
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    assert run_command(list, []) == 0
+    assert run_command(fail, ["x"]) == 2
+    assert capsys.readouterr().err == (
+        "medft: error: expected a, got b\nmedft: error: expected c, got d\n"
+    )
+    with pytest.raises(MedftError):
+        run_command(fail, ["--debug"])
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(fail, []) == 2
+    assert capsys.readouterr().err == ""
+    assert run_command(stop, []) == 143
+    assert run_command(interrupt, []) == 130
+
+
+def test_a_bug_of_ours_is_not_hidden():
+    def broken(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(broken, [])
