@@ -10,8 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import DeepSpeedPlugin, init_empty_weights
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.integrations import unset_hf_deepspeed_config
 
 from medft.errors import BaseModelError
 from medft.recipe import ModelSection
@@ -112,6 +120,25 @@ def load_processor(model: ModelSection) -> ProcessorMixin:
             f"{type(processor.image_processor).__name__}: upgrade transformers"
         )
     return processor
+
+
+def empty_model(
+    auto_class: type, config: PreTrainedConfig, *, deepspeed_plugin: DeepSpeedPlugin | None = None
+) -> PreTrainedModel:
+    """The model without weights: its modules and shapes on the meta device.
+
+    Args:
+        auto_class: AutoModel or one of its kin.
+        config: of the base.
+        deepspeed_plugin: of the training arguments; ZeRO-3 would shard weights that are not there.
+    """
+    unset_hf_deepspeed_config()
+    try:
+        with init_empty_weights():
+            return auto_class.from_config(config)
+    finally:
+        if deepspeed_plugin is not None:
+            deepspeed_plugin.set_deepspeed_weakref()
 
 
 def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from medft.adapters import (
     target_modules,
     write_notes,
 )
-from medft.decoder import model as decoder_model
+from medft.base import empty_model
 from medft.decoder.families import MLLAMA
 from medft.errors import BaseModelError
 from medft.recipe import LoraSection
@@ -26,12 +26,13 @@ from medft.siglip import model as siglip_model
 
 @pytest.fixture(scope="module")
 def mllama(bases):
-    return decoder_model.empty_model(AutoConfig.from_pretrained(bases / "decoder"))
+    config = AutoConfig.from_pretrained(bases / "decoder")
+    return empty_model(AutoModelForImageTextToText, config)
 
 
 @pytest.fixture(scope="module")
 def siglip(bases):
-    return siglip_model.empty_model(AutoConfig.from_pretrained(bases / "siglip"))
+    return empty_model(AutoModel, AutoConfig.from_pretrained(bases / "siglip"))
 
 
 # 4 text layers: 2 of self-attention, 2 of cross-attention; 4 tower layers; 1 projector

@@ -8,10 +8,15 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    ProcessorMixin,
+    TrainingArguments,
+)
 
 from medft.adapters import describe_targets, lora_parameters, target_modules
-from medft.base import load_config, load_processor
+from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
 from medft.decoder.collator import (
     IGNORED,
@@ -20,7 +25,6 @@ from medft.decoder.collator import (
     mark_trained,
 )
 from medft.decoder.families import Family, family_of
-from medft.decoder.model import empty_model
 from medft.errors import BaseModelError, DataError, Findings
 from medft.recipe import DecoderDataSection, LoraSection, ModelSection
 
@@ -80,7 +84,9 @@ def prepare_inputs(
         config = load_config(model)
         family = family_of(config.model_type)
         processor = load_processor(model)
-        empty = empty_model(config)
+        empty = empty_model(
+            AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
+        )
         targets = target_modules(empty, lora.targets, family.presets) if lora else {}
         if family.parts["lm_head"] in targets:
             raise BaseModelError(

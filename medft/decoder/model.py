@@ -4,13 +4,11 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -20,12 +18,6 @@ from medft.errors import BaseModelError
 from medft.recipe import ModelSection, QuantizationSection
 
 logger = logging.getLogger(__name__)
-
-
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights: its modules and shapes on the meta device."""
-    with init_empty_weights():
-        return AutoModelForImageTextToText.from_config(config)
 
 
 def load_model(

@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset as Rows
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
+from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
 from medft.adapters import describe_targets, lora_parameters, target_modules
-from medft.base import load_config, load_processor
+from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import (
     describe_counts,
     fingerprint,
@@ -28,7 +28,7 @@ from medft.data.images import open_image
 from medft.data.template import fill_template, template_names
 from medft.errors import BaseModelError, DataError, Findings, RecipeError
 from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
-from medft.siglip.model import HEAD_PRESETS, PARTS, PRESETS, check_family, empty_model
+from medft.siglip.model import HEAD_PRESETS, PARTS, PRESETS, check_family
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def prepare_inputs(
         _check_sizes(config, data)
         processor = load_processor(model)
         processor.image_processor.size = {"height": data.image_size, "width": data.image_size}
-        targets = _targets(config, lora) if lora else {}
+        targets = _targets(config, lora, arguments) if lora else {}
     findings.raise_any()
     record = {}
     for split, (path, pairs) in files.items():
@@ -200,13 +200,16 @@ def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
         )
 
 
-def _targets(config: PreTrainedConfig, lora: LoraSection) -> dict[str, nn.Module]:
+def _targets(
+    config: PreTrainedConfig, lora: LoraSection, arguments: TrainingArguments
+) -> dict[str, nn.Module]:
     if lora.targets in HEAD_PRESETS:
         raise BaseModelError(
             f"expected lora.targets without the pooling head, whose adapter would never run, got "
             f"{lora.targets!r}: write {lora.targets}_no_head"
         )
-    return target_modules(empty_model(config), lora.targets, PRESETS)
+    empty = empty_model(AutoModel, config, deepspeed_plugin=arguments.deepspeed_plugin)
+    return target_modules(empty, lora.targets, PRESETS)
 
 
 def _pairs(path: Path, split: str, template: str | None) -> PairDataset:

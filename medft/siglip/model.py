@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,12 +50,6 @@ def check_family(config: PreTrainedConfig) -> None:
             f"model_type {config.model_type!r}: choose another base; decoders are trained with "
             f"decoder_qlora.py"
         )
-
-
-def empty_model(config: PreTrainedConfig) -> SiglipModel:
-    """The model without weights: its modules and shapes on the meta device."""
-    with init_empty_weights():
-        return AutoModel.from_config(config)
 
 
 def load_model(model: ModelSection, *, image_size: int, trains_all: bool) -> SiglipModel:

@@ -1,0 +1,103 @@
+"""Two processes on the CPU: DDP through torchrun, ZeRO-2 and ZeRO-3 through accelerate launch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def recipe(sections, write_recipe):
+    def write(kind, **train):
+        content = sections(kind)
+        content["lora"]["dropout"] = 0.0
+        content["train"] |= {"max_steps": 4, "gradient_checkpointing": False, **train}
+        return write_recipe(content)
+
+    return write
+
+
+def script(kind):
+    return str(ROOT / "recipes" / {"decoder": "decoder_qlora.py", "siglip": "siglip_lora.py"}[kind])
+
+
+def finish(command):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launched(tmp_path, name):
+    """The shipped configuration of accelerate, on two CPU processes."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
+    config |= {"use_cpu": True, "num_processes": 2}
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return ["accelerate.commands.launch", "--config_file", str(file)]
+
+
+def losses(file):
+    run = Path(yaml.safe_load(file.read_text())["train"]["output_dir"])
+    history = json.loads((run / "log_history.json").read_text())
+    return [entry["loss"] for entry in history if "loss" in entry], run
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(recipe):
+    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612"]
+    two = recipe("decoder", per_device_train_batch_size=3)
+    finish([*words, script("decoder"), str(two)])
+    first, run = losses(two)
+    record = json.loads((run / "run.json").read_text())
+    assert (record["batch"]["world"], record["batch"]["effective"]) == (2, 6)
+    assert json.loads((run / "checkpoint-4" / "manifest.json").read_text())["world_size"] == 2
+    metrics = record["metrics"]
+
+    (run.parent / "one").mkdir()
+    one = run.parent / "one.yaml"
+    one.write_text(two.read_text().replace(str(run), str(run.parent / "one")))
+    subprocess.run(
+        [sys.executable, script("decoder"), str(one), "train.per_device_train_batch_size=6"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    second, run = losses(one)
+    # the same rows in fp32, summed in two halves
+    assert first == pytest.approx(second, rel=1e-5)
+    alone = json.loads((run / "run.json").read_text())["metrics"]
+    assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    assert metrics["eval_supervised_tokens"] == alone["eval_supervised_tokens"]
+
+
+def test_siglip_on_two_processes_keeps_scale_and_bias_in_step(recipe):
+    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    file = recipe("siglip")
+    finish([*words, script("siglip"), str(file), "contrastive.exact_batch=false"])
+    _, run = losses(file)
+    notes = json.loads((run / "adapter" / "medft.json").read_text())
+    assert notes["logit_bias"] != -10
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("quantization", ["null", "{bits: 4}"])
+def test_deepspeed_trains_and_writes_a_plain_adapter(recipe, tmp_path, stage, quantization):
+    file = recipe("decoder")
+    words = launched(tmp_path, stage)
+    finish([*words, script("decoder"), str(file), f"quantization={quantization}"])
+    found, run = losses(file)
+    assert found[-1] < found[0]
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "completed"
+    assert record["batch"]["effective"] == 6
+    assert record["trainable_parameters"] == 16_384
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert sum(weight.numel() for weight in saved.values()) == 16_384
+    assert all(weight.any() for weight in saved.values())
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
