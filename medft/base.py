@@ -22,8 +22,8 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from medft.errors import BaseModelError
+from medft.provenance import folder_sha256
 from medft.recipe import ModelSection
-from medft.runs import folder_sha256
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from medft.arguments import training_arguments
+from medft.base import identify_base
 from medft.decoder import inputs as decoder_inputs
 from medft.decoder.inputs import DecoderInputs
 from medft.errors import Findings
@@ -53,7 +54,8 @@ def check(file: Path, overrides: list[str]) -> Checked:
             )
     findings.raise_any()
     if checkpoint:
-        check_same_run(recipe, inputs.record, checkpoint, None)
+        base = identify_base(recipe.model, inputs.config)
+        check_same_run(recipe, base, inputs.record, checkpoint, None)
     return Checked(recipe, inputs, batch_arithmetic(len(inputs.train), arguments))
 
 

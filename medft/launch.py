@@ -59,7 +59,9 @@ def read_recipe(kind: type[AnyRecipe], argv: list[str]) -> AnyRecipe:
 
 
 def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
-    """What a recipe file trains: a section `contrastive`, or else its base, tells.
+    """What a recipe file trains: a section `contrastive`, or else what its base is or is called.
+
+    The hub is not asked; the checks of the base find out where this guess is wrong.
 
     Raises:
         RecipeError: the file cannot be read.
@@ -76,9 +78,9 @@ def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
     from transformers import PreTrainedConfig
 
     try:
-        content, _ = PreTrainedConfig.get_config_dict(base, revision=model.get("revision"))
+        content, _ = PreTrainedConfig.get_config_dict(base, local_files_only=True)
     except (OSError, ValueError):
-        return DecoderRecipe  # whose check of the base says what is wrong
+        content = {"model_type": "siglip" if "siglip" in base.lower() else None}
     return SiglipRecipe if content.get("model_type") == "siglip" else DecoderRecipe
 
 
@@ -103,8 +105,10 @@ def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
         config_file = shipped(f"accelerate_configs/{device}.yaml")
     script = shipped(f"recipes/{kind.script}")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(config_file)]
-    deepspeed = StrictYaml.read(config_file).raw.get("deepspeed_config", {})
+    config = StrictYaml.read(config_file).raw
+    threads = max((os.cpu_count() or 1) // int(config.get("num_processes", 1)), 1)
+    command += ["--config_file", str(config_file), "--num_cpu_threads_per_process", str(threads)]
+    deepspeed = config.get("deepspeed_config", {})
     if "deepspeed_config_file" in deepspeed:
         path = Path(deepspeed["deepspeed_config_file"])
         command += ["--deepspeed_config_file", str(path if path.exists() else shipped(str(path)))]

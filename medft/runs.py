@@ -1,23 +1,16 @@
 """The run directory: what was asked, on what it ran, how it went.
 
 `recipe.yaml` is the resolved recipe, `run.json` the record, `log_history.json` Trainer's list and
-`curves.png` its picture. Only the first process writes. Secrets are masked at any depth; paths
-below the user's home are written with `~`; host names are never read.
+`curves.png` its picture. Only the first process writes.
 """
 
-import datetime
-import hashlib
 import json
 import math
 import os
-import platform
 import re
-import resource
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,64 +23,30 @@ from transformers import (
     TrainingArguments,
 )
 
-import medft
 from medft.checkpoints import (
     BestModelKeeper,
     CheckpointKeeper,
     checkpoint_to_resume,
     complete_folder,
-    file_sha256,
     wait_for_everyone,
     world_size_of,
     write_json,
 )
 from medft.errors import RunError, Terminated
+from medft.provenance import (
+    hardware,
+    masked,
+    medft_version,
+    now,
+    package_versions,
+    peak_memory,
+)
 from medft.recipe import Recipe, dump_sections
-
-PACKAGES = [
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "trl",
-    "accelerate",
-    "datasets",
-    "pillow",
-    "deepspeed",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-]
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
 )
 """Recipe keys that may differ when a run goes on, since they do not change what is trained."""
-
-_SECRET = re.compile(r"(?i)token(?!iz)|key|secret|password")
-
-
-def masked(content: Any, *, secret: bool = False) -> Any:
-    """A copy without secrets: texts below a key that names one are `***`, the home folder is `~`.
-
-    Args:
-        content: what json can hold.
-        secret: whether a key above names a secret.
-    """
-    if isinstance(content, dict):
-        return {
-            key: masked(value, secret=secret or bool(_SECRET.search(str(key))))
-            for key, value in content.items()
-        }
-    if isinstance(content, list | tuple):
-        return [masked(value, secret=secret) for value in content]
-    if not isinstance(content, str):
-        return content
-    name, equals, value = content.partition("=")
-    if secret or (equals and value and _SECRET.search(name)):
-        return "***" if secret else f"{name}=***"
-    home = str(Path.home())
-    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", content) if home != "/" else content
 
 
 def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
@@ -154,12 +113,17 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def check_same_run(
-    recipe: Recipe, data: dict[str, Any], checkpoint: Path, world_size: int | None
+    recipe: Recipe,
+    base: dict[str, Any],
+    data: dict[str, Any],
+    checkpoint: Path,
+    world_size: int | None,
 ) -> None:
     """Refuse to continue a run with anything changed that decides what is trained.
 
     Args:
         recipe: as resolved now.
+        base: what identifies the base now.
         data: the inputs' record, as read now.
         checkpoint: the one to continue from, in the run's directory.
         world_size: processes now; None where it is not known yet.
@@ -169,23 +133,24 @@ def check_same_run(
     """
     run = checkpoint.parent
     earlier = read_record(run)
-    now, then = (_flat(content) for content in (masked(recipe.model_dump()), earlier["recipe"]))
+    current, then = (_flat(content) for content in (masked(recipe.model_dump()), earlier["recipe"]))
     changed = sorted(
         key
-        for key in now.keys() | then.keys()
-        if now.get(key) != then.get(key) and not FREE_ON_RESUME.fullmatch(key)
+        for key in current.keys() | then.keys()
+        if current.get(key) != then.get(key) and not FREE_ON_RESUME.fullmatch(key)
     )
     if changed:
-        listed = ", ".join(f"{key} ({then.get(key)} -> {now.get(key)})" for key in changed)
+        listed = ", ".join(f"{key} ({then.get(key)} -> {current.get(key)})" for key in changed)
         raise RunError(
             f"expected the recipe of the interrupted run in {run}, these keys differ: {listed}: "
             f"restore them, or start a new run in another folder"
         )
-    if masked(data) != earlier["data"]:
-        raise RunError(
-            f"expected the data of the interrupted run in {run}, the files have changed: "
-            f"restore them, or start a new run in another folder"
-        )
+    for name, content in (("base", base), ("data", data)):
+        if masked(content) != earlier[name]:
+            raise RunError(
+                f"expected the {name} of the interrupted run in {run}, its files have changed: "
+                f"restore them, or start a new run in another folder"
+            )
     if world_size is not None and world_size_of(checkpoint) != world_size:
         raise RunError(
             f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
@@ -201,14 +166,6 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
         for key, inner in content.items()
         for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
     }
-
-
-def folder_sha256(folder: Path) -> str:
-    """One hash over the names and contents of all files of a folder."""
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
-    return whole.hexdigest()
 
 
 class Run:
@@ -264,8 +221,8 @@ class Run:
             steps_done=trainer.state.global_step,
             metrics=final_metrics(trainer.state.log_history),
             best_metric=trainer.state.best_metric,
-            peak_memory_bytes=_peak_memory(),
-            ended=_now(),
+            peak_memory_bytes=peak_memory(),
+            ended=now(),
         )
 
     def write_history(self, state: TrainerState) -> None:
@@ -297,13 +254,13 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
     writes = os.environ.get("RANK", "0") == "0"
     entries = {
         "status": "running",
-        "medft": _medft_version(),
+        "medft": medft_version(),
         "argv": argv,
-        "started": _now(),
+        "started": now(),
         "recipe": recipe.model_dump(),
         "seed": recipe.train["seed"],
-        "packages": _package_versions(),
-        "hardware": _hardware(),
+        "packages": package_versions(),
+        "hardware": hardware(),
         **record,
     }
     run = Run(directory, entries, writes=writes)
@@ -312,8 +269,10 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
         if resuming:
             earlier = read_record(directory)
             entries["started"] = earlier["started"]
-            entries["resumed"] = [*earlier.get("resumed", []), _now()]
-        recipe_text = dump_sections(masked(recipe.model_dump()))
+            entries["resumed"] = [*earlier.get("resumed", []), now()]
+        sections = masked(recipe.model_dump())
+        sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
+        recipe_text = dump_sections(sections)
         (directory / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
     run.note()
     try:
@@ -322,7 +281,7 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
         if run.record["status"] == "running":
             stopped = isinstance(error, KeyboardInterrupt)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            run.note(status="interrupted" if stopped else "failed", error=reason, ended=_now())
+            run.note(status="interrupted" if stopped else "failed", error=reason, ended=now())
         raise
 
 
@@ -440,46 +399,3 @@ def _count(parameters: Any) -> int:
         getattr(p, "ds_numel", p.numel()) * (2 if type(p).__name__ == "Params4bit" else 1)
         for p in parameters
     )
-
-
-def _peak_memory() -> dict[str, int]:
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated()
-        peak["device_reserved"] = torch.cuda.max_memory_reserved()
-    return peak
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _hardware() -> dict[str, Any]:
-    return {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpu_count": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def _medft_version() -> dict[str, Any]:
-    checkout = Path(medft.__file__).parent.parent
-    version: dict[str, Any] = {"version": medft.__version__, "commit": None, "dirty": None}
-    if (checkout / ".git").exists():
-        git: Callable[..., str] = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        version["commit"] = git("rev-parse", "HEAD") or None
-        version["dirty"] = bool(git("status", "--porcelain"))
-    return version

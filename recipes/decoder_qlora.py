@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
         base = identify_base(recipe.model, inputs.config)
         if checkpoint:
-            check_same_run(recipe, inputs.record, checkpoint, arguments.world_size)
+            check_same_run(recipe, base, inputs.record, checkpoint, arguments.world_size)
 
         with open_run(
             recipe,

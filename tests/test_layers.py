@@ -13,6 +13,7 @@ ORDER = [
     ["strict_yaml"],
     ["recipe"],
     ["checkpoints"],
+    ["provenance"],
     ["runs", "launch"],
     ["arguments", "adapters", "base", "data"],
     ["decoder", "siglip"],

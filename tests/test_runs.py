@@ -10,13 +10,12 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from medft.errors import RunError
+from medft.provenance import folder_sha256, hardware, masked
 from medft.runs import (
     batch_arithmetic,
     check_output_dir,
     draw_curves,
     final_metrics,
-    folder_sha256,
-    masked,
 )
 
 
@@ -140,6 +139,4 @@ def test_final_metrics_are_the_last_ones():
 
 
 def test_no_host_name_is_read():
-    from medft.runs import _hardware
-
-    assert socket.gethostname() not in json.dumps(_hardware())
+    assert socket.gethostname() not in json.dumps(hardware())

@@ -67,6 +67,9 @@ class DecoderTrainer(SFTTrainer):
         correct = outputs.is_top1.float().sum(dim=1)
         return None, torch.stack([nll, correct], dim=1), outputs.label_mask.sum(dim=1)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL would write a page about itself into the run directory."""
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:

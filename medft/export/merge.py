@@ -13,8 +13,9 @@ from medft.adapters import load_adapter, read_notes, write_notes
 from medft.base import check_local_base, readable_base
 from medft.checkpoints import complete_folder
 from medft.errors import BaseModelError, RunError
+from medft.provenance import folder_sha256
 from medft.recipe import ModelSection
-from medft.runs import folder_sha256, read_record
+from medft.runs import read_record
 from medft.siglip.model import resize_positions, restore_scale_and_bias
 
 

@@ -127,7 +127,7 @@ def test_siglip_with_scale_and_bias_survives_merging(runs, bases, tmp_path):
 def test_a_run_directory_is_complete_and_keeps_no_pickle_in_its_results(runs, bases):
     for name, kind in (("decoder", "decoder"), ("nf4", "decoder"), ("siglip", "siglip")):
         run = runs / name
-        assert {path.name for path in run.iterdir()} - {"README.md"} == {
+        assert {path.name for path in run.iterdir()} == {
             "adapter", "best_model", "checkpoint-8", "curves.png", "log_history.json",
             "recipe.yaml", "run.json",
         }  # fmt: skip

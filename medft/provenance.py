@@ -1,0 +1,121 @@
+"""What a result came from: versions, hardware, hashes; and what must never be written down.
+
+Secrets are masked at any depth; paths below the user's home are written with `~`; host names are
+never read.
+"""
+
+import datetime
+import hashlib
+import os
+import platform
+import re
+import resource
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import medft
+from medft.checkpoints import file_sha256
+
+PACKAGES = [
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "accelerate",
+    "datasets",
+    "pillow",
+    "deepspeed",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+]
+
+_SECRET = re.compile(r"(?i)token(?!iz)|key|secret|password")
+
+
+def masked(content: Any, *, secret: bool = False) -> Any:
+    """A copy without secrets: texts below a key that names one are `***`, the home folder is `~`.
+
+    Args:
+        content: what json can hold.
+        secret: whether a key above names a secret.
+    """
+    if isinstance(content, dict):
+        return {
+            key: masked(value, secret=secret or bool(_SECRET.search(str(key))))
+            for key, value in content.items()
+        }
+    if isinstance(content, list | tuple):
+        return [masked(value, secret=secret) for value in content]
+    if not isinstance(content, str):
+        return content
+    name, equals, value = content.partition("=")
+    if secret or (equals and value and _SECRET.search(name)):
+        return "***" if secret else f"{name}=***"
+    home = str(Path.home())
+    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", content) if home != "/" else content
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash over the names and contents of all files of a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process held at most, on the host and on its device."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated()
+        peak["device_reserved"] = torch.cuda.max_memory_reserved()
+    return peak
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """The kind of this computer, without its name."""
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu_count": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def medft_version() -> dict[str, Any]:
+    """The version of medft and, in a checkout, its commit and whether files differ from it."""
+    checkout = Path(medft.__file__).parent.parent
+    version: dict[str, Any] = {"version": medft.__version__, "commit": None, "dirty": None}
+    if (checkout / ".git").exists():
+        version["commit"] = _git(checkout, "rev-parse", "HEAD") or None
+        version["dirty"] = bool(_git(checkout, "status", "--porcelain"))
+    return version
+
+
+def _git(checkout: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
