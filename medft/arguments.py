@@ -3,10 +3,12 @@
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 
 from medft.errors import RecipeError
 
@@ -16,7 +18,12 @@ _MIXED_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 
 def training_arguments(
-    arguments_class: type[Arguments], train: dict[str, Any], *, dtype: str, **owned: Any
+    arguments_class: type[Arguments],
+    train: dict[str, Any],
+    *,
+    dtype: str,
+    metrics: Mapping[str, bool],
+    **owned: Any,
 ) -> Arguments:
     """The arguments of a trainer.
 
@@ -24,6 +31,7 @@ def training_arguments(
         arguments_class: SFTConfig or TrainingArguments.
         train: the resolved recipe's section.
         dtype: `model.dtype`; bfloat16 and float16 run under autocast, float16 with loss scaling.
+        metrics: names that metric_for_best_model may take, and whether more is better.
         **owned: fields that medft sets and a recipe may not.
 
     Raises:
@@ -42,26 +50,50 @@ def training_arguments(
             "expected a GPU for model.dtype float16, whose gradients need loss scaling, found "
             "none: write bfloat16 or float32"
         )
-    machine = {
+    fields = {
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
+        **train,
+        "bf16": mixed == "bf16",
+        "fp16": mixed == "fp16",
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        **owned,
     }
-    fields = {**machine, **train}
     fields.pop("resume_from_checkpoint", None)
+    if "metric_for_best_model" in fields:
+        name = fields["metric_for_best_model"].removeprefix("eval_")
+        if name not in metrics:
+            raise RecipeError(
+                f"expected train.metric_for_best_model to be one of "
+                f"{', '.join(f'eval_{known}' for known in metrics)}, got {name!r}: correct it"
+            )
+        fields["greater_is_better"] = metrics[name]
     # the name that every supported version reads; newer ones announce another
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing", category=FutureWarning)
     try:
-        return arguments_class(
-            **fields,
-            bf16=mixed == "bf16",
-            fp16=mixed == "fp16",
-            remove_unused_columns=False,
-            **owned,
-        )
-    except (ValueError, TypeError, ImportError) as error:
+        arguments = arguments_class(**fields)
+        _try_out(arguments)
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         raise RecipeError(
             f"expected values that the trainer accepts in train, it says: "
             f"{' '.join(str(error).split())}"
         ) from error
+    return arguments
+
+
+def _try_out(arguments: TrainingArguments) -> None:
+    """Make what Trainer makes only after the model is loaded: optimizer, scheduler, reporters."""
+    Trainer.get_optimizer_cls_and_kwargs(arguments)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        num_warmup_steps=1,
+        num_training_steps=9,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    missing = set(arguments.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise ImportError(f"report_to names {', '.join(sorted(missing))}, which is not installed")

@@ -10,12 +10,14 @@ from medft.arguments import training_arguments
 from medft.base import identify_base
 from medft.decoder import inputs as decoder_inputs
 from medft.decoder.inputs import DecoderInputs
+from medft.decoder.trainer import METRICS as DECODER_METRICS
 from medft.errors import Findings
 from medft.launch import recipe_class
 from medft.recipe import Recipe, SiglipRecipe
 from medft.runs import batch_arithmetic, check_output_dir, check_same_run
 from medft.siglip import inputs as siglip_inputs
 from medft.siglip.inputs import SiglipInputs
+from medft.siglip.trainer import METRICS as SIGLIP_METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +42,23 @@ def check(file: Path, overrides: list[str]) -> Checked:
     with findings.gather():
         if isinstance(recipe, SiglipRecipe):
             arguments = training_arguments(
-                TrainingArguments, recipe.train, dtype=recipe.model.dtype
+                TrainingArguments,
+                recipe.train,
+                dtype=recipe.model.dtype,
+                metrics=SIGLIP_METRICS,
+                use_cpu=True,
             )
             inputs = siglip_inputs.prepare_inputs(
                 recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
             )
         else:
             arguments = training_arguments(
-                SFTConfig, recipe.train, dtype=recipe.model.dtype, max_length=None
+                SFTConfig,
+                recipe.train,
+                dtype=recipe.model.dtype,
+                metrics=DECODER_METRICS,
+                use_cpu=True,
+                max_length=None,
             )
             inputs = decoder_inputs.prepare_inputs(
                 recipe.model, recipe.data, recipe.lora, arguments

@@ -170,18 +170,8 @@ class BestModelKeeper(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Compare with the best so far, which Trainer updates after this call.
-
-        Raises:
-            RunError: train.metric_for_best_model is no figure of the evaluation.
-        """
-        name = args.metric_for_best_model
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
-            raise RunError(
-                f"expected train.metric_for_best_model to be a figure of the evaluation, got "
-                f"{args.metric_for_best_model!r}: choose from {', '.join(sorted(metrics))}"
-            )
+        """Compare with the best so far, which Trainer updates after this call."""
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         value, best = metrics[name], state.best_metric
         if best is None or (value > best if args.greater_is_better else value < best):
             self.save(Path(args.output_dir) / "best_model")

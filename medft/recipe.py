@@ -5,12 +5,13 @@ key that medft owns are errors that name the file, the line and what to write in
 wrong is reported at once. Loading a recipe reads the file and nothing else.
 """
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, create_model
 from ruamel.yaml import YAML
@@ -87,6 +88,71 @@ _LAUNCHER = (
     "it comes from the launcher: accelerate launch --config_file accelerate_configs/FILE.yaml"
 )
 
+_Count = Annotated[int, Field(ge=1)]
+_Amount = Annotated[float, Field(ge=0)]
+_Interval = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+
+TRAIN_KEYS: dict[str, Any] = {
+    "adam_beta1": _Share,
+    "adam_beta2": _Share,
+    "adam_epsilon": _Interval,
+    "data_seed": Annotated[int, Field(ge=0)] | None,
+    "dataloader_num_workers": Annotated[int, Field(ge=0)],
+    "dataloader_persistent_workers": bool,
+    "dataloader_pin_memory": bool,
+    "dataloader_prefetch_factor": _Count | None,
+    "ddp_backend": str | None,
+    "ddp_bucket_cap_mb": _Count | None,
+    "ddp_find_unused_parameters": bool | None,
+    "ddp_timeout": _Count,
+    "disable_tqdm": bool,
+    "eval_accumulation_steps": _Count | None,
+    "eval_delay": _Amount,
+    "eval_on_start": bool,
+    "eval_steps": _Interval | None,
+    "eval_strategy": Literal["no", "steps", "epoch"],
+    "gradient_accumulation_steps": _Count,
+    "gradient_checkpointing": bool,
+    "gradient_checkpointing_kwargs": dict[str, Any] | None,
+    "learning_rate": _Amount,
+    "logging_first_step": bool,
+    "logging_steps": _Interval,
+    "logging_strategy": Literal["no", "steps", "epoch"],
+    "lr_scheduler_kwargs": dict[str, Any] | None,
+    "lr_scheduler_type": str,
+    "max_grad_norm": _Amount,
+    "max_steps": Annotated[int, Field(ge=-1)],
+    "metric_for_best_model": str,
+    "num_train_epochs": _Interval,
+    "optim": str,
+    "per_device_eval_batch_size": _Count,
+    "per_device_train_batch_size": _Count,
+    "report_to": str | list[str],
+    "resume_from_checkpoint": bool | str | None,
+    "run_name": str | None,
+    "save_steps": _Interval,
+    "save_strategy": Literal["no", "steps", "epoch"],
+    "save_total_limit": _Count | None,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+    "tf32": bool | None,
+    "torch_empty_cache_steps": _Count | None,
+    "use_cpu": bool,
+    "warmup_steps": _Amount,
+    "weight_decay": _Amount,
+}
+"""Fields of TrainingArguments that a recipe may set, with what they take; output_dir aside.
+
+A list of what is allowed: a field that a newer library brings is refused until it is known here.
+"""
+
+_PRECISION = "precision stands in model.dtype alone and {key} follows it: remove the key"
+_LENGTH = "lengths belong to the data: write data.max_length"
+_LABELS = "medft always trains the assistant's tokens and nothing else: remove the key"
+_LAUNCHER = "it comes from the launcher: accelerate launch --config_file accelerate_configs/X.yaml"
+_COLLATOR = "medft renders, cuts and pads rows itself: remove the key"
+_PACKING = "packing mixes rows, and images with the wrong text: remove the key"
+
 REFUSED_TRAIN_KEYS = {
     "activation_checkpointing": "write gradient_checkpointing, which every supported version reads",
     "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs",
@@ -96,40 +162,51 @@ REFUSED_TRAIN_KEYS = {
     "bf16_full_eval": _PRECISION,
     "chat_template_path": "another template changes what is trained: put it into the base's folder",
     "completion_only_loss": _LABELS,
-    "dataset_kwargs": "medft prepares the data itself: remove the key",
-    "dataset_text_field": "medft reads chat rows: remove the key",
+    "dataloader_drop_last": "rows would be left out of training and validation: remove the key",
+    "dataset_kwargs": _COLLATOR,
+    "dataset_num_proc": _COLLATOR,
+    "dataset_text_field": _COLLATOR,
     "deepspeed": _LAUNCHER,
     "do_eval": "evaluation happens when data.validation is given: remove the key",
     "do_predict": "a recipe script trains: remove the key",
     "do_train": "a recipe script trains: remove the key",
     "eos_token": "another end token changes what is trained: put it into the base's folder",
-    "eval_packing": "packing mixes rows: remove the key",
+    "eval_packing": _PACKING,
     "fp16": _PRECISION,
     "fp16_full_eval": _PRECISION,
     "fsdp": _LAUNCHER,
     "fsdp_config": _LAUNCHER,
+    "greater_is_better": "medft knows it of each of its metrics: remove the key",
     "ignore_data_skip": "a resumed run would see rows twice: remove the key",
     "label_names": "medft owns the labels: remove the key",
+    "label_smoothing_factor": "medft trains the plain loss: remove the key",
     "load_best_model_at_end": "best_model/ is written at every better evaluation: remove the key",
+    "logging_nan_inf_filter": "medft never hides a loss that is no number: remove the key",
     "loss_type": "medft trains the negative log-likelihood: remove the key",
     "max_length": _LENGTH,
     "max_seq_length": _LENGTH,
     "model_init_kwargs": "the base is described in the section model: remove the key",
-    "packing": "packing mixes rows, and images with the wrong text: remove the key",
+    "packing": _PACKING,
+    "packing_strategy": _PACKING,
+    "pad_to_multiple_of": _COLLATOR,
     "padding_free": "Mllama's cross-attention needs padded rows: remove the key",
     "push_to_hub": "medft writes local folders, upload them with the hub's tool: remove it",
     "remove_unused_columns": "it would drop images and ids: remove the key",
-    "restore_callback_states_from_checkpoint": "medft restores what it needs: remove the key",
     "save_only_model": "such a checkpoint cannot be resumed exactly: remove the key",
+    "shuffle_dataset": "rows are drawn in a new order every epoch anyway: remove the key",
+    "truncation_mode": _COLLATOR,
     "trust_remote_code": "medft runs no code from a model folder: remove the key",
     "use_liger_kernel": "Liger's fused loss reads a field Mllama lacks: remove the key",
 }
+"""Why a field of the library's training arguments may not be set, where there is more to say than
+that medft does not pass it on."""
+
 TRAIN_DEFAULTS = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "adam_epsilon": 1e-8,
     "learning_rate": 2e-4,
-    "logging_nan_inf_filter": False,
+    "logging_steps": 10,
     "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
     "report_to": "none",
@@ -144,7 +221,7 @@ TRAIN_DEFAULTS = {
 class ModelSection(Section):
     """Which base model, in which precision."""
 
-    base: str
+    base: str = Field(min_length=1)
     """Hub id or local folder."""
 
     revision: str | None = None
@@ -167,10 +244,10 @@ class DecoderModelSection(ModelSection):
 class DataSection(Section):
     """Which rows are trained on."""
 
-    train: str
+    train: str = Field(min_length=1)
     """chat JSONL, or pairs.parquet (its rows of split `train`)."""
 
-    validation: str | None = None
+    validation: str | None = Field(None, min_length=1)
     """chat JSONL, or pairs.parquet (its rows of split `validation`)."""
 
 
@@ -270,7 +347,7 @@ class Recipe(Section):
     data: DataSection
     lora: LoraSection | None
     train: dict[str, Any]
-    """Fields of TrainingArguments, medft's defaults filled in."""
+    """Fields of TrainingArguments (TRAIN_KEYS), medft's defaults filled in."""
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Self:
@@ -284,7 +361,7 @@ class Recipe(Section):
             source.override(override)
         errors = [
             *errors_of(lambda: cls.model_validate(source.raw)),
-            *_train_errors(source.raw.get("train"), cls.kind),
+            *_train_errors(source.raw.get("train")),
             *_lora_errors(source.raw.get("lora")),
         ]
         problems = source.describe(errors, functools.partial(_explain, kind=cls))
@@ -342,26 +419,28 @@ RECIPE_KINDS: dict[str, type[Recipe]] = {kind.kind: kind for kind in (DecoderRec
 """Recipe classes by the name of what they train."""
 
 
-@functools.cache
-def _train_section(kind: str) -> type[Section]:
-    """A section with the fields of the library's own training arguments, under their names."""
-    from transformers import TrainingArguments
-    from trl import SFTConfig
-
-    hints = get_type_hints(SFTConfig if kind == "decoder" else TrainingArguments)
-    known = {name: (hint, None) for name, hint in hints.items() if not name.startswith("_")}
-    known["output_dir"] = (str, ...)
-    known["resume_from_checkpoint"] = (bool | str | None, None)
-    return create_model("TrainSection", __base__=Section, **known)
+_TrainSection = create_model(
+    "_TrainSection",
+    __base__=Section,
+    output_dir=(Annotated[str, Field(min_length=1)], ...),
+    **{name: (hint, None) for name, hint in TRAIN_KEYS.items()},
+)
 
 
-def _train_errors(train: object, kind: str) -> list[ErrorDetails]:
+def _train_errors(train: object) -> list[ErrorDetails]:
     if not isinstance(train, dict):
         return []
-    refused = [key for key in train if key in REFUSED_TRAIN_KEYS]
+    unknown = [key for key in train if key not in _TrainSection.model_fields]
+    refused = [key for key in unknown if key in REFUSED_TRAIN_KEYS or key in _library_fields()]
     errors = [{"loc": ("train", key), "type": "refused"} for key in refused]
     rest = {key: value for key, value in train.items() if key not in refused}
-    return errors + errors_of(lambda: _train_section(kind).model_validate(rest), "train")
+    return errors + errors_of(lambda: _TrainSection.model_validate(rest), "train")
+
+
+def _library_fields() -> set[str]:
+    from trl import SFTConfig
+
+    return {field.name for field in dataclasses.fields(SFTConfig)}
 
 
 def _lora_errors(lora: object) -> list[ErrorDetails]:
@@ -371,7 +450,10 @@ def _lora_errors(lora: object) -> list[ErrorDetails]:
     if not isinstance(lora, dict):
         return []
     hints = {**get_type_hints(LoraConfig), "init_lora_weights": bool | str}
-    owned = {"lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_type"}
+    owned = {
+        *("lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_type"),
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    }
     errors = []
     for key in lora.keys() - LoraSection.model_fields.keys():
         if key not in hints or key in owned:
@@ -401,6 +483,11 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if isinstance(recipe, DecoderRecipe):
         if recipe.quantization and "lm_head" not in recipe.quantization.skip:
             return ["quantization.skip lacks lm_head, whose weight the loss reads directly: add it"]
+        if recipe.quantization and recipe.lora is None:
+            return [
+                "lora: null trains every weight, which a 4-bit base does not allow: "
+                "write quantization: null, or give lora"
+            ]
         for key in ("cross_attention_fix", "vision_cache"):
             if getattr(recipe.model, key):
                 return [f"model.{key} is not available in this version: remove it"]
@@ -423,7 +510,8 @@ def _explain(error: ErrorDetails, *, kind: type[Recipe]) -> str | None:
     keys = tuple(str(key) for key in error["loc"][:2])
     name = ".".join(keys)
     if error["type"] == "refused":
-        return f"{name} is refused: {REFUSED_TRAIN_KEYS[keys[1]].format(key=name)}"
+        reason = REFUSED_TRAIN_KEYS.get(keys[1], "medft does not pass it on: remove the key")
+        return f"{name} is refused: {reason.format(key=name)}"
     if error["type"] == "missing":
         required = {"model": "model.base", "data": "data.train", "train": "train.output_dir"}
         return f"{required.get(name, name)} is required and missing: add it"
@@ -465,5 +553,4 @@ def _names(kind: type[Recipe]) -> list[tuple[str, ...]]:
         for hint in hints:
             if isinstance(hint, type) and issubclass(hint, Section):
                 names += [(section, key) for key in hint.model_fields]
-    allowed = _train_section(kind.kind).model_fields.keys() - REFUSED_TRAIN_KEYS.keys()
-    return names + [("train", key) for key in sorted(allowed)]
+    return names + [("train", key) for key in sorted(_TrainSection.model_fields)]

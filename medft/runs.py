@@ -59,9 +59,7 @@ def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
     per_device = arguments.per_device_train_batch_size
     accumulation = arguments.gradient_accumulation_steps
     round_size = per_device * arguments.world_size
-    share = rows / round_size
-    rounds = math.floor(share) if arguments.dataloader_drop_last else math.ceil(share)
-    steps_per_epoch = max(math.ceil(rounds / accumulation), 1)
+    steps_per_epoch = math.ceil(math.ceil(rows / round_size) / accumulation)
     steps = arguments.max_steps
     if steps <= 0:
         steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)

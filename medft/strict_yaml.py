@@ -23,7 +23,11 @@ class Section(BaseModel):
     """A mapping in a file: no unknown key, no conversion of types, no change afterwards."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -64,12 +68,19 @@ class StrictYaml:
         try:
             raw = YAML(typ="safe", pure=True).load(text)
             tree = YAML(pure=True).compose(text)
+            places = dict(_places(tree, path))
         except YAMLError as error:
             raise RecipeError(_syntax_problem(path, error)) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RecipeError(
+                f"{path}: expected plain YAML, could not read it ({error}): write names, numbers, "
+                f"texts and lists only"
+            ) from error
         if not isinstance(raw, dict):
             found = "nothing" if raw is None else f"a {type(raw).__name__}"
             raise RecipeError(f"{path}: expected named sections, found {found}: write them")
-        return cls(path, raw, dict(_places(tree, path)))
+        _check_names(raw, path)
+        return cls(path, raw, places)
 
     def override(self, text: str) -> None:
         """Set `section.key=value`, or `section=null`.
@@ -163,6 +174,17 @@ def _places(node: Any, path: Path, *prefix: str | int) -> Iterable[tuple[tuple, 
     for key, marked, value in children:
         yield (*prefix, key), f"{path}:{marked.start_mark.line + 1}"
         yield from _places(value, path, *prefix, key)
+
+
+def _check_names(content: Any, path: Path) -> None:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                raise RecipeError(f"{path}: expected names as keys, found {key!r}: quote it")
+            _check_names(value, path)
+    elif isinstance(content, list):
+        for value in content:
+            _check_names(value, path)
 
 
 def _syntax_problem(path: Path, error: YAMLError) -> str:

@@ -14,7 +14,7 @@ from medft.arguments import training_arguments
 from medft.base import identify_base
 from medft.decoder.inputs import prepare_inputs
 from medft.decoder.model import load_model
-from medft.decoder.trainer import DecoderTrainer
+from medft.decoder.trainer import METRICS, DecoderTrainer
 from medft.errors import run_command
 from medft.launch import process_set_up, read_recipe
 from medft.recipe import DecoderRecipe
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     recipe = read_recipe(DecoderRecipe, argv)
     with process_set_up(seed=recipe.train["seed"]):
         arguments = training_arguments(
-            SFTConfig, recipe.train, dtype=recipe.model.dtype, max_length=None
+            SFTConfig, recipe.train, dtype=recipe.model.dtype, metrics=METRICS, max_length=None
         )
         checkpoint = check_output_dir(recipe.train)
         inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)

@@ -18,13 +18,15 @@ from medft.recipe import SiglipRecipe
 from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_run
 from medft.siglip.inputs import prepare_inputs
 from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
-from medft.siglip.trainer import SiglipTrainer
+from medft.siglip.trainer import METRICS, SiglipTrainer
 
 
 def main(argv: list[str]) -> None:
     recipe = read_recipe(SiglipRecipe, argv)
     with process_set_up(seed=recipe.train["seed"]):
-        arguments = training_arguments(TrainingArguments, recipe.train, dtype=recipe.model.dtype)
+        arguments = training_arguments(
+            TrainingArguments, recipe.train, dtype=recipe.model.dtype, metrics=METRICS
+        )
         checkpoint = check_output_dir(recipe.train)
         inputs = prepare_inputs(
             recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments

@@ -72,7 +72,6 @@ class Line(torch.nn.Module):
     [
         (17, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}),
         (17, {"per_device_train_batch_size": 3, "num_train_epochs": 2.5}),
-        (17, {"per_device_train_batch_size": 4, "dataloader_drop_last": True}),
         (3, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}),
         (17, {"per_device_train_batch_size": 2, "max_steps": 5, "warmup_steps": 2}),
     ],

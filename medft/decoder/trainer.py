@@ -18,6 +18,9 @@ from trl import SFTConfig, SFTTrainer
 from medft.adapters import write_notes
 from medft.decoder.inputs import DecoderInputs
 
+METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
+"""Figures that may choose best_model/, and whether more is better."""
+
 
 class DecoderTrainer(SFTTrainer):
     """Trains an adapter, or all weights, of an image-text decoder."""

@@ -22,6 +22,9 @@ from medft.siglip.model import (
     scale_and_bias_notes,
 )
 
+METRICS = {"loss": False}
+"""Figures that may choose best_model/, and whether more is better."""
+
 
 class SiglipTrainer(Trainer):
     """Trains an adapter, or all weights, of a SigLIP."""

@@ -18,7 +18,7 @@ from medft.data.images import open_image
 from medft.decoder.families import MLLAMA
 from medft.decoder.inputs import prepare_inputs
 from medft.decoder.model import load_model
-from medft.decoder.trainer import DecoderTrainer
+from medft.decoder.trainer import METRICS, DecoderTrainer
 from medft.errors import RecipeError
 from medft.recipe import DecoderRecipe
 
@@ -36,7 +36,7 @@ def trainer(sections, write_recipe):
         recipe = DecoderRecipe.load(write_recipe(recipe), changes)
         set_seed(3)
         arguments = training_arguments(
-            SFTConfig, recipe.train, dtype=recipe.model.dtype, max_length=None
+            SFTConfig, recipe.train, dtype=recipe.model.dtype, metrics=METRICS, max_length=None
         )
         inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
         model = load_model(recipe.model, MLLAMA, recipe.quantization, trains_all=False)
@@ -214,7 +214,9 @@ def test_without_lora_every_weight_is_trained_in_float32(sections, write_recipe)
     recipe = sections("decoder")
     recipe["train"] |= {"max_steps": 2, "save_strategy": "no"}
     recipe = DecoderRecipe.load(write_recipe(recipe), ["lora=null", "model.dtype=bfloat16"])
-    arguments = training_arguments(SFTConfig, recipe.train, dtype="bfloat16", max_length=None)
+    arguments = training_arguments(
+        SFTConfig, recipe.train, dtype="bfloat16", metrics=METRICS, max_length=None
+    )
     inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
     model = load_model(recipe.model, MLLAMA, None, trains_all=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

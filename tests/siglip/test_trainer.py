@@ -12,7 +12,7 @@ from medft.errors import MedftError
 from medft.recipe import SiglipRecipe
 from medft.siglip.inputs import prepare_inputs
 from medft.siglip.model import PRESETS, load_model, scale_and_bias, train_scale_and_bias
-from medft.siglip.trainer import SiglipTrainer
+from medft.siglip.trainer import METRICS, SiglipTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,9 @@ def trainer(sections, write_recipe):
         recipe["train"] |= {"max_steps": 1, "save_strategy": "no", **train}
         recipe = SiglipRecipe.load(write_recipe(recipe), changes)
         set_seed(3)
-        arguments = training_arguments(TrainingArguments, recipe.train, dtype="float32")
+        arguments = training_arguments(
+            TrainingArguments, recipe.train, dtype="float32", metrics=METRICS
+        )
         inputs = prepare_inputs(
             recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
         )
