@@ -6,21 +6,26 @@ here; in PEFT they are warnings or silence.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
 import medft
 from medft.checkpoints import write_json
 from medft.errors import BaseModelError
+from medft.provenance import masked
 from medft.recipe import LoraSection
 
 NOTES_FILE = "medft.json"
+
+ALL_WEIGHTS = "none, every weight is trained"
+"""What stands for the plan of an adapter in full fine-tuning."""
 
 
 def target_modules(
@@ -132,6 +137,9 @@ def attach_adapter(
             f"expected a LoRA configuration that PEFT accepts, it says: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    frozen = [n for n, p in adapted.named_parameters() if "lora_" in n and not p.requires_grad]
+    if frozen:
+        raise BaseModelError(f"expected the adapter to be trained, PEFT froze {frozen[0]}")
     cast_trainable_to_float32(adapted)
     return adapted
 
@@ -143,33 +151,52 @@ def cast_trainable_to_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def describe_targets(targets: Mapping[str, nn.Module], parts: Mapping[str, str]) -> str:
-    """A line such as "28 language, 4 vision" that counts adapted modules by part of the model.
+def count_by_part(names: Collection[str], parts: Mapping[str, str]) -> str:
+    """A line such as "28 language, 4 vision" that counts modules by part of the model.
 
     Args:
-        targets: as from `target_modules`.
+        names: of modules.
         parts: prefixes of module names, by part.
     """
     counts = {
-        part: sum(name == prefix or name.startswith(f"{prefix}.") for name in targets)
+        part: sum(name == prefix or name.startswith(f"{prefix}.") for name in names)
         for part, prefix in parts.items()
     }
-    rest = len(targets) - sum(counts.values())
+    rest = len(names) - sum(counts.values())
     if rest:
         counts["other"] = rest
     return ", ".join(f"{count} {part}" for part, count in counts.items() if count)
 
 
-def lora_parameters(targets: Mapping[str, nn.Module], r: int) -> int:
-    """Entries of lora_A and lora_B over the adapted layers."""
-    return sum(r * (module.in_features + module.out_features) for module in targets.values())
+def plan_adapter(
+    empty: nn.Module, lora: LoraSection, presets: Mapping[str, str], parts: Mapping[str, str]
+) -> str:
+    """What an adapter will sit on, by part of the model, and how many parameters are trained.
+
+    Args:
+        empty: the base on the meta device; it is changed.
+        lora: the recipe's section.
+        presets: regular expressions by preset.
+        parts: prefixes of module names, by part.
+
+    Raises:
+        BaseModelError: as from `attach_adapter`, or everything is excluded again.
+    """
+    # the first values may be computed from weights, which are not there
+    shapes_only = LoraSection(**{**lora.model_dump(), "init_lora_weights": False})
+    adapted = attach_adapter(empty, shapes_only, presets, task_type=None)
+    layers = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+    names = [name.removeprefix("base_model.model.") for name in layers]
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return f"{count_by_part(names, parts)}; {trained:,} parameters"
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """The model with a trained adapter, every tensor of the file in its place.
 
     Raises:
-        BaseModelError: a tensor has no place in this model, or the adapter was never trained.
+        BaseModelError: a file is damaged, a tensor has no place in this model, or the adapter
+            was never trained.
     """
     weights_file = folder / "adapter_model.safetensors"
     if not weights_file.is_file():
@@ -177,26 +204,36 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
             f"expected an adapter with {weights_file.name} in {folder}, found none: "
             f"give the folder of a finished run, or its adapter/ or best_model/"
         )
-    saved = load_file(weights_file)
-    adapted = PeftModel.from_pretrained(model, str(folder))
+    try:
+        saved = load_file(weights_file)
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise BaseModelError(
+            f"expected an adapter that PEFT reads in {folder}, it says: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
     unmatched = saved.keys() ^ get_peft_model_state_dict(adapted).keys()
     if unmatched:
         raise BaseModelError(
             f"expected every tensor of {folder} to have a place in the base, {len(unmatched)} of "
             f"{len(saved)} have none, first {min(unmatched)}: it was trained on another base"
         )
-    untrained = [name for name, weight in saved.items() if "lora_B" in name and not weight.any()]
-    if untrained:
+    if is_untrained(saved):
         raise BaseModelError(
-            f"expected a trained adapter in {folder}, {len(untrained)} lora_B tensors are all "
-            f"zero, first {untrained[0]}: train it first"
+            f"expected a trained adapter in {folder}, every lora_B is zero: train it first"
         )
     return adapted
 
 
+def is_untrained(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an adapter does nothing: all its lora_B are zero, as they are before training."""
+    last = [weight for name, weight in weights.items() if "lora_B" in name]
+    return bool(last) and not any(weight.any() for weight in last)
+
+
 def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
     """Write medft.json: what of a trained model plain PEFT files cannot hold."""
-    write_json(folder / NOTES_FILE, {"medft": medft.__version__, **notes})
+    write_json(folder / NOTES_FILE, masked({"medft": medft.__version__, **notes}))
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
@@ -206,11 +243,17 @@ def read_notes(folder: Path) -> dict[str, Any]:
         BaseModelError: there is none.
     """
     try:
-        return json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        notes = json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
+        if {"family", "base", "revision"} <= notes.keys():
+            return notes
+    except (OSError, ValueError, AttributeError) as error:
         raise BaseModelError(
             f"expected {NOTES_FILE} in {folder}, could not read it: give a folder that medft wrote"
         ) from error
+    raise BaseModelError(
+        f"expected family, base and revision in {folder / NOTES_FILE}, it lacks some: "
+        f"give a folder that medft wrote"
+    )
 
 
 def exact_float(parameter: torch.Tensor) -> float:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import DeepSpeedPlugin, init_empty_weights
+from accelerate import DeepSpeedPlugin, PartialState, init_empty_weights
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
@@ -35,7 +36,9 @@ def readable_base(model: ModelSection) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except BaseModelError:
+        raise
+    except Exception as error:  # whatever a file of somebody else makes the library raise
         raise BaseModelError(_explain(model, error)) from error
 
 
@@ -66,7 +69,7 @@ def _explain(model: ModelSection, error: Exception) -> str:
         return f"expected model.base to be a hub id or a local folder, {model.base!r} is neither"
     return (
         f"expected a readable model at model.base {model.base}, it cannot be loaded: "
-        f"{str(error).strip().splitlines()[0]}"
+        f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
     )
 
 
@@ -141,9 +144,36 @@ def empty_model(
             deepspeed_plugin.set_deepspeed_weakref()
 
 
+def load_weights(auto_class: type, model: ModelSection, **options: Any) -> PreTrainedModel:
+    """The base with its weights, every tensor of the model found in the files.
+
+    transformers draws what it does not find at random and says so in a table.
+
+    Args:
+        auto_class: AutoModel or one of its kin.
+        model: the recipe's section.
+        **options: of from_pretrained: dtype, quantization_config.
+
+    Raises:
+        BaseModelError: it cannot be loaded, or a tensor is missing or of another shape.
+    """
+    with readable_base(model):
+        loaded, report = auto_class.from_pretrained(
+            model.base, revision=model.revision, output_loading_info=True, **options
+        )
+    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if wrong:
+        raise BaseModelError(
+            f"expected every tensor of the model in {model.base}, {len(wrong)} are missing or of "
+            f"another shape, first {wrong[0]}: download it again"
+        )
+    return loaded
+
+
 def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, Any]:
     """What pins the base down in run.json: the commit on the hub, or a hash of the folder."""
     record: dict[str, Any] = {"base": model.base, "revision": getattr(config, "_commit_hash", None)}
     if Path(model.base).is_dir():
-        record["sha256"] = folder_sha256(Path(model.base))
+        hashes = [folder_sha256(Path(model.base)) if PartialState().is_main_process else None]
+        record["sha256"] = broadcast_object_list(hashes)[0]
     return record

@@ -74,10 +74,7 @@ def describe_check(checked: Checked) -> str:
     """What a check found, for reading: the resolved recipe, targets, examples and arithmetic."""
     recipe, inputs, batch = checked.recipe, checked.inputs, checked.batch
     lines = [recipe.dump()]
-    if recipe.lora:
-        lines += [f"adapters: {inputs.describe_targets(recipe.lora.r)}"]
-    else:
-        lines += ["adapters: none, every weight is trained"]
+    lines += [f"adapters: {inputs.adapter_plan}"]
     lines += [f"example: {example}" for example in inputs.examples()]
     lines += [
         f"batch: {batch['per_device']} per device x {batch['accumulation']} accumulation x "

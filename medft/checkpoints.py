@@ -31,9 +31,33 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(draft, path)
 
 
+def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> None:
+    """Refuse a folder that cannot be written, or that holds something, before any work is done.
+
+    Args:
+        folder: may not exist yet.
+        allow_content: whether what it holds may be replaced.
+
+    Raises:
+        RunError: it is a file, not writable, or not empty.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise RunError(f"expected a folder for the output, {existing} is a file: choose another")
+    if not os.access(existing, os.W_OK):
+        raise RunError(
+            f"expected a folder to write into, {existing} is not writable: choose another"
+        )
+    if existing == folder and any(folder.iterdir()) and not allow_content:
+        raise RunError(
+            f"expected the folder {folder} for the output to be empty, it is not: choose another"
+        )
+
+
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A draft folder beside `folder` that takes its place when the block ends without an error."""
+    folder = folder.absolute()
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
     prepare.add_argument(
         "--max-rejects",
-        type=float,
+        type=_share,
         default=0.2,
         metavar="SHARE",
         help="share of a source's rows that may be rejected (default 0.2)",
@@ -71,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(command=_merge)
     return medft_parser
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError
+    return share
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

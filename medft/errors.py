@@ -18,8 +18,16 @@ class MedftError(Exception):
 
     @property
     def problems(self) -> list[str]:
-        """The sentences, in the order of the checks."""
-        return [str(sentence) for sentence in self.args]
+        """The sentences, in the order of the checks.
+
+        An error that comes from a DataLoader's worker has that process's traceback as its text,
+        the sentence last.
+        """
+        texts = [str(text).strip() for text in self.args]
+        return [
+            text.splitlines()[-1].partition("Error: ")[2] if text.startswith("Caught ") else text
+            for text in texts
+        ]
 
 
 class RecipeError(MedftError):

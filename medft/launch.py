@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +61,7 @@ def read_recipe(kind: type[AnyRecipe], argv: list[str]) -> AnyRecipe:
 
 
 def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
-    """What a recipe file trains: a section `contrastive`, or else what its base is or is called.
+    """What a recipe file trains: its sections tell, or else what its base is or is called.
 
     The hub is not asked; the checks of the base find out where this guess is wrong.
 
@@ -71,6 +73,8 @@ def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
         source.override(override)
     if "contrastive" in source.raw:
         return SiglipRecipe
+    if source.raw.get("quantization"):
+        return DecoderRecipe
     model = source.raw.get("model")
     base = model.get("base") if isinstance(model, dict) else None
     if not isinstance(base, str):
@@ -108,28 +112,31 @@ def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
     config = StrictYaml.read(config_file).raw
     threads = max((os.cpu_count() or 1) // int(config.get("num_processes", 1)), 1)
     command += ["--config_file", str(config_file), "--num_cpu_threads_per_process", str(threads)]
-    deepspeed = config.get("deepspeed_config", {})
+    deepspeed = config.get("deepspeed_config") or {}
     if "deepspeed_config_file" in deepspeed:
         path = Path(deepspeed["deepspeed_config_file"])
         command += ["--deepspeed_config_file", str(path if path.exists() else shipped(str(path)))]
     process = subprocess.Popen([*command, str(script), str(file), *overrides])
-    terminated = False
-
-    def pass_on(number: int, frame: object) -> None:
-        nonlocal terminated
-        terminated = True
-        for child in psutil.Process(process.pid).children():
-            child.terminate()
-
-    previous = signal.signal(signal.SIGTERM, pass_on)
+    terminated = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
+    passed_on: set[int] = set()
     try:
-        code = process.wait()
+        while process.poll() is None:
+            if terminated.is_set():
+                # the launcher itself would leave a single training process behind
+                for child in psutil.Process(process.pid).children():
+                    if child.pid not in passed_on:
+                        child.terminate()
+                        passed_on.add(child.pid)
+            time.sleep(0.1)
+    except psutil.NoSuchProcess:
+        process.wait()
     except KeyboardInterrupt:
         process.wait()  # the terminal has sent Ctrl-C to the training processes too
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return EXIT_TERMINATED if terminated else code
+    return EXIT_TERMINATED if terminated.is_set() and process.returncode else process.returncode
 
 
 @contextmanager

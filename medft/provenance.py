@@ -54,11 +54,18 @@ def masked(content: Any, *, secret: bool = False) -> Any:
         return [masked(value, secret=secret) for value in content]
     if not isinstance(content, str):
         return content
-    name, equals, value = content.partition("=")
-    if secret or (equals and value and _SECRET.search(name)):
-        return "***" if secret else f"{name}=***"
+    if secret:
+        return "***"
     home = str(Path.home())
     return re.sub(rf"{re.escape(home)}(?=/|$)", "~", content) if home != "/" else content
+
+
+def masked_words(words: list[str]) -> list[str]:
+    """A command line in which an override that mentions a secret shows its key only."""
+    return [
+        f"{word.partition('=')[0]}=***" if "=" in word and _SECRET.search(word) else masked(word)
+        for word in words
+    ]
 
 
 def folder_sha256(folder: Path) -> str:

@@ -26,6 +26,7 @@ from transformers import (
 from medft.checkpoints import (
     BestModelKeeper,
     CheckpointKeeper,
+    check_folder_for_output,
     checkpoint_to_resume,
     complete_folder,
     wait_for_everyone,
@@ -36,6 +37,7 @@ from medft.errors import RunError, Terminated
 from medft.provenance import (
     hardware,
     masked,
+    masked_words,
     medft_version,
     now,
     package_versions,
@@ -84,15 +86,19 @@ def check_output_dir(train: dict[str, Any]) -> Path | None:
         RunError: the folder is not empty and the run does not resume, or nothing whole is there.
     """
     output_dir, resume = Path(train["output_dir"]), train.get("resume_from_checkpoint")
-    if not resume and output_dir.exists():
-        if not output_dir.is_dir():
-            raise RunError(f"expected train.output_dir to be a folder, {output_dir} is a file")
-        if any(output_dir.iterdir()):
-            raise RunError(
-                f"expected train.output_dir to be empty, {output_dir} is not: choose another "
-                f"folder, or resume with train.resume_from_checkpoint=true"
-            )
-    return checkpoint_to_resume(output_dir, resume)
+    check_folder_for_output(output_dir, allow_content=True)
+    if not resume and output_dir.exists() and any(output_dir.iterdir()):
+        raise RunError(
+            f"expected train.output_dir to be empty, {output_dir} is not: choose another "
+            f"folder, or resume with train.resume_from_checkpoint=true"
+        )
+    checkpoint = checkpoint_to_resume(output_dir, resume)
+    if checkpoint and checkpoint.absolute().parent != output_dir.absolute():
+        raise RunError(
+            f"expected train.resume_from_checkpoint to lie in train.output_dir {output_dir}, got "
+            f"{checkpoint}: a run goes on in its own folder"
+        )
+    return checkpoint
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -195,6 +201,7 @@ class Run:
         keeper = CheckpointKeeper(arguments.save_total_limit)
         arguments.save_total_limit = None  # the keeper deletes, once the new one is whole
         stopper = _SigtermStopper()
+        trainer.add_callback(_NumberGuard())
         trainer.add_callback(_HistoryWriter(self))
         trainer.add_callback(keeper)
         trainer.add_callback(stopper)
@@ -253,7 +260,7 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
     entries = {
         "status": "running",
         "medft": medft_version(),
-        "argv": argv,
+        "argv": masked_words(argv),
         "started": now(),
         "recipe": recipe.model_dump(),
         "seed": recipe.train["seed"],
@@ -324,11 +331,36 @@ def draw_curves(log_history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-class _HistoryWriter(TrainerCallback):
-    """Stops a run whose numbers are no numbers; writes the history at every save."""
+class _NumberGuard(TrainerCallback):
+    """Stops a run before a gradient, a weight or a loss that is no number can be kept.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    A step's gradients are looked at before the optimizer uses them and its weights afterwards, so
+    that no checkpoint holds what is broken. Under loss scaling an infinite gradient only skips the
+    step; DeepSpeed keeps gradients to itself, and only the weights are looked at.
+    """
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        if not args.fp16:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self._check(gradients, "gradient", state.global_step + 1)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        trained = [p.data for p in model.parameters() if p.requires_grad]
+        self._check(trained, "trained weight", state.global_step)
 
     def on_log(
         self,
@@ -338,15 +370,24 @@ class _HistoryWriter(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        # under loss scaling an infinite gradient only skips the step
-        names = ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm")
-        for name in names:
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise RunError(
-                    f"expected {name} to be a number at step {state.global_step}, got "
-                    f"{logs[name]}: lower train.learning_rate or use model.dtype: float32, and "
-                    f"resume from the last checkpoint"
-                )
+        values = [torch.tensor(logs[name]) for name in ("loss", "eval_loss") if name in logs]
+        self._check(values, "loss", state.global_step)
+
+    @staticmethod
+    def _check(tensors: list[torch.Tensor], name: str, step: int) -> None:
+        if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            raise RunError(
+                f"expected every {name} of step {step} to be a number, some are not: lower "
+                f"train.learning_rate or use model.dtype: float32, and resume from the last "
+                f"checkpoint"
+            )
+
+
+class _HistoryWriter(TrainerCallback):
+    """Writes the history at every save."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def on_save(
         self,
@@ -389,6 +430,20 @@ class _SigtermStopper(TrainerCallback):
         if self.terminated:
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # Trainer comes here also in the middle of an epoch, where no evaluation is due; after a
+        # real one the checkpoint is written again, so that it knows the evaluation
+        if self.terminated:
+            is_real_end = float(state.epoch).is_integer()
+            control.should_evaluate = control.should_evaluate and is_real_end
+            control.should_save = is_real_end
 
 
 def _count(parameters: Any) -> int:

@@ -151,7 +151,7 @@ class StrictYaml:
         for key in keys:
             got = got[key]
         expected = " or ".join(
-            error["msg"].removeprefix("Input should be ")
+            error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             for error in errors
             if "class" not in error.get("ctx", {})
         )

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from medft.adapters import (
     attach_adapter,
-    describe_targets,
+    count_by_part,
     load_adapter,
-    lora_parameters,
+    plan_adapter,
     read_notes,
     target_modules,
     write_notes,
@@ -22,6 +22,8 @@ from medft.decoder.families import MLLAMA
 from medft.errors import BaseModelError
 from medft.recipe import LoraSection
 from medft.siglip import model as siglip_model
+
+NOTES = {"family": "mllama", "base": "x", "revision": None}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def siglip(bases):
 def test_presets_of_the_decoder_hit_the_parts_they_name(mllama, preset, counts):
     assert preset in MLLAMA.presets
     targets = target_modules(mllama, preset, MLLAMA.presets)
-    assert describe_targets(targets, MLLAMA.parts) == counts
+    assert count_by_part(targets, MLLAMA.parts) == counts
 
 
 def test_every_linear_layer_of_the_decoder_but_the_head_is_in_the_preset_all(mllama):
@@ -64,12 +66,12 @@ def test_every_linear_layer_of_the_decoder_but_the_head_is_in_the_preset_all(mll
 )
 def test_presets_of_siglip_hit_the_towers_they_name(siglip, preset, counts):
     targets = target_modules(siglip, preset, siglip_model.PRESETS)
-    assert describe_targets(targets, siglip_model.PARTS) == counts
+    assert count_by_part(targets, siglip_model.PARTS) == counts
 
 
 def test_a_bare_name_also_hits_the_tower_and_is_counted(mllama):
     targets = target_modules(mllama, ["q_proj"], MLLAMA.presets)
-    assert describe_targets(targets, MLLAMA.parts) == "4 vision, 4 language"
+    assert count_by_part(targets, MLLAMA.parts) == "4 vision, 4 language"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,8 @@ def test_the_preset_is_what_peft_adapts_in_float32_and_nothing_else(bases):
         targets
     )
     assert {p.dtype for p in trainable.values()} == {torch.float32}
-    assert sum(p.numel() for p in trainable.values()) == lora_parameters(targets, 4)
+    expected = sum(4 * (layer.in_features + layer.out_features) for layer in targets.values())
+    assert sum(p.numel() for p in trainable.values()) == expected
     frozen = {p.dtype for p in adapted.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
 
@@ -169,10 +172,51 @@ def test_a_key_without_place_is_an_error_where_peft_warns(bases, trained):
 def test_an_adapter_that_was_never_trained_is_refused(bases, trained):
     path = trained / "adapter_model.safetensors"
     weights = load_file(path)
-    name = next(name for name in weights if "lora_B" in name)
-    save_file({**weights, name: torch.zeros_like(weights[name])}, path)
-    with pytest.raises(BaseModelError, match="1 lora_B tensors are all zero"):
+    last = {name: torch.zeros_like(w) for name, w in weights.items() if "lora_B" in name}
+    some = dict(list(last.items())[1:])
+    save_file({**weights, **some}, path)  # cross-attention of a run without images stays zero
+    load(bases, trained)
+    save_file({**weights, **last}, path)
+    with pytest.raises(BaseModelError, match="every lora_B is zero"):
         load(bases, trained)
+
+
+def test_damaged_adapters_are_one_sentence(bases, trained):
+    (trained / "adapter_config.json").write_text("{")
+    with pytest.raises(BaseModelError, match="it says: "):
+        load(bases, trained)
+    (trained / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(BaseModelError, match="it says: "):
+        load(bases, trained)
+
+
+@pytest.mark.parametrize(
+    ("further", "plan"),
+    [
+        ({}, "28 language; 16,384 parameters"),
+        ({"exclude_modules": ".*self_attn.*"}, "20 language; 12,800 parameters"),
+        ({"rank_pattern": {"o_proj": 2}}, "28 language; 15,360 parameters"),
+        ({"init_lora_weights": "pissa"}, "28 language; 16,384 parameters"),
+        ({"use_dora": True}, "28 language; 18,432 parameters"),
+    ],
+)
+def test_the_plan_counts_what_peft_will_train(bases, further, plan):
+    config = AutoConfig.from_pretrained(bases / "decoder")
+    lora = LoraSection(r=4, alpha=8, **further)
+    empty = empty_model(AutoModelForImageTextToText, config)
+    assert plan_adapter(empty, lora, MLLAMA.presets, MLLAMA.parts) == plan
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    adapted = attach_adapter(model, lora, MLLAMA.presets, task_type=None)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert f"; {trained:,} parameters" in plan
+
+
+def test_excluding_everything_is_an_error_before_loading(bases):
+    config = AutoConfig.from_pretrained(bases / "decoder")
+    empty = empty_model(AutoModelForImageTextToText, config)
+    lora = LoraSection(exclude_modules=".*")
+    with pytest.raises(BaseModelError, match="it says: "):
+        plan_adapter(empty, lora, MLLAMA.presets, MLLAMA.parts)
 
 
 def test_a_folder_without_adapter_is_an_error(bases, tmp_path):
@@ -182,8 +226,11 @@ def test_a_folder_without_adapter_is_an_error(bases, tmp_path):
 
 def test_notes_are_read_back_bit_for_bit(tmp_path):
     value = torch.rand(1, generator=torch.Generator().manual_seed(3)).item() * 3
-    write_notes(tmp_path, {"logit_scale": value})
+    write_notes(tmp_path, {**NOTES, "logit_scale": value})
     assert read_notes(tmp_path)["logit_scale"] == value
     assert "medft" in json.loads((tmp_path / "medft.json").read_text())
     with pytest.raises(BaseModelError, match=r"medft\.json"):
         read_notes(tmp_path / "none")
+    write_notes(tmp_path, {"family": "mllama"})
+    with pytest.raises(BaseModelError, match="it lacks some"):
+        read_notes(tmp_path)

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from medft import cli
-from medft.errors import MedftError, Terminated, run_command
+from medft.errors import DataError, MedftError, Terminated, run_command
 
 
 def test_help_imports_nothing_heavy():
@@ -57,6 +58,23 @@ def test_exit_codes_and_sentences(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     assert run_command(stop, []) == 143
     assert run_command(interrupt, []) == 130
+
+
+def test_a_worker_process_shows_its_sentence_only(capsys):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise DataError(f"row {index}: expected a whole picture, found Error: none")
+
+    def load(argv):
+        list(torch.utils.data.DataLoader(Rows(), num_workers=1))
+
+    assert run_command(load, []) == 2
+    assert capsys.readouterr().err == (
+        "medft: error: row 0: expected a whole picture, found Error: none\n"
+    )
 
 
 def test_a_bug_of_ours_is_not_hidden():

@@ -3,7 +3,14 @@
 import pytest
 
 from medft.errors import RecipeError
-from medft.recipe import FOREIGN_KEYS, DecoderRecipe, SiglipRecipe, _names
+from medft.recipe import (
+    FOREIGN_KEYS,
+    REFUSED_TRAIN_KEYS,
+    TRAIN_KEYS,
+    DecoderRecipe,
+    SiglipRecipe,
+    _names,
+)
 
 GOOD = """\
 model: {base: some/base}
@@ -134,6 +141,54 @@ def test_train_keys_that_medft_owns_are_refused_with_the_reason(load, key, reaso
 def test_a_wrong_type_is_an_error(load, text, expected):
     [problem] = problems(load, GOOD.replace("learning_rate: 1e-4", text))
     assert f"expected {expected}" in problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "per_device_train_batch_size: 0",
+        "gradient_accumulation_steps: -2",
+        "num_train_epochs: .inf",
+        "num_train_epochs: 0",
+        "learning_rate: .nan",
+        "learning_rate: -1",
+        "seed: -1",
+        "dataloader_num_workers: -1",
+        "save_steps: 0",
+        "eval_strategy: sometimes",
+    ],
+)
+def test_a_number_out_of_its_range_is_an_error(load, text):
+    [problem] = problems(load, GOOD.replace("learning_rate: 1e-4", text))
+    assert f"train.{text.partition(':')[0]}: expected" in problem
+
+
+@pytest.mark.parametrize("text", ["? [a]\n: b\n", "a: &a [*a]\n", "lora: {1: 2}\n", "1: 2\n"])
+def test_strange_yaml_is_one_sentence(load, text):
+    [problem] = problems(load, text)
+    assert "expected" in problem
+
+
+def test_every_field_of_the_library_is_taken_or_refused():
+    import dataclasses
+
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    for library in (SFTConfig, TrainingArguments):
+        names = {field.name for field in dataclasses.fields(library)}
+        assert names >= TRAIN_KEYS.keys() | {"output_dir"}
+        assert names > TRAIN_KEYS.keys()
+    assert not TRAIN_KEYS.keys() & REFUSED_TRAIN_KEYS.keys()
+
+
+def test_a_field_that_medft_does_not_know_is_refused_not_passed_on(load):
+    [problem] = problems(load, GOOD + "  hub_model_id: x\n")
+    assert "train.hub_model_id is refused: medft does not pass it on" in problem
+
+
+def test_full_fine_tuning_of_a_4_bit_base_is_refused(load):
+    assert "write quantization: null" in problems(load, GOOD + "lora: null\n")[0]
 
 
 def test_out_of_range_values_and_choices_are_errors(load):

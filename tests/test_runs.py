@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from medft.errors import RunError
-from medft.provenance import folder_sha256, hardware, masked
+from medft.provenance import folder_sha256, hardware, masked, masked_words
 from medft.runs import (
     batch_arithmetic,
     check_output_dir,
@@ -27,7 +27,7 @@ def test_secrets_are_masked_at_any_depth_and_the_home_folder_is_hidden(monkeypat
         "nested": [{"api_key": "k", "deep": {"client_secret": {"value": "s"}}}],
         "Password": "p",
         "path": "/home/ada/models/x and /home/adam/y",
-        "argv": ["train.hub_token=hf_abc", "train.seed=3", "model.base=/home/ada"],
+        "caption": "key = {answer}",
         "num_tokens": 12,
         "packages": {"tokenizers": "0.23"},
         "nothing_secret": None,
@@ -40,11 +40,22 @@ def test_secrets_are_masked_at_any_depth_and_the_home_folder_is_hidden(monkeypat
         "nested": [{"api_key": "***", "deep": {"client_secret": {"value": "***"}}}],
         "Password": "***",
         "path": "~/models/x and /home/adam/y",
-        "argv": ["train.hub_token=***", "train.seed=3", "model.base=~"],
+        "caption": "key = {answer}",
         "num_tokens": 12,
         "packages": {"tokenizers": "0.23"},
         "nothing_secret": None,
     }
+
+
+def test_a_command_line_shows_of_a_secret_its_key_only(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    words = [
+        "x.yaml",
+        "train.hub_token=hf_abc",
+        "train={hub_token: hf_abc}",
+        "model.base=/home/ada",
+    ]
+    assert masked_words(words) == ["x.yaml", "train.hub_token=***", "train=***", "model.base=~"]
 
 
 class Squares(torch.utils.data.Dataset):

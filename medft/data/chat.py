@@ -8,6 +8,7 @@ whole, before a model is loaded; a bad row is named by its id or its line.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
-from medft.checkpoints import complete_folder, file_sha256
+from medft.checkpoints import check_folder_for_output, complete_folder, file_sha256
 from medft.data.pairs import SPLITS, check_row, open_pairs, prompts_of, read_pairs
 from medft.data.template import fill_template
 from medft.errors import DataError
@@ -36,6 +37,8 @@ _FEATURES = Features(
 )
 
 
+_ROW_KEYS = {"id", "group_id", "source", "images", "image", "messages"}
+
 _NO_ROWS = Dataset.from_dict({})
 
 
@@ -51,16 +54,11 @@ def write_chat(pairs: Path, out: Path, *, format: str = "trl") -> dict[str, int]
         Rows by split.
 
     Raises:
-        DataError: the pairs cannot be read, or `out` holds files of somebody else.
+        DataError: the pairs cannot be read.
+        RunError: `out` holds something else.
     """
     prompts = prompts_of(pairs)
-    strangers = [path.name for path in out.iterdir()] if out.is_dir() else []
-    strangers = sorted(set(strangers) - {"images", *(f"{split}.jsonl" for split in SPLITS)})
-    if strangers:
-        raise DataError(
-            f"expected {out} to be empty or written by medft data chat, it holds {strangers[0]}: "
-            f"choose another folder"
-        )
+    check_folder_for_output(out, allow_content=_is_ours(out))
     counts = dict.fromkeys(SPLITS, 0)
     with complete_folder(out) as draft:
         (draft / "images").mkdir()
@@ -79,6 +77,18 @@ def write_chat(pairs: Path, out: Path, *, format: str = "trl") -> dict[str, int]
         for file in files.values():
             file.close()
     return counts
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds what `write_chat` writes and nothing else."""
+    splits = {f"{split}.jsonl" for split in SPLITS}
+    images = folder / "images"
+    return (
+        folder.is_dir()
+        and {path.name for path in folder.iterdir()} == {"images", *splits}
+        and images.is_dir()
+        and all(re.fullmatch(r"[0-9a-f]{64}\.png", path.name) for path in images.iterdir())
+    )
 
 
 def _trl_row(row: dict[str, Any], names: list[str], messages: list[Message]) -> dict[str, Any]:
@@ -205,12 +215,16 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _checked_row(line: str, number: int, folder: Path, existing: dict[str, bool]) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"expected a JSON object, could not parse it ({error.msg})") from error
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"expected a JSON object, could not parse it ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"expected a JSON object, got {type(row).__name__}")
-    name = str(row.get("id", f"line {number}"))
-    paths = row.get("images", [row["image"]] if row.get("image") else [])
+    name = f"line {number}" if row.get("id") is None else str(row["id"])
+    paths = row.get("images") or ([row["image"]] if row.get("image") else [])
+    unread = sorted(key for key in row.keys() - _ROW_KEYS if re.search(r"image|img|picture", key))
+    if unread:
+        raise DataError(f"row {name}: expected the key images, got {unread[0]}: rename it")
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise DataError(f"row {name}: expected images to be a list of paths")
     messages = normalised_messages(row.get("messages"), len(paths), name)
@@ -222,11 +236,11 @@ def _checked_row(line: str, number: int, folder: Path, existing: dict[str, bool]
         if not existing[whole]:
             raise DataError(f"row {name}: expected an image at {whole}, there is no file")
         images.append({"bytes": None, "path": whole})
-    known = {"id", "group_id", "source", "images", "image", "messages"}
-    fields = {key: value for key, value in row.items() if key not in known}
+    fields = {key: value for key, value in row.items() if key not in _ROW_KEYS}
+    group = row.get("group_id")
     return {
         "id": name,
-        "group_id": str(row.get("group_id", name)),
+        "group_id": name if group is None else str(group),
         "images": images,
         "messages": json.dumps(messages, ensure_ascii=False),
         "fields": json.dumps(fields, ensure_ascii=False),

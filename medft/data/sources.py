@@ -6,18 +6,19 @@ pairs.parquet or in rejects.jsonl: accepted + rejected = rows read, for each sou
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import Field
 
-from medft.checkpoints import write_json
+from medft.checkpoints import check_folder_for_output, write_json
 from medft.data.images import MAX_PIXELS, open_image
 from medft.data.pairs import Pair, StoredImage, rewrite_splits, store_image, write_pairs
 from medft.data.splits import SplitSection, assign_splits, join_groups
@@ -46,7 +47,7 @@ class SourceSection(Section):
     images: str = "."
     """Root of the image paths, relative to SOURCES.yaml."""
 
-    image: str | list[str]
+    image: str | Annotated[list[str], Field(min_length=1)]
     """Columns with the path of an image below the root; several: one row has several images."""
 
     text: str
@@ -162,6 +163,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     for source in spec.sources:
         check_prompts(spec.prompts, source)
         check_columns(source, tables[source.name])
+    check_folder_for_output(out, allow_content=True)
     out.mkdir(parents=True, exist_ok=True)
     counts = {source.name: SourceCounts() for source in spec.sources}
     lights: list[_Light] = []
@@ -212,6 +214,8 @@ def _accepted_pairs(
         for number, row in read_rows(source, root / source.path):
             count.read += 1
             try:
+                if isinstance(row, Rejected):
+                    raise row
                 pair = make_pair(source, row, store)
                 content = _content_hash(pair)
                 if content in content_seen:
@@ -375,7 +379,8 @@ def check_columns(source: SourceSection, table: Path) -> None:
     wanted += columns_of(source.question) if source.question else []
     wanted += [name for name in (source.group, source.id) if name]
     wanted += [source.license["column"]] if isinstance(source.license, dict) else []
-    first = next(_all_rows(source.kind, table), None)
+    rows = (row for row in _all_rows(source.kind, table) if isinstance(row, dict))
+    first = next(rows, None)
     if first is None:
         raise DataError(f"expected rows in {table}, found none: check the file")
     missing = [name for name in dict.fromkeys(wanted) if name not in first]
@@ -386,14 +391,18 @@ def check_columns(source: SourceSection, table: Path) -> None:
         )
 
 
-def read_rows(source: SourceSection, table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(
+    source: SourceSection, table: Path
+) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
     """Rows of a table that `where` takes, with their number in the file, from 1."""
     conditions = {
         column: {text_of(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
         for column, wanted in (source.where or {}).items()
     }
     for number, row in enumerate(_all_rows(source.kind, table), start=1):
-        if all(text_of(row.get(column)) in values for column, values in conditions.items()):
+        if isinstance(row, Rejected):
+            yield number, row
+        elif all(text_of(row.get(column)) in values for column, values in conditions.items()):
             yield number, _Row(row)
 
 
@@ -404,50 +413,56 @@ class _Row(dict):
         return None
 
 
-def _all_rows(kind: str, table: Path) -> Iterator[dict[str, Any]]:
+def _all_rows(kind: str, table: Path) -> Iterator[dict[str, Any] | Rejected]:
     try:
         text = _decoded(table.read_bytes())
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            f"expected a table at {table}, could not read it ({error.strerror}): check the path"
+            f"expected a table at {table}, could not read it ({reason}): check the path"
         ) from error
     if kind == "csv":
         yield from _csv_rows(text, table)
         return
     try:
-        rows = (
-            json.loads(text) if kind == "json" else map(json.loads, filter(str.strip, _lines(text)))
-        )
+        rows = json.loads(text) if kind == "json" else map(json.loads, filter(None, _lines(text)))
+        if not isinstance(rows, list | map):
+            raise DataError(
+                f"expected a list of objects in {table}, got {type(rows).__name__}: check its kind"
+            )
         for row in rows:
             if not isinstance(row, dict):
                 raise DataError(
                     f"expected objects in {table}, got {type(row).__name__}: check its kind"
                 )
             yield row
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"expected {kind} in {table}, could not parse it ({error}): check its kind"
         ) from error
 
 
-def _csv_rows(text: str, table: Path) -> Iterator[dict[str, Any]]:
+def _lines(text: str) -> Iterator[str]:
+    return (line.strip() for line in io.StringIO(text))
+
+
+def _csv_rows(text: str, table: Path) -> Iterator[dict[str, Any] | Rejected]:
     try:
         dialect: Any = csv.Sniffer().sniff(text[:65536].partition("\n")[0], delimiters=",;\t|")
         delimiter = dialect.delimiter
     except csv.Error:
         delimiter = ","
     csv.field_size_limit(1 << 30)
-    reader = csv.reader(_lines(text), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     header = [name.strip() for name in next(reader, [])]
     if len(set(header)) < len(header):
         raise DataError(f"expected different column names in {table}, got {', '.join(header)}")
     for cells in reader:
-        if cells:
+        further = [cell for cell in cells[len(header) :] if cell.strip()]
+        if cells and (further or len(cells) < len(header)):
+            yield Rejected("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns")
+        elif cells:
             yield dict(zip(header, cells, strict=False))
-
-
-def _lines(text: str) -> Iterator[str]:
-    return iter(text.replace("\r\n", "\n").replace("\r", "\n").splitlines(keepends=True))
 
 
 def _decoded(content: bytes) -> str:

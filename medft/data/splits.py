@@ -7,8 +7,9 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medft.strict_yaml import Section
 
@@ -23,6 +24,12 @@ class SplitSection(Section):
     """Share of the accepted rows."""
 
     seed: int = 17
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together below 1")
+        return self
 
 
 def join_groups(rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

@@ -1,7 +1,6 @@
 """Everything that a decoder run can know and check before the base's weights are loaded."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from medft.adapters import describe_targets, lora_parameters, target_modules
+from medft.adapters import ALL_WEIGHTS, plan_adapter, target_modules
 from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
 from medft.decoder.collator import (
@@ -39,8 +38,8 @@ class DecoderInputs:
     family: Family
     processor: ProcessorMixin
     collator: DecoderCollator
-    targets: Mapping[str, nn.Module]
-    """Modules that get an adapter, by name; their weights are on the meta device."""
+    adapter_plan: str
+    """How many layers get an adapter, by part, and how many parameters are trained."""
 
     train: Dataset
     validation: Dataset | None
@@ -55,11 +54,6 @@ class DecoderInputs:
             mark_trained(encoder.encode(messages_of(row), row["id"]), encoder, max_length)
             for row in rows.remove_columns("images")
         ]
-
-    def describe_targets(self, r: int) -> str:
-        """A line that counts the adapted modules by part and the adapter's parameters."""
-        counts = describe_targets(self.targets, self.family.parts)
-        return f"{counts}; {lora_parameters(self.targets, r):,} parameters"
 
 
 def prepare_inputs(
@@ -87,15 +81,10 @@ def prepare_inputs(
         empty = empty_model(
             AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
         )
-        targets = target_modules(empty, lora.targets, family.presets) if lora else {}
-        if family.parts["lm_head"] in targets:
-            raise BaseModelError(
-                "expected lora.targets without lm_head, whose weight the loss reads directly so "
-                "that an adapter on it would not be trained: leave it out"
-            )
+        head_rows = empty.get_output_embeddings().out_features
+        plan = _plan(empty, lora, family) if lora else ALL_WEIGHTS
     findings.raise_any()
     encoder = ConversationEncoder(processor, family)
-    head_rows = empty.get_output_embeddings().out_features
     kept: dict[str, Dataset] = {}
     record: dict[str, Any] = {}
     for split, (path, rows) in files.items():
@@ -115,11 +104,20 @@ def prepare_inputs(
             max_image_tiles=data.max_image_tiles,
             head_rows=head_rows,
         ),
-        targets=targets,
+        adapter_plan=plan,
         train=kept["train"],
         validation=kept.get("validation"),
         record=record,
     )
+
+
+def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:
+    if family.parts["lm_head"] in target_modules(empty, lora.targets, family.presets):
+        raise BaseModelError(
+            "expected lora.targets without lm_head, whose weight the loss reads directly so "
+            "that an adapter on it would not be trained: leave it out"
+        )
+    return plan_adapter(empty, lora, family.presets, family.parts)
 
 
 def _measured(

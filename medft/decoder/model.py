@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from medft.base import readable_base
+from medft.base import load_weights
 from medft.decoder.families import Family
 from medft.errors import BaseModelError
 from medft.recipe import ModelSection, QuantizationSection
@@ -40,10 +40,9 @@ def load_model(
     """
     dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
     config = quantization and bitsandbytes_config(quantization, family, dtype)
-    with readable_base(model):
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            model.base, revision=model.revision, dtype=dtype, quantization_config=config
-        )
+    loaded = load_weights(
+        AutoModelForImageTextToText, model, dtype=dtype, quantization_config=config
+    )
     if quantization:
         check_quantized(loaded, family, quantization)
     return loaded

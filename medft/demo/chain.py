@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+from medft.checkpoints import check_folder_for_output
 from medft.data.chat import write_chat
 from medft.data.sources import prepare
 from medft.demo.bases import build_decoder, build_siglip
@@ -16,6 +17,9 @@ from medft.launch import shipped, train
 
 SEED = 17
 
+MARKER = ".medft-demo"
+"""Tells a demo's folder, which the next demo deletes, from any other."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,11 +30,13 @@ def run_demo(out: Path) -> Path:
         out: folder of the demo; an earlier demo in it is replaced.
 
     Raises:
-        RunError: the folder holds something else, or a training failed.
+        RunError: the folder is not the demo's, or a training failed.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "data" / "raw").is_dir():
-        raise RunError(f"expected --out to be empty or an earlier demo, {out} is neither")
-    shutil.rmtree(out, ignore_errors=True)
+    check_folder_for_output(out, allow_content=(out / MARKER).is_file())
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARKER).touch()
     started = time.monotonic()
     data, models = out / "data", out / "models"
 

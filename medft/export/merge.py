@@ -7,11 +7,11 @@ on a 4-bit base the merged model differs a little from the trained one, which sa
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText
 
 from medft.adapters import load_adapter, read_notes, write_notes
-from medft.base import check_local_base, readable_base
-from medft.checkpoints import complete_folder
+from medft.base import check_local_base, load_processor, load_weights
+from medft.checkpoints import check_folder_for_output, complete_folder
 from medft.errors import BaseModelError, RunError
 from medft.provenance import folder_sha256
 from medft.recipe import ModelSection
@@ -34,23 +34,21 @@ def merge(source: Path, out: Path) -> Path:
         BaseModelError: the base is missing or not the one that was trained.
     """
     adapter = find_adapter(source)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"expected --out to be an empty folder, {out} is not: choose another")
+    check_folder_for_output(out)
     notes = read_notes(adapter)
-    base = ModelSection(base=notes["base"], revision=notes["revision"])
+    base = ModelSection(base=str(Path(notes["base"]).expanduser()), revision=notes["revision"])
     check_local_base(base)
-    check_same_base(notes)
+    check_same_base(base, notes)
+    processor = load_processor(ModelSection(base=str(adapter)))
     is_siglip = notes["family"] == "siglip"
     model_class = AutoModel if is_siglip else AutoModelForImageTextToText
-    with readable_base(base):
-        model = model_class.from_pretrained(base.base, revision=base.revision, dtype="auto")
+    model = load_weights(model_class, base, dtype="auto")
     if is_siglip:
         resize_positions(model, notes["image_size"])
     adapted = load_adapter(model, adapter)
     if is_siglip:
         restore_scale_and_bias(adapted, adapter)
     merged = adapted.merge_and_unload(safe_merge=True)
-    processor = AutoProcessor.from_pretrained(adapter, backend="pil")
     with complete_folder(out) as draft:
         merged.save_pretrained(draft)
         processor.save_pretrained(draft)
@@ -65,7 +63,7 @@ def find_adapter(source: Path) -> Path:
         RunError: the path is neither a finished run nor an adapter.
     """
     if (source / "run.json").is_file():
-        status = read_record(source)["status"]
+        status = read_record(source).get("status")
         if status != "completed":
             raise RunError(
                 f"expected a completed run in {source}, its status is {status}: resume it, or "
@@ -80,14 +78,14 @@ def find_adapter(source: Path) -> Path:
     return source
 
 
-def check_same_base(notes: dict[str, Any]) -> None:
+def check_same_base(base: ModelSection, notes: dict[str, Any]) -> None:
     """Refuse a base folder whose files are not those that the adapter was trained on.
 
     Raises:
         BaseModelError: the content hash differs.
     """
-    if "sha256" in notes and folder_sha256(Path(notes["base"])) != notes["sha256"]:
+    if "sha256" in notes and folder_sha256(Path(base.base)) != notes["sha256"]:
         raise BaseModelError(
-            f"expected the base that the adapter was trained on in {notes['base']}, its files "
+            f"expected the base that the adapter was trained on in {base.base}, its files "
             f"have changed: restore them"
         )

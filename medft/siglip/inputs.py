@@ -3,18 +3,18 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset as Rows
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
-from medft.adapters import describe_targets, lora_parameters, target_modules
+from medft.adapters import ALL_WEIGHTS, plan_adapter
 from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import (
     describe_counts,
@@ -102,8 +102,8 @@ class SiglipInputs:
     config: PreTrainedConfig
     processor: ProcessorMixin
     collator: PairCollator
-    targets: Mapping[str, nn.Module]
-    """Modules that get an adapter, by name; their weights are on the meta device."""
+    adapter_plan: str
+    """How many layers get an adapter, by tower, and how many parameters are trained."""
 
     train: PairDataset
     validation: PairDataset | None
@@ -122,11 +122,6 @@ class SiglipInputs:
                 ]
             ]
         ]
-
-    def describe_targets(self, r: int) -> str:
-        """A line that counts the adapted modules by tower and the adapter's parameters."""
-        counts = describe_targets(self.targets, PARTS)
-        return f"{counts}; {lora_parameters(self.targets, r):,} parameters"
 
 
 def prepare_inputs(
@@ -156,7 +151,7 @@ def prepare_inputs(
         _check_sizes(config, data)
         processor = load_processor(model)
         processor.image_processor.size = {"height": data.image_size, "width": data.image_size}
-        targets = _targets(config, lora, arguments) if lora else {}
+        plan = _plan(config, lora, arguments) if lora else ALL_WEIGHTS
     findings.raise_any()
     record = {}
     for split, (path, pairs) in files.items():
@@ -167,7 +162,7 @@ def prepare_inputs(
         config=config,
         processor=processor,
         collator=PairCollator(processor, max_length=data.max_length),
-        targets=targets,
+        adapter_plan=plan,
         train=files["train"][1],
         validation=files["validation"][1] if "validation" in files else None,
         record=record,
@@ -200,21 +195,25 @@ def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
         )
 
 
-def _targets(
-    config: PreTrainedConfig, lora: LoraSection, arguments: TrainingArguments
-) -> dict[str, nn.Module]:
+def _plan(config: PreTrainedConfig, lora: LoraSection, arguments: TrainingArguments) -> str:
     if lora.targets in HEAD_PRESETS:
         raise BaseModelError(
             f"expected lora.targets without the pooling head, whose adapter would never run, got "
             f"{lora.targets!r}: write {lora.targets}_no_head"
         )
     empty = empty_model(AutoModel, config, deepspeed_plugin=arguments.deepspeed_plugin)
-    return target_modules(empty, lora.targets, PRESETS)
+    return plan_adapter(empty, lora, PRESETS, PARTS)
 
 
 def _pairs(path: Path, split: str, template: str | None) -> PairDataset:
     rows = load_rows(path, split=split)
     captions = [_caption(row, template) for row in rows.remove_columns("images")]
+    empty = [row for row, caption in zip(rows["id"], captions, strict=True) if not caption]
+    if empty:
+        raise DataError(
+            f"expected a caption for every row of {path}, {len(empty)} are empty, first row "
+            f"{empty[0]}: correct data.caption or the rows"
+        )
     pairs = PairDataset(rows, captions)
     if len(pairs) == 0:
         raise DataError(f"expected images in {path}, no row has one: give rows with images")

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig, SiglipModel
 
 from medft.adapters import cast_trainable_to_float32, exact_float, read_notes
-from medft.base import readable_base
+from medft.base import load_weights
 from medft.errors import BaseModelError
 from medft.recipe import ModelSection
 
@@ -64,8 +64,7 @@ def load_model(model: ModelSection, *, image_size: int, trains_all: bool) -> Sig
         BaseModelError: it cannot be loaded.
     """
     dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
-    with readable_base(model):
-        loaded = AutoModel.from_pretrained(model.base, revision=model.revision, dtype=dtype)
+    loaded = load_weights(AutoModel, model, dtype=dtype)
     resize_positions(loaded, image_size)
     return loaded
 

@@ -10,7 +10,7 @@ from PIL import Image
 from medft.data.chat import image_source, load_rows, messages_of, write_chat
 from medft.data.images import open_image
 from medft.data.pairs import read_pairs
-from medft.errors import DataError, RecipeError
+from medft.errors import DataError, RecipeError, RunError
 
 
 @pytest.fixture
@@ -49,6 +49,10 @@ def test_rows_from_elsewhere_train_as_they_are(write, tmp_path):
     assert messages_of(rows[1])[0] == turn("user", "Why?", images=2)
     assert messages_of(rows[2])[0] == turn("user", "Why?")
     assert [len(images) for images in rows["images"]] == [1, 2, 0]
+    assert rows["group_id"] == ["r1", "line 2", "line 3"]
+    named = write({**GOOD, "images": [], "image": "a.png", "group_id": None, "id": None})
+    row = load_rows(named, split="train")[0]
+    assert (row["id"], row["group_id"], len(row["images"])) == ("line 1", "line 1", 1)
     assert rows["id"][1:] == ["line 2", "line 3"]
     assert open_image(image_source(rows[1]["images"][1])).size == (8, 8)
 
@@ -56,6 +60,7 @@ def test_rows_from_elsewhere_train_as_they_are(write, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"image_path": "b.png"}, "expected the key images, got image_path"),
         ({"messages": None}, "row r1: expected a list of messages, got nothing"),
         ({"messages": []}, "expected a list of messages"),
         ({"messages": [turn("user", "a", images=1)]}, "the last by the assistant, got user"),
@@ -150,9 +155,18 @@ def test_the_prompt_is_chosen_by_the_id_and_questions_stay(data):
 
 def test_a_folder_of_somebody_else_is_not_overwritten(data, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DataError, match=r"thesis\.tex"):
+    with pytest.raises(RunError, match="to be empty"):
         write_chat(data / "pairs.parquet", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    own = tmp_path / "own"
+    write_chat(data / "pairs.parquet", own)
+    write_chat(data / "pairs.parquet", own)
+    (own / "images" / "precious.png").touch()
+    with pytest.raises(RunError, match="to be empty"):
+        write_chat(data / "pairs.parquet", own)
+    with pytest.raises(RunError, match="is a file"):
+        write_chat(data / "pairs.parquet", data / "pairs.parquet")
+    assert (own / "images" / "precious.png").exists()
 
 
 def test_a_template_needs_its_names():

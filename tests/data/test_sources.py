@@ -70,6 +70,41 @@ def test_a_messy_csv_is_read_and_every_row_accounted_for(export, tmp_path):
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
+def test_cells_are_neither_cut_nor_torn(export, tmp_path):
+    table = (
+        'file,report\n0.png,"Line one.\x0cLine two,\u2028 and three\x85"\n'
+        '1.png,Normal chest, no effusion. Fracture of rib 5\n2.png\n3.png,"a\nb",\n'
+    ).encode()
+    prepare(export(table, YAML % ""), tmp_path / "out", max_rejects=0.9)
+    assert [(line["row"], line["reason"]) for line in rejects(tmp_path / "out")] == [
+        (2, "wrong_cell_count"),
+        (3, "wrong_cell_count"),
+    ]
+    texts = [row["text"] for row in read_pairs(tmp_path / "out" / "pairs.parquet")]
+    assert texts == ["Line one.\x0cLine two,\u2028 and three", "a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("json", b"null"),
+        ("json", b"[1]"),
+        ("json", b"[" * 100_000),
+        ("json", b'[{"file": ' + b"9" * 5000 + b"}]"),
+        ("jsonl", b"{torn\n"),
+        ("jsonl", b"[]\n"),
+        ("json", b"[]"),
+        ("csv", b""),
+        ("csv", b"file,file\n0.png,x\n"),
+    ],
+)
+def test_a_broken_table_is_one_sentence(export, tmp_path, kind, content):
+    sources = export(content, YAML.replace("kind: csv", f"kind: {kind}") % "")
+    with pytest.raises(DataError, match="expected"):
+        prepare(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_stored_is_what_datasets_reads(export, tmp_path):
     sources = export(b"file,report\n0.png,first\n1.png,second\n", YAML % "")
     out = tmp_path / "out"
@@ -169,6 +204,8 @@ def test_too_many_rejects_stop_and_leave_the_reasons_and_the_old_pairs(export, t
         ("sources:\n  - {name: a, kind: xml, path: t, image: i, text: t}\n", ":2: sources.0.kind"),
         ("sources:\n  - {name: a, kind: csv, paht: t, image: i, text: t}\n", "did you mean path"),
         ("split: {validation: 0.1}\n", "sources is required"),
+        (YAML.replace("0.0", "0.6, test: 0.5") % "", "validation and test together below 1"),
+        (YAML.replace("image: file", "image: []") % "", "sources.0.image"),
     ],
 )
 def test_a_wrong_sources_file_names_the_place(tmp_path, text, message):

@@ -1,8 +1,11 @@
 """4-bit exactly where the recipe says, and differentiable after evaluation on every CPU."""
 
+import shutil
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from medft.decoder.families import MLLAMA
@@ -41,6 +44,23 @@ def test_a_skip_name_of_an_older_module_tree_matches_nothing_and_is_caught(secti
     assert any("vision_model" in name for name in four_bit(model))  # the trap, unseen in stock
     with pytest.raises(BaseModelError, match="to be unquantised, bitsandbytes made it 4-bit"):
         check_quantized(model, MLLAMA, QuantizationSection())
+
+
+def test_a_base_that_lacks_a_tensor_is_refused_where_transformers_draws_it(section, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(section.base, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if "language" in n and n.endswith("0.self_attn.q_proj.weight"))
+    lost = weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    drawn = AutoModelForImageTextToText.from_pretrained(folder)  # the trap: only a warning
+    assert drawn.model.language_model.layers[0].self_attn.q_proj.weight.shape == lost.shape
+    broken = ModelSection(base=str(folder), dtype="float32")
+    with pytest.raises(BaseModelError, match=r"1 are missing .* layers\.0\.self_attn\.q_proj"):
+        load_model(broken, MLLAMA, None, trains_all=False)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(BaseModelError, match="cannot be loaded"):
+        load_model(broken, MLLAMA, None, trains_all=False)
 
 
 def test_the_repacking_without_gradient_is_switched_off(section):

@@ -205,6 +205,24 @@ def test_bfloat16_runs_under_autocast_and_float32_does_not(trainer):
     assert trainer().accelerator.mixed_precision == "no"
 
 
+@pytest.mark.parametrize(("name", "more"), [("perplexity", False), ("eval_token_accuracy", True)])
+def test_the_direction_of_a_metric_is_known(trainer, name, more):
+    made = trainer((f"train.metric_for_best_model={name}",))
+    assert made.args.greater_is_better is more
+    AcceleratorState._reset_state(True)
+    with pytest.raises(RecipeError, match="one of eval_loss, eval_perplexity"):
+        trainer(("train.metric_for_best_model=foo",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["train.report_to=wandb", "train.lr_scheduler_kwargs={foo: 1}", "train.optim=adamm"],
+)
+def test_what_would_fail_after_loading_fails_before(trainer, change):
+    with pytest.raises(RecipeError, match="the trainer accepts"):
+        trainer((change,))
+
+
 def test_a_value_that_the_trainer_refuses_is_one_sentence(trainer):
     with pytest.raises(RecipeError, match="expected values that the trainer accepts in train"):
         trainer(lr_scheduler_type="linearr")

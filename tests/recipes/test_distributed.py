@@ -78,10 +78,25 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe):
 
 def test_siglip_on_two_processes_keeps_scale_and_bias_in_step(recipe):
     words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
-    file = recipe("siglip")
-    finish([*words, script("siglip"), str(file), "contrastive.exact_batch=false"])
-    _, run = losses(file)
-    notes = json.loads((run / "adapter" / "medft.json").read_text())
+    two = recipe("siglip", learning_rate=1e-3)
+    plain = "contrastive.exact_batch=false"
+    finish([*words, script("siglip"), str(two), plain])
+    first, run = losses(two)
+
+    (run.parent / "one").mkdir()
+    one = run.parent / "one.yaml"
+    one.write_text(two.read_text().replace(str(run), str(run.parent / "one")))
+    accumulated = "train.gradient_accumulation_steps=2"
+    subprocess.run(
+        [sys.executable, script("siglip"), str(one), plain, accumulated],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    second, alone = losses(one)
+    # micro-batches of two ranks are those of two accumulation steps, their gradients averaged
+    assert first == pytest.approx(second, rel=1e-5)
+    notes, other = (json.loads((r / "adapter" / "medft.json").read_text()) for r in (run, alone))
+    assert notes["logit_bias"] == pytest.approx(other["logit_bias"], rel=1e-6)
+    assert notes["logit_scale"] == pytest.approx(other["logit_scale"], rel=1e-6)
     assert notes["logit_bias"] != -10
 
 

@@ -97,16 +97,24 @@ def test_losses_fall(undisturbed):
         assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def kill_after(process: subprocess.Popen, run: Path, step: int) -> None:
-    """SIGKILL once a checkpoint at or after a step is whole."""
+def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
+    """Return once a checkpoint at or after a step is whole, or the process has ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         done = [int(p.parent.name[11:]) for p in run.glob("checkpoint-*/manifest.json")]
         if max(done, default=0) >= step:
             break
         time.sleep(0.005)
-    process.kill()
-    process.communicate()
+
+
+def losses_of(run: Path) -> list[tuple[str, float]]:
+    history = json.loads((run / "log_history.json").read_text())
+    return [(name, e[name]) for e in history for name in ("loss", "eval_loss") if name in e]
+
+
+def same_best(left: Path, right: Path) -> bool:
+    first, second = (r / "best_model" / "adapter_model.safetensors" for r in (left, right))
+    return first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize(("kind", "words"), [("decoder", [NF4]), ("siglip", [])])
@@ -116,7 +124,9 @@ def test_a_killed_run_goes_on_bit_for_bit_past_checkpoints_that_are_not_whole(
     file = recipe_of(kind, "run")
     run = run_of(file)
     process = start_script(kind, file, *words)
-    kill_after(process, run, 20)
+    wait_for(run, 20, process)
+    process.kill()
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     assert not (run / "adapter").exists()
@@ -138,12 +148,8 @@ def test_a_killed_run_goes_on_bit_for_bit_past_checkpoints_that_are_not_whole(
     assert len(record["resumed"]) == 1
     reference = undisturbed["nf4" if kind == "decoder" else "siglip"]
     assert equal(run, reference)
-    histories = [json.loads((r / "log_history.json").read_text()) for r in (run, reference)]
-    losses = [[e["loss"] for e in history if "loss" in e] for history in histories]
-    assert losses[0] == losses[1]
-    assert (run / "best_model" / "adapter_model.safetensors").read_bytes() == (
-        reference / "best_model" / "adapter_model.safetensors"
-    ).read_bytes()
+    assert losses_of(run) == losses_of(reference)
+    assert same_best(run, reference)
 
 
 def test_a_changed_recipe_does_not_continue_a_run(undisturbed, tmp_path, start_script, output_of):
@@ -158,14 +164,27 @@ def test_a_changed_recipe_does_not_continue_a_run(undisturbed, tmp_path, start_s
     assert "these keys differ: lora.r (4 -> 8), train.learning_rate (0.01 -> 0.5)" in output
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_kept(
+    recipe_of, start_script, output_of
+):
+    file = recipe_of("siglip", "run")
+    words = ["train.learning_rate=1e30", "train.max_grad_norm=0", "train.warmup_steps=0"]
+    output = output_of(start_script("siglip", file, *words), code=2)
+    assert output.count("medft: error: expected every ") == 1
+    assert "Traceback" not in output
+    run = run_of(file)
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert not list(run.glob("checkpoint-*/manifest.json"))
+    assert not (run / "adapter").exists()
+
+
 def test_sigterm_saves_a_whole_checkpoint_and_exits_143(
     undisturbed, recipe_of, start_script, output_of
 ):
     file = recipe_of("siglip", "run")
     run = run_of(file)
     process = start_script("siglip", file)
-    while not (run / "checkpoint-4" / "manifest.json").exists() and process.poll() is None:
-        time.sleep(0.01)
+    wait_for(run, 8, process)
     process.terminate()
     output_of(process, code=143)
     record = json.loads((run / "run.json").read_text())
@@ -174,6 +193,8 @@ def test_sigterm_saves_a_whole_checkpoint_and_exits_143(
     assert (run / f"checkpoint-{record['steps_done']}" / "manifest.json").exists()
     output_of(start_script("siglip", file, "train.resume_from_checkpoint=true"))
     assert equal(run, undisturbed["siglip"])
+    assert losses_of(run) == losses_of(undisturbed["siglip"])
+    assert same_best(run, undisturbed["siglip"])
 
 
 def test_medft_train_launches_the_script_and_passes_sigterm_on(recipe_of):
@@ -184,14 +205,38 @@ def test_medft_train_launches_the_script_and_passes_sigterm_on(recipe_of):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    while not (run / "checkpoint-4" / "manifest.json").exists() and process.poll() is None:
-        time.sleep(0.01)
+    wait_for(run, 4, process)
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "interrupted"
     assert (run / f"checkpoint-{record['steps_done']}" / "manifest.json").exists()
+
+
+def test_sigterm_before_training_begins_is_not_lost(recipe_of):
+    file = recipe_of("siglip", "run")
+    code = f"""
+import os, signal, sys, threading, time
+from pathlib import Path
+import psutil
+from medft.launch import train
+
+def stop_as_soon_as_the_launcher_runs():
+    while not psutil.Process().children():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=stop_as_soon_as_the_launcher_runs).start()
+sys.exit(train(Path({str(file)!r}), ["train.num_train_epochs=500"], None))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 143, done.stderr
+    assert not (run_of(file) / "adapter").exists()
 
 
 def test_the_launcher_shows_the_sentence_once_and_fails(sections, write_recipe):

@@ -59,12 +59,13 @@ def test_scale_and_bias_come_back_bit_for_bit(section, tmp_path):
     with torch.no_grad():
         model.logit_scale.fill_(4.7123457)
         model.logit_bias.fill_(-12.912345)
-    write_notes(tmp_path, scale_and_bias_notes(model))
+    notes = {"family": "siglip", "base": "x", "revision": None}
+    write_notes(tmp_path, {**notes, **scale_and_bias_notes(model)})
     other = load_model(section, image_size=56, trains_all=False)
     assert not torch.equal(other.logit_scale, model.logit_scale)
     restore_scale_and_bias(other, tmp_path)
     assert torch.equal(other.logit_scale, model.logit_scale)
     assert torch.equal(other.logit_bias, model.logit_bias)
-    write_notes(tmp_path, {})
+    write_notes(tmp_path, notes)
     with pytest.raises(BaseModelError, match="they are missing"):
         restore_scale_and_bias(other, tmp_path)
