@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import medft
-from medft.checkpoints import write_json
 from medft.errors import BaseModelError
+from medft.files import write_json
 from medft.provenance import masked
 from medft.recipe import LoraSection
 

@@ -1,79 +1,25 @@
-"""Whole and torn checkpoints, and the folders that must appear complete or not at all.
+"""Whole and torn checkpoints.
 
 A checkpoint counts as whole once its manifest lies in it: the size and hash of every file that
 the save wrote, and the number of processes that wrote them. The manifest comes last, so a save
 that was killed, a disk that filled up and a file that was lost or cut afterwards all show.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medft.errors import RunError
+from medft.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 
 logger = logging.getLogger(__name__)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file holds either its old content or all of the new."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-
-
-def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> None:
-    """Refuse a folder that cannot be written, or that holds something, before any work is done.
-
-    Args:
-        folder: may not exist yet.
-        allow_content: whether what it holds may be replaced.
-
-    Raises:
-        RunError: it is a file, not writable, or not empty.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise RunError(f"expected a folder for the output, {existing} is a file: choose another")
-    if not os.access(existing, os.W_OK):
-        raise RunError(
-            f"expected a folder to write into, {existing} is not writable: choose another"
-        )
-    if existing == folder and any(folder.iterdir()) and not allow_content:
-        raise RunError(
-            f"expected the folder {folder} for the output to be empty, it is not: choose another"
-        )
-
-
-@contextmanager
-def complete_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder beside `folder` that takes its place when the block ends without an error."""
-    folder = folder.absolute()
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(checkpoint: Path, *, world_size: int) -> None:

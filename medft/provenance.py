@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import medft
-from medft.checkpoints import file_sha256
+from medft.files import file_sha256
 
 PACKAGES = [
     "torch",

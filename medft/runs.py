@@ -26,14 +26,12 @@ from transformers import (
 from medft.checkpoints import (
     BestModelKeeper,
     CheckpointKeeper,
-    check_folder_for_output,
     checkpoint_to_resume,
-    complete_folder,
     wait_for_everyone,
     world_size_of,
-    write_json,
 )
 from medft.errors import RunError, Terminated
+from medft.files import check_folder_for_output, complete_folder, write_json
 from medft.provenance import (
     hardware,
     masked,

@@ -9,13 +9,12 @@ import pytest
 from medft.checkpoints import (
     checkpoint_to_resume,
     checkpoints_of,
-    complete_folder,
     what_is_missing,
     world_size_of,
-    write_json,
     write_manifest,
 )
 from medft.errors import RunError
+from medft.files import complete_folder, write_json
 
 FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 

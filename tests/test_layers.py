@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "medft"
 # Parts in the order in which they may be used; parts on one line do not use each other.
 ORDER = [
     ["errors"],
-    ["strict_yaml"],
+    ["files", "strict_yaml"],
     ["recipe"],
     ["checkpoints"],
     ["provenance"],

@@ -16,10 +16,10 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
-from medft.checkpoints import check_folder_for_output, complete_folder, file_sha256
 from medft.data.pairs import SPLITS, check_row, open_pairs, prompts_of, read_pairs
 from medft.data.template import fill_template
 from medft.errors import DataError
+from medft.files import check_folder_for_output, complete_folder, file_sha256
 
 Message = dict[str, Any]
 

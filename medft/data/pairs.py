@@ -179,19 +179,13 @@ def prompts_of(path: Path) -> list[str]:
 
 
 def _features() -> dict[str, Any]:
-    from datasets import Features, Image, List, Value
-
-    features = Features(
-        {
-            name: Value("string")
-            for name in SCHEMA.names
-            if name not in ("images", "width", "height", "sha256", "phash")
-        }
-        | {"images": List(Image()), "width": List(Value("int32")), "height": List(Value("int32"))}
-        | {"sha256": List(Value("string")), "phash": List(Value("string"))}
-    )
-    ordered = Features({name: features[name] for name in SCHEMA.names})
-    return ordered.to_dict()
+    """The columns in the words of `datasets`, which reads them from the file's metadata."""
+    texts = {field.name: {"dtype": "string", "_type": "Value"} for field in SCHEMA}
+    numbers = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}
+    hashes = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
+    images = {"feature": {"_type": "Image"}, "_type": "List"}
+    lists = {"images": images, "width": numbers, "height": numbers, "sha256": hashes}
+    return {**texts, **lists, "phash": hashes}
 
 
 def read_pairs(path: Path, *, split: str | None = None) -> Iterator[dict[str, Any]]:

@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import Field
 
-from medft.checkpoints import check_folder_for_output, write_json
 from medft.data.images import MAX_PIXELS, open_image
 from medft.data.pairs import Pair, StoredImage, rewrite_splits, store_image, write_pairs
 from medft.data.splits import SplitSection, assign_splits, join_groups
 from medft.data.template import fill_template, template_names, text_of
 from medft.errors import DataError, RecipeError
+from medft.files import check_folder_for_output, write_json
 from medft.strict_yaml import Section, StrictYaml, errors_of, nearest
 
 DEFAULT_PROMPTS = ["Describe this medical image."]

@@ -5,7 +5,6 @@ import shutil
 import time
 from pathlib import Path
 
-from medft.checkpoints import check_folder_for_output
 from medft.data.chat import write_chat
 from medft.data.sources import prepare
 from medft.demo.bases import build_decoder, build_siglip
@@ -13,6 +12,7 @@ from medft.demo.phantoms import draw_phantoms
 from medft.demo.report import write_report
 from medft.errors import RunError
 from medft.export.merge import merge
+from medft.files import check_folder_for_output
 from medft.launch import shipped, train
 
 SEED = 17

@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoModelForImageTextToText
 
 from medft.adapters import load_adapter, read_notes, write_notes
 from medft.base import check_local_base, load_processor, load_weights
-from medft.checkpoints import check_folder_for_output, complete_folder
 from medft.errors import BaseModelError, RunError
+from medft.files import check_folder_for_output, complete_folder
 from medft.provenance import folder_sha256
 from medft.recipe import ModelSection
 from medft.runs import read_record

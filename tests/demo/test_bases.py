@@ -3,9 +3,9 @@
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from medft.checkpoints import file_sha256
 from medft.demo.bases import build_decoder, build_siglip
 from medft.demo.phantoms import draw_phantoms
+from medft.files import file_sha256
 
 
 def test_the_decoders_image_token_lies_one_past_the_heads_rows(bases):

@@ -1,0 +1,64 @@
+"""Files and folders that appear whole or not at all, and their hashes."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medft.errors import RunError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file holds either its old content or all of the new."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> None:
+    """Refuse a folder that cannot be written, or that holds something, before any work is done.
+
+    Args:
+        folder: may not exist yet.
+        allow_content: whether what it holds may be replaced.
+
+    Raises:
+        RunError: it is a file, not writable, or not empty.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise RunError(f"expected a folder for the output, {existing} is a file: choose another")
+    if not os.access(existing, os.W_OK):
+        raise RunError(
+            f"expected a folder to write into, {existing} is not writable: choose another"
+        )
+    if existing == folder and any(folder.iterdir()) and not allow_content:
+        raise RunError(
+            f"expected the folder {folder} for the output to be empty, it is not: choose another"
+        )
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A draft folder beside `folder` that takes its place when the block ends without an error."""
+    folder = folder.absolute()
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
