@@ -1,6 +1,7 @@
 """The `medft` command. Nothing heavy is imported before a command is known."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("pairs", type=Path, metavar="pairs.parquet")
     chat.add_argument("--out", type=Path, required=True, metavar="DIR")
     chat.add_argument("--format", choices=["trl", "sharegpt"], default="trl")
+    chat.add_argument(
+        "--join-questions",
+        action="store_true",
+        help="all questions about the same images become one conversation",
+    )
     chat.set_defaults(command=_chat)
 
     check = commands.add_parser("check", help="all that can be known of a recipe without weights")
@@ -97,16 +103,18 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from medft.data.sources import prepare
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)
     for name, counts in summary["sources"].items():
         reasons = "".join(f", {reason} {count}" for reason, count in counts["reasons"].items())
         _say(
-            f"{name}: {counts['read']} rows read = {counts['accepted']} accepted + "
-            f"{counts['rejected']} rejected{reasons}"
+            f"{name}: {counts['read']} rows read = {counts['accepted']} accepted "
+            f"({counts['pairs']} pairs) + {counts['rejected']} rejected{reasons}"
         )
     splits = ", ".join(f"{split} {count}" for split, count in summary["splits"].items())
-    _say(f"{summary['rows']} pairs in {summary['groups']} groups: {splits}")
-    by_image = [name for name, by in summary["grouped_by"].items() if by == "image"]
+    _say(f"{summary['pairs']} pairs in {summary['groups']} groups: {splits}")
+    _say(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in summary["joins"].items()))
+    by_image = [name for name, s in summary["sources"].items() if s["grouped_by"] == "image"]
     if by_image:
         _say(
             f"{', '.join(by_image)}: split by image, whether a patient stands in two splits "
@@ -118,7 +126,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from medft.data.chat import write_chat
 
-    counts = write_chat(arguments.pairs, arguments.out, format=arguments.format)
+    counts = write_chat(
+        arguments.pairs,
+        arguments.out,
+        format=arguments.format,
+        join_questions=arguments.join_questions,
+    )
     for split, count in counts.items():
         _say(f"{arguments.out / split}.jsonl: {count} rows")
 

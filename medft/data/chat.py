@@ -6,6 +6,7 @@ whole, before a model is loaded; a bad row is named by its id or its line.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
+from medft.data.images import open_image
 from medft.data.pairs import SPLITS, check_row, open_pairs, prompts_of, read_pairs
 from medft.data.template import fill_template
 from medft.errors import DataError
@@ -42,13 +44,16 @@ _ROW_KEYS = {"id", "group_id", "source", "images", "image", "messages"}
 _NO_ROWS = Dataset.from_dict({})
 
 
-def write_chat(pairs: Path, out: Path, *, format: str = "trl") -> dict[str, int]:
+def write_chat(
+    pairs: Path, out: Path, *, format: str = "trl", join_questions: bool = False
+) -> dict[str, int]:
     """Write train.jsonl, validation.jsonl, test.jsonl and images/ as one complete folder.
 
     Args:
         pairs: pairs.parquet.
         out: folder; replaced once the new one is whole, refused where it holds something else.
         format: "trl" (TRL's conversational vision format) or "sharegpt" (LLaMA-Factory, ms-swift).
+        join_questions: all questions about the same images become one conversation.
 
     Returns:
         Rows by split.
@@ -57,18 +62,17 @@ def write_chat(pairs: Path, out: Path, *, format: str = "trl") -> dict[str, int]
         DataError: the pairs cannot be read.
         RunError: `out` holds something else.
     """
-    prompts = prompts_of(pairs)
+    open_pairs(pairs)
     check_folder_for_output(out, allow_content=_is_ours(out))
     counts = dict.fromkeys(SPLITS, 0)
     with complete_folder(out) as draft:
         (draft / "images").mkdir()
         files = {split: (draft / f"{split}.jsonl").open("w", encoding="utf-8") for split in SPLITS}
-        for row in read_pairs(pairs):
+        for row, messages in _conversations(pairs, join_questions):
             names = [f"images/{digest}.png" for digest in row["sha256"]]
             for name, image in zip(names, row["images"], strict=True):
                 if not (draft / name).exists():
-                    (draft / name).write_bytes(image["bytes"])
-            messages = conversation(row, prompts)
+                    (draft / name).write_bytes(_as_png(image["bytes"]))
             line = _trl_row(row, names, messages)
             if format == "sharegpt":
                 line = _sharegpt_row(row, names, messages)
@@ -77,6 +81,36 @@ def write_chat(pairs: Path, out: Path, *, format: str = "trl") -> dict[str, int]
         for file in files.values():
             file.close()
     return counts
+
+
+def _conversations(
+    pairs: Path, join_questions: bool
+) -> Iterator[tuple[dict[str, Any], list[Message]]]:
+    """Rows with their messages; questions about the same images after one another, if asked."""
+    prompts = prompts_of(pairs)
+    if not join_questions:
+        for row in read_pairs(pairs):
+            yield row, conversation(row, prompts)
+        return
+    turns: dict[tuple[str, ...], list[Message]] = {}
+    for row in read_pairs(pairs, images=False):
+        key = (row["split"], *row["sha256"])
+        messages = conversation({**row, "images": []}, prompts)
+        turns.setdefault(key, []).extend(messages)
+    for row in read_pairs(pairs):
+        messages = turns.pop((row["split"], *row["sha256"]), None)
+        if messages is not None:
+            messages[0]["content"][:0] = [{"type": "image"} for _ in row["images"]]
+            yield row, messages
+
+
+def _as_png(content: bytes) -> bytes:
+    """The picture's file as a PNG: as it is, or its pixels written anew."""
+    if content.startswith(b"\x89PNG"):
+        return content
+    stream = io.BytesIO()
+    open_image(content).save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
 
 
 def _is_ours(folder: Path) -> bool:

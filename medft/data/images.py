@@ -6,6 +6,9 @@ camera noted is applied, and a file that would unpack to more pixels than allowe
 """
 
 import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from medft.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 """Pillow's names of the formats that are opened; every other is refused unread."""
+
+_ORIENTATION = 0x0112
 
 MAX_PIXELS = 64_000_000
 """Pixels of a picture at the most, checked before decoding."""
@@ -26,6 +31,21 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     Args:
         source: a file, or its content.
         max_pixels: width times height at the most.
+
+    Raises:
+        DataError: no picture of a known format, damaged, animated, or too large.
+    """
+    with decoded(source, max_pixels=max_pixels) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def decoded(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The picture as the file holds it, its pixels read.
+
+    Args:
+        source: a file, or its content.
+        max_pixels: width times height at the most, checked before decoding.
 
     Raises:
         DataError: no picture of a known format, damaged, animated, or too large.
@@ -45,7 +65,7 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
                     f"expected a single picture, {name} has {image.n_frames} frames: choose one"
                 )
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except FileNotFoundError as error:
         raise DataError(
             f"expected a picture at {name}, there is no file: check the path"
@@ -62,6 +82,61 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
             f"expected a whole picture ({', '.join(FORMATS)}), could not read {name} ({error}): "
             f"replace the file"
         ) from error
+
+
+def plain_content(content: bytes, image: Image.Image) -> bytes | None:
+    """The file as it is but for its metadata, where decoding it again gives `to_rgb(image)`.
+
+    Args:
+        content: of a PNG or JPEG file.
+        image: as Pillow opened it, not yet turned upright.
+
+    Returns:
+        None where the picture must be written anew: other formats, wide or transparent pixels, an
+        orientation to apply.
+    """
+    if image.mode not in ("RGB", "L") or "transparency" in image.info:
+        return None
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    if image.format == "PNG":
+        return _without_png_metadata(content)
+    if image.format == "JPEG":
+        return _without_jpeg_metadata(content)
+    return None
+
+
+def _without_png_metadata(content: bytes) -> bytes | None:
+    """The signature and the chunks that hold pixels; no text, time or profile.
+
+    Returns:
+        None where the file ends early; Pillow forgives a lost end.
+    """
+    kept, position = [content[:8]], 8
+    while position + 12 <= len(content):
+        (length,) = struct.unpack_from(">I", content, position)
+        chunk = content[position : position + 12 + length]
+        if chunk[4:8] in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            kept.append(chunk)
+        position += 12 + length
+        if chunk[4:8] == b"IEND":
+            return b"".join(kept)
+    return None
+
+
+def _without_jpeg_metadata(content: bytes) -> bytes | None:
+    """The file without comments and application segments but JFIF's and Adobe's colour mark."""
+    kept, position = [content[:2]], 2
+    while position + 4 <= len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
+        if marker == 0xDA:  # the scan follows, to the end of the file
+            return b"".join([*kept, content[position:]])
+        (length,) = struct.unpack_from(">H", content, position + 2)
+        is_metadata = marker == 0xFE or (0xE1 <= marker <= 0xEF and marker != 0xEE)
+        if not is_metadata:
+            kept.append(content[position : position + 2 + length])
+        position += 2 + length
+    return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -88,4 +163,4 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
         values = (values - low) / (high - low or 1.0) * 255
     else:
         values = values / 257
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), mode=None)
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

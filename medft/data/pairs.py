@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 
+from medft.data.images import decoded, plain_content, to_rgb
 from medft.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -70,6 +71,9 @@ class StoredImage:
     phash: str
     """64-bit perceptual hash, in hexadecimal."""
 
+    thumbnail: bytes
+    """32 x 32 grey values; kept in memory only, to compare pictures whose hashes are near."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
@@ -104,32 +108,66 @@ class Pair:
         }
 
 
-def store_image(image: Image.Image, *, name: str | None) -> StoredImage:
-    """The picture as lossless PNG with its hashes."""
+def store_picture(
+    content: bytes, *, name: str | None, max_pixels: int, max_side: int | None = None
+) -> StoredImage:
+    """A picture's file as pairs.parquet keeps it: as it came where that is plain, else as PNG.
+
+    Args:
+        content: of the file.
+        name: of the file, without folder.
+        max_pixels: width times height at the most.
+        max_side: pixels; a larger picture is shrunk, antialiased.
+
+    Raises:
+        DataError: the picture cannot be used.
+    """
+    with decoded(content, max_pixels=max_pixels) as image:
+        is_small = max_side is None or max(image.size) <= max_side
+        plain = plain_content(content, image) if is_small else None
+        if plain is not None:
+            return _stored(plain, to_rgb(image), name)
+        return store_image(to_rgb(ImageOps.exif_transpose(image)), name=name, max_side=max_side)
+
+
+def store_image(
+    image: Image.Image, *, name: str | None, max_side: int | None = None
+) -> StoredImage:
+    """An RGB image as a lossless PNG, shrunk where it is larger than max_side."""
+    if max_side and max(image.size) > max_side:
+        image = image.copy()
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, format="PNG")
-    content = stream.getvalue()
+    return _stored(stream.getvalue(), image, name)
+
+
+def _stored(content: bytes, image: Image.Image, name: str | None) -> StoredImage:
+    grey = image.convert("L").resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)
     return StoredImage(
         content=content,
         name=name,
         width=image.width,
         height=image.height,
         sha256=hashlib.sha256(content).hexdigest(),
-        phash=perceptual_hash(image),
+        phash=perceptual_hash(grey),
+        thumbnail=grey.tobytes(),
     )
 
 
-def perceptual_hash(image: Image.Image) -> str:
+def perceptual_hash(thumbnail: Image.Image) -> str:
     """A 64-bit hash that near copies of a picture share, in hexadecimal.
 
-    The signs of the 8 x 8 lowest cosine frequencies of a 32 x 32 grey thumbnail against their
-    median, the constant term left out of the median.
+    Args:
+        thumbnail: 32 x 32, grey.
+
+    The signs of the 8 x 8 lowest cosine frequencies of the thumbnail against their median, the
+    constant term left out of the median.
 
     Source: the hash known as pHash; C. Zauner, Implementation and Benchmarking of Perceptual
     Image Hash Functions, 2010, section 3.2.1.
     """
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=float)
-    low = (_COSINES @ grey @ _COSINES.T).ravel()
+    low = (_COSINES @ np.asarray(thumbnail, dtype=float) @ _COSINES.T).ravel()
     bits = low > np.median(low[1:])
     return f"{int(''.join('1' if bit else '0' for bit in bits), 2):016x}"
 
@@ -188,22 +226,23 @@ def _features() -> dict[str, Any]:
     return {**texts, **lists, "phash": hashes}
 
 
-def read_pairs(path: Path, *, split: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of pairs.parquet, one at a time, images as bytes.
+def read_pairs(path: Path, *, images: bool = True) -> Iterator[dict[str, Any]]:
+    """The rows of pairs.parquet, one at a time.
 
     Args:
         path: the file.
-        split: only the rows of this split; None: all.
+        images: whether to read the column images.
 
     Raises:
         DataError: the file is no pairs.parquet, or a row has no bytes for an image.
     """
     file = open_pairs(path)
-    for batch in file.iter_batches(batch_size=64):
+    columns = [name for name in SCHEMA.names if images or name != "images"]
+    for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=columns):
         for row in batch.to_pylist():
-            if split is None or row["split"] == split:
+            if images:
                 check_row(path, row)
-                yield row
+            yield row
 
 
 def open_pairs(path: Path) -> pq.ParquetFile:

@@ -1,32 +1,53 @@
 """Raw tables and their pictures -> pairs.parquet, with a reason for every row that did not make it.
 
 SOURCES.yaml says where the tables lie and what their columns mean. Every row that is read ends in
-pairs.parquet or in rejects.jsonl: accepted + rejected = rows read, for each source.
+pairs.parquet or in rejects.jsonl: accepted + rejected = rows read, for each source. Pictures are
+decoded and hashed by worker processes; the order of the rows is that of the tables. What is
+written appears when all of it is whole.
 """
 
-import csv
 import hashlib
-import io
 import json
+import logging
+import multiprocessing
 import os
+import shutil
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from PIL import Image
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
+from tqdm import tqdm
 
-from medft.data.images import MAX_PIXELS, open_image
-from medft.data.pairs import Pair, StoredImage, rewrite_splits, store_image, write_pairs
-from medft.data.splits import SplitSection, assign_splits, join_groups
+from medft.data.dicom import dicom_rows, open_dicom
+from medft.data.images import MAX_PIXELS
+from medft.data.pairs import (
+    Pair,
+    StoredImage,
+    rewrite_splits,
+    store_image,
+    store_picture,
+    write_pairs,
+)
+from medft.data.report import write_data_report
+from medft.data.splits import SplitSection, assign_splits, check_no_overlap, join_groups
+from medft.data.tables import Rejected, Row, first_row, table_rows, takes
 from medft.data.template import fill_template, template_names, text_of
 from medft.errors import DataError, RecipeError
 from medft.files import check_folder_for_output, write_json
 from medft.strict_yaml import Section, StrictYaml, errors_of, nearest
 
 DEFAULT_PROMPTS = ["Describe this medical image."]
+
+IN_FLIGHT = 256
+"""Rows that may wait for a worker or for the file at the same time; bounds the memory."""
+
+logger = logging.getLogger(__name__)
 
 
 class SourceSection(Section):
@@ -35,20 +56,35 @@ class SourceSection(Section):
     name: str
     """Of the source, in reports."""
 
-    kind: Literal["csv", "json", "jsonl"]
-    """csv: with a header line; json: a list of objects; jsonl: one object a line."""
+    kind: Literal["csv", "json", "jsonl", "parquet", "imagefolder", "dicom"]
+    """csv: with a header line; json: a list of objects; jsonl: one object a line; imagefolder: a
+    folder with metadata.csv or .jsonl; dicom: a folder of .dcm files."""
 
     path: str
-    """The table, relative to SOURCES.yaml."""
+    """The table or folder, relative to SOURCES.yaml."""
+
+    table: str | None = None
+    """dicom: the csv with reports; without it NAME.txt beside NAME.dcm is column `text`."""
+
+    join: dict[Literal["tag", "column"], str] | None = None
+    """dicom: which tag equals which column of the table."""
 
     where: dict[str, Any] | None = None
-    """Column: value or list of values; rows to take."""
+    """Column or DICOM tag: value or list of values; rows to take."""
 
-    images: str = "."
-    """Root of the image paths, relative to SOURCES.yaml."""
+    frames: Literal["middle", "every"] = "middle"
+    """dicom: which frame of a multi-frame file."""
 
-    image: str | Annotated[list[str], Field(min_length=1)]
-    """Columns with the path of an image below the root; several: one row has several images."""
+    images: str | None = None
+    """Root of the image paths, relative to SOURCES.yaml; default: its folder, or `path` of an
+    imagefolder."""
+
+    image: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Columns with the path (or, in Parquet, the bytes) of an image; several: one row has several
+    images. imagefolder: file_name by default."""
+
+    study: str | None = None
+    """Column; rows with the same value become one pair with several images."""
 
     text: str
     """A column, or a template such as "{findings} {impression}"."""
@@ -67,6 +103,37 @@ class SourceSection(Section):
 
     license: str | dict[Literal["column"], str] | None = None
     """A constant, or {column: NAME}."""
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Self:
+        if self.kind == "dicom":
+            if self.image is not None:
+                raise ValueError("no key image for dicom, where the files are the images")
+            if (self.table is None) != (self.join is None):
+                raise ValueError("table and join together, or neither")
+            if self.join is not None and set(self.join) != {"tag", "column"}:
+                raise ValueError("join with tag and column")
+        elif self.image is None and self.kind != "imagefolder":
+            raise ValueError("a key image that names the column with the image")
+        if self.kind != "dicom" and (self.table or self.join):
+            raise ValueError("table and join with kind dicom only")
+        return self
+
+    @property
+    def image_columns(self) -> list[str]:
+        """The columns that name images."""
+        if self.image is None:
+            return ["path"] if self.kind == "dicom" else ["file_name"]
+        return [self.image] if isinstance(self.image, str) else self.image
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that the source reads, images aside."""
+        names = [*columns_of(self.text), *self.keep, *(self.where or {})]
+        names += columns_of(self.question) if self.question else []
+        names += [name for name in (self.study, self.group, self.id) if name]
+        names += [self.license["column"]] if isinstance(self.license, dict) else []
+        return list(dict.fromkeys(names))
 
 
 class ImagesSection(Section):
@@ -121,33 +188,44 @@ class SourceCounts:
     read: int = 0
     accepted: int = 0
     rejected: int = 0
+    pairs: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-class Rejected(Exception):
-    """A row that is not taken: a reason code and what was found."""
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Rows that become one pair: one row, or those of a study."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+    source: int
+    rows: list[tuple[int, Row | Rejected]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A pair, or none, and the rows that did not make it into it."""
+
+    source: int
+    pair: Pair | None
+    taken: list[int]
+    rejected: list[tuple[int, str, str]]
 
 
 @dataclass(slots=True)
-class _Light:
-    """What of a pair is needed to split: everything but the pictures."""
+class _Collected:
+    """What of all pairs is kept in memory: names and hashes, no pictures."""
 
-    id: str
-    group_id: str
-    sha256: list[str]
+    ids: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    hashes: list[list[str]] = field(default_factory=list)
+    phashes: list[list[str]] = field(default_factory=list)
 
 
 def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[str, Any]:
-    """Write pairs.parquet, rejects.jsonl and summary.json into `out`; returns the summary.
+    """Write pairs.parquet, rejects.jsonl, summary.json and report.html; returns the summary.
 
     Args:
         sources_path: SOURCES.yaml.
-        out: folder; an earlier pairs.parquet in it is replaced once the new one is whole.
+        out: folder; earlier files in it are replaced once the new ones are whole.
         max_rejects: share of a source's rows that may be rejected; duplicates do not count.
 
     Raises:
@@ -157,184 +235,314 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     """
     spec = load_sources(sources_path)
     root = sources_path.parent
-    tables = {source.name: root / source.path for source in spec.sources}
-    if len(tables) < len(spec.sources):
+    if len({source.name for source in spec.sources}) < len(spec.sources):
         raise RecipeError(f"{sources_path}: expected a different name for each source")
     for source in spec.sources:
         check_prompts(spec.prompts, source)
-        check_columns(source, tables[source.name])
+        check_columns(source, root)
     check_folder_for_output(out, allow_content=True)
-    out.mkdir(parents=True, exist_ok=True)
-    counts = {source.name: SourceCounts() for source in spec.sources}
-    lights: list[_Light] = []
-    rejects_path, draft = out / "rejects.jsonl", out / ".pairs.unsplit.draft"
-    with rejects_path.with_suffix(".draft").open("w", encoding="utf-8") as rejects:
-        pairs = _accepted_pairs(spec, root, counts, lights, rejects)
-        write_pairs(draft, pairs, prompts=spec.prompts)
-    os.replace(rejects_path.with_suffix(".draft"), rejects_path)
+    draft = out / ".draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     try:
-        _check_rejects(counts, max_rejects, rejects_path)
-        groups = join_groups([(light.group_id, light.sha256) for light in lights])
-        splits = assign_splits(groups, spec.split)
-        rewrite_splits(draft, out / "pairs.parquet", groups, splits)
+        summary = _prepare_into(draft, spec, root, max_rejects, out)
+        for name in ("rejects.jsonl", "summary.json", "report.html", "pairs.parquet"):
+            os.replace(draft / name, out / name)
     finally:
-        draft.unlink(missing_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+    return summary
+
+
+def _prepare_into(
+    draft: Path, spec: SourcesFile, root: Path, max_rejects: float, out: Path
+) -> dict[str, Any]:
+    counts = [SourceCounts() for _ in spec.sources]
+    collected = _Collected()
+    with (
+        (draft / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
+        (draft / "thumbnails").open("wb") as thumbnails,
+    ):
+        pairs = _accepted_pairs(spec, root, counts, collected, rejects, thumbnails)
+        write_pairs(draft / "unsplit.parquet", pairs, prompts=spec.prompts)
+    try:
+        _check_rejects(spec, counts, max_rejects, out / "rejects.jsonl")
+    except DataError:
+        os.replace(draft / "rejects.jsonl", out / "rejects.jsonl")
+        raise
+    pixels = np.zeros((0, 1024), np.uint8)
+    if collected.ids:
+        pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
+    groups, joins = join_groups(collected.groups, collected.hashes, collected.phashes, pixels)
+    splits = assign_splits(groups, spec.split)
+    check_no_overlap(groups, splits)
+    rewrite_splits(draft / "unsplit.parquet", draft / "pairs.parquet", groups, splits)
     summary = {
         "sources": {
-            name: {
+            source.name: {
                 "read": count.read,
                 "accepted": count.accepted,
                 "rejected": count.rejected,
+                "pairs": count.pairs,
                 "reasons": dict(sorted(count.reasons.items())),
+                "grouped_by": source.group or "image",
             }
-            for name, count in counts.items()
+            for source, count in zip(spec.sources, counts, strict=True)
         },
-        "rows": len(lights),
-        "splits": dict(sorted(Counter(splits).items())),
+        "pairs": len(groups),
         "groups": len(set(groups)),
-        "grouped_by": {source.name: source.group or "image" for source in spec.sources},
+        "largest_group": max(Counter(groups).values(), default=0),
+        "joins": joins,
+        "splits": dict(sorted(Counter(splits).items())),
     }
-    write_json(out / "summary.json", summary)
+    write_json(draft / "summary.json", summary)
+    write_data_report(
+        draft / "pairs.parquet", draft / "rejects.jsonl", summary, draft / "report.html"
+    )
     return summary
 
 
 def _accepted_pairs(
     spec: SourcesFile,
     root: Path,
-    counts: dict[str, SourceCounts],
-    lights: list[_Light],
+    counts: list[SourceCounts],
+    collected: _Collected,
     rejects: Any,
+    thumbnails: Any,
 ) -> Iterator[Pair]:
     """The pairs of all sources; what is rejected is written, counted and passed over."""
-    seen: set[str] = set()
-    content_seen: set[str] = set()
-    for source in spec.sources:
-        count = counts[source.name]
-        store = ImageStore(root / source.images, spec.images)
-        for number, row in read_rows(source, root / source.path):
-            count.read += 1
+    ids: set[str] = set()
+    contents: set[str] = set()
+    for result in _results(spec, root):
+        pair, count = result.pair, counts[result.source]
+        rejected = list(result.rejected)
+        if pair is not None:
+            content = _content_hash(pair)
+            if content in contents:
+                reason = ("duplicate", "the same images, question and text came before")
+            elif pair.id in ids:
+                reason = ("duplicate_id", f"the id {pair.id!r} came before")
+            else:
+                reason = None
+            if reason is not None:
+                rejected += [(number, *reason) for number in result.taken]
+                pair = None
+        count.read += len(result.taken) + len(result.rejected)
+        count.rejected += len(rejected)
+        for number, reason_code, detail in rejected:
+            count.reasons[reason_code] += 1
+            name = spec.sources[result.source].name
+            line = {"source": name, "row": number, "reason": reason_code, "detail": detail}
+            rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if pair is None:
+            continue
+        ids.add(pair.id)
+        contents.add(content)
+        count.accepted += len(result.taken)
+        count.pairs += 1
+        collected.ids.append(pair.id)
+        collected.groups.append(pair.group_id)
+        collected.hashes.append([image.sha256 for image in pair.images])
+        collected.phashes.append([image.phash for image in pair.images])
+        thumbnails.write(b"".join(image.thumbnail for image in pair.images))
+        yield pair
+
+
+def _results(spec: SourcesFile, root: Path) -> Iterator[_Result]:
+    """What the workers made of all rows, in the order of the rows."""
+    room = threading.Semaphore(IN_FLIGHT)
+
+    def tasks() -> Iterator[_Task]:
+        for index, source in enumerate(spec.sources):
+            for task in _tasks(index, source, root):
+                room.acquire()
+                yield task
+
+    workers = len(os.sched_getaffinity(0))
+    progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers, _start_worker, (spec, root)) as pool, progress:
+        for number, result in enumerate(pool.imap(_work, tasks(), chunksize=8), start=1):
+            room.release()
+            progress.update()
+            if number % 5000 == 0 and progress.disable:
+                logger.info("%s rows", number)
+            yield result
+
+
+def _tasks(index: int, source: SourceSection, root: Path) -> Iterator[_Task]:
+    rows = enumerate(source_rows(source, root), start=1)
+    if source.study is None:
+        for number, row in rows:
+            if isinstance(row, Rejected) or takes(row, source.where):
+                yield _Task(index, [(number, row)])
+        return
+    studies: dict[str, list[tuple[int, Row | Rejected]]] = {}
+    for number, row in rows:
+        if isinstance(row, Rejected):
+            yield _Task(index, [(number, row)])
+        elif takes(row, source.where):
+            study = text_of(row.get(source.study)) or f"row {number} of no study"
+            studies.setdefault(study, []).append((number, row))
+    for study in studies.values():
+        yield _Task(index, study)
+
+
+def source_rows(source: SourceSection, root: Path) -> Iterator[Row | Rejected]:
+    """The rows of a source, before `where`.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    if source.kind != "dicom":
+        return table_rows(source.kind, root / source.path)
+    return dicom_rows(
+        root / source.path,
+        table=root / source.table if source.table else None,
+        join=source.join,
+        where=source.where,
+        tags=[name for name in source.columns if name != "text"],
+    )
+
+
+_worker: list["_Maker"] = []
+
+
+def _start_worker(spec: SourcesFile, root: Path) -> None:
+    _worker[:] = [_Maker(source, root, spec.images) for source in spec.sources]
+
+
+def _work(task: _Task) -> _Result:
+    return _worker[task.source].result(task)
+
+
+class _Maker:
+    """Makes pairs of a source's rows; pictures are decoded once while they fit into the cache."""
+
+    CACHE_BYTES = 64 * 2**20
+
+    def __init__(self, source: SourceSection, root: Path, limits: ImagesSection) -> None:
+        self.source = source
+        self.limits = limits
+        folder = source.images or (source.path if source.kind == "imagefolder" else ".")
+        self.folder = (root / folder).resolve()
+        self._cache: dict[Path, StoredImage] = {}
+        self._cache_bytes = 0
+
+    def result(self, task: _Task) -> _Result:
+        """The pair of a row or a study, and what of it was rejected."""
+        images: list[StoredImage] = []
+        good: list[tuple[int, Row]] = []
+        rejected: list[tuple[int, str, str]] = []
+        for number, row in task.rows:
             try:
                 if isinstance(row, Rejected):
                     raise row
-                pair = make_pair(source, row, store)
-                content = _content_hash(pair)
-                if content in content_seen:
-                    raise Rejected("duplicate", "the same images, question and text came before")
-                if pair.id in seen:
-                    raise Rejected("duplicate_id", f"the id {pair.id!r} came before")
+                images += self._images(row)
+                good.append((number, row))
             except Rejected as verdict:
-                count.rejected += 1
-                count.reasons[verdict.reason] += 1
-                line = {
-                    "source": source.name,
-                    "row": number,
-                    "reason": verdict.reason,
-                    "detail": verdict.detail,
-                }
-                rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
-                continue
-            seen.add(pair.id)
-            content_seen.add(content)
-            count.accepted += 1
-            lights.append(_Light(pair.id, pair.group_id, [image.sha256 for image in pair.images]))
-            yield pair
+                rejected.append((number, verdict.reason, verdict.detail))
+        pair = None
+        if good:
+            try:
+                pair = self._pair([row for _, row in good], images)
+            except Rejected as verdict:
+                rejected += [(number, verdict.reason, verdict.detail) for number, _ in good]
+        taken = [number for number, _ in good] if pair else []
+        return _Result(task.source, pair, taken, rejected)
 
+    def _pair(self, rows: list[Row], images: list[StoredImage]) -> Pair:
+        source, first = self.source, rows[0]
+        texts = list(dict.fromkeys(filter(None, (_filled(source.text, row) for row in rows))))
+        if not texts:
+            raise Rejected("empty_text", f"{source.text} is empty")
+        if len(texts) > 1:
+            raise Rejected("different_texts", f"{len(texts)} texts in one study")
+        question = None
+        if source.question is not None:
+            question = _filled(source.question, first)
+            if not question:
+                raise Rejected("empty_question", f"{source.question} is empty")
+        license_name = source.license
+        if isinstance(license_name, dict):
+            license_name = text_of(first.get(license_name["column"])) or None
+        pair = Pair(
+            id="",
+            images=images,
+            text=texts[0],
+            question=question,
+            fields={name: text_of(first.get(name)) for name in source.keep},
+            source=source.name,
+            group_id="",
+            license=license_name,
+        )
+        given = text_of(first.get(source.id)) if source.id else ""
+        group = text_of(first.get(source.group)) if source.group else ""
+        return replace(
+            pair,
+            id=given or _content_hash(pair)[:16],
+            group_id=f"{source.name}/{group}" if group else f"image/{images[0].sha256}",
+        )
 
-def _check_rejects(counts: dict[str, SourceCounts], max_rejects: float, path: Path) -> None:
-    for name, count in counts.items():
-        broken = count.rejected - count.reasons["duplicate"]
-        if count.read == 0:
-            raise DataError(f"expected rows in source {name}, found none: check where and the file")
-        if broken > max_rejects * count.read:
-            common = ", ".join(f"{reason} {n}" for reason, n in count.reasons.most_common(3))
-            raise DataError(
-                f"expected at most {max_rejects:.0%} of the rows of source {name} to be rejected, "
-                f"{broken} of {count.read} were ({common}): see {path}, or raise --max-rejects"
-            )
+    def _images(self, row: Row) -> list[StoredImage]:
+        if self.source.kind == "dicom":
+            every = self.source.frames == "every"
+            pictures = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
+            name, side = row["path"].name, self.limits.max_side
+            return [store_image(picture, name=name, max_side=side) for picture in pictures]
+        return [self._image(row.get(name), name) for name in self.source.image_columns]
 
-
-class ImageStore:
-    """Pictures below one root, decoded once as long as they fit into memory."""
-
-    CACHE_BYTES = 256 * 2**20
-
-    def __init__(self, folder: Path, limits: ImagesSection) -> None:
-        self.folder = folder.resolve()
-        self.limits = limits
-        self._kept: dict[Path, StoredImage] = {}
-        self._kept_bytes = 0
-
-    def get(self, value: Any, column: str) -> StoredImage:
-        """The picture that a cell names.
-
-        Raises:
-            Rejected: there is none, it lies outside the root, or it cannot be used.
-        """
+    def _image(self, value: Any, column: str) -> StoredImage:
+        if isinstance(value, dict):  # the layout of datasets.Image
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return self._stored(value, None, column)
         name = text_of(value)
         if not name:
             raise Rejected("no_image", f"{column} is empty")
-        if "\0" in name:
-            raise Rejected("missing_image", f"{column} holds a null byte")
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder):
-            raise Rejected("outside_root", f"{name} leaves the image root")
-        if path not in self._kept:
-            stored = self._read(path, name)
-            if self._kept_bytes + len(stored.content) > self.CACHE_BYTES:
-                return stored
-            self._kept[path] = stored
-            self._kept_bytes += len(stored.content)
-        return self._kept[path]
-
-    def _read(self, path: Path, name: str) -> StoredImage:
-        if not path.is_file():
-            raise Rejected("missing_image", f"no file {name}")
         try:
-            image = open_image(path, max_pixels=self.limits.max_pixels)
+            path = (self.folder / name).resolve()
+            if not path.is_relative_to(self.folder):
+                raise Rejected("outside_root", f"{name} leaves the image root")
+            if not path.is_file():
+                raise Rejected("missing_image", f"no file {name}")
+            if path not in self._cache:
+                stored = self._stored(path.read_bytes(), path.name, name)
+                if self._cache_bytes + len(stored.content) > self.CACHE_BYTES:
+                    self._cache.clear()
+                    self._cache_bytes = 0
+                self._cache[path] = stored
+                self._cache_bytes += len(stored.content)
+            return self._cache[path]
+        except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
+            reason = getattr(error, "strerror", None) or "not a path"
+            raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
+
+    def _stored(self, content: bytes, name: str | None, shown: str) -> StoredImage:
+        limits = self.limits
+        try:
+            return store_picture(
+                content, name=name, max_pixels=limits.max_pixels, max_side=limits.max_side
+            )
         except DataError as error:
-            raise Rejected("bad_image", str(error).replace(str(path), name)) from error
-        side = self.limits.max_side
-        if side and max(image.size) > side:
-            image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return store_image(image, name=path.name)
+            raise Rejected("bad_image", f"{shown}: {error}") from error
 
 
-def make_pair(source: SourceSection, row: dict[str, Any], store: ImageStore) -> Pair:
-    """The pair of a row.
-
-    Raises:
-        Rejected: the text is empty or an image cannot be used.
-    """
-    text = _filled(source.text, row)
-    if not text:
-        raise Rejected("empty_text", f"{source.text} is empty")
-    question = None
-    if source.question is not None:
-        question = _filled(source.question, row)
-        if not question:
-            raise Rejected("empty_question", f"{source.question} is empty")
-    columns = [source.image] if isinstance(source.image, str) else source.image
-    images = [store.get(row[name], name) for name in columns]
-    license_name = source.license
-    if isinstance(license_name, dict):
-        license_name = text_of(row[license_name["column"]]) or None
-    pair = Pair(
-        id="",
-        images=images,
-        text=text,
-        question=question,
-        fields={name: row[name] for name in source.keep},
-        source=source.name,
-        group_id="",
-        license=license_name,
-    )
-    given = text_of(row[source.id]) if source.id else ""
-    group = text_of(row[source.group]) if source.group else ""
-    return replace(
-        pair,
-        id=given or _content_hash(pair)[:16],
-        group_id=f"{source.name}/{group}" if group else f"image/{images[0].sha256}",
-    )
+def _check_rejects(
+    spec: SourcesFile, counts: list[SourceCounts], max_rejects: float, path: Path
+) -> None:
+    for source, count in zip(spec.sources, counts, strict=True):
+        broken = count.rejected - count.reasons["duplicate"]
+        if count.read == 0:
+            raise DataError(
+                f"expected rows in source {source.name}, found none: check where and the file"
+            )
+        if broken > max_rejects * count.read:
+            common = ", ".join(f"{reason} {n}" for reason, n in count.reasons.most_common(3))
+            raise DataError(
+                f"expected at most {max_rejects:.0%} of the rows of source {source.name} to be "
+                f"rejected, {broken} of {count.read} were ({common}): see {path}, or raise "
+                f"--max-rejects"
+            )
 
 
 def _content_hash(pair: Pair) -> str:
@@ -347,8 +555,10 @@ def columns_of(template: str) -> list[str]:
     return template_names(template) if "{" in template else [template]
 
 
-def _filled(template: str, row: dict[str, Any]) -> str:
-    return fill_template(template, row) if "{" in template else text_of(row[template])
+def _filled(template: str, row: Row) -> str:
+    if "{" not in template:
+        return text_of(row.get(template))
+    return fill_template(template, {name: row.get(name) for name in template_names(template)})
 
 
 def check_prompts(prompts: list[str], source: SourceSection) -> None:
@@ -368,106 +578,20 @@ def check_prompts(prompts: list[str], source: SourceSection) -> None:
             )
 
 
-def check_columns(source: SourceSection, table: Path) -> None:
+def check_columns(source: SourceSection, root: Path) -> None:
     """Refuse a source whose table lacks a column that it names.
 
     Raises:
         DataError: the table cannot be read, has no rows, or lacks a column.
     """
-    wanted = [*columns_of(source.text), *source.keep, *(source.where or {})]
-    wanted += [source.image] if isinstance(source.image, str) else source.image
-    wanted += columns_of(source.question) if source.question else []
-    wanted += [name for name in (source.group, source.id) if name]
-    wanted += [source.license["column"]] if isinstance(source.license, dict) else []
-    rows = (row for row in _all_rows(source.kind, table) if isinstance(row, dict))
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"expected rows in {table}, found none: check the file")
+    if source.kind == "dicom":  # tags and columns are checked where the two are joined
+        next(source_rows(source, root), None)
+        return
+    first = first_row(source.kind, root / source.path)
+    wanted = [*source.columns, *source.image_columns]
     missing = [name for name in dict.fromkeys(wanted) if name not in first]
     if missing:
         raise DataError(
-            f"expected the columns {', '.join(missing)} in {table}, it has "
-            f"{', '.join(map(str, first))}: correct source {source.name}"
+            f"expected the columns {', '.join(missing)} in {root / source.path}, it has "
+            f"{', '.join(first)}: correct source {source.name}"
         )
-
-
-def read_rows(
-    source: SourceSection, table: Path
-) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
-    """Rows of a table that `where` takes, with their number in the file, from 1."""
-    conditions = {
-        column: {text_of(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
-        for column, wanted in (source.where or {}).items()
-    }
-    for number, row in enumerate(_all_rows(source.kind, table), start=1):
-        if isinstance(row, Rejected):
-            yield number, row
-        elif all(text_of(row.get(column)) in values for column, values in conditions.items()):
-            yield number, _Row(row)
-
-
-class _Row(dict):
-    """A row in which a column that other rows have is empty where this one lacks it."""
-
-    def __missing__(self, key: str) -> None:
-        return None
-
-
-def _all_rows(kind: str, table: Path) -> Iterator[dict[str, Any] | Rejected]:
-    try:
-        text = _decoded(table.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"expected a table at {table}, could not read it ({reason}): check the path"
-        ) from error
-    if kind == "csv":
-        yield from _csv_rows(text, table)
-        return
-    try:
-        rows = json.loads(text) if kind == "json" else map(json.loads, filter(None, _lines(text)))
-        if not isinstance(rows, list | map):
-            raise DataError(
-                f"expected a list of objects in {table}, got {type(rows).__name__}: check its kind"
-            )
-        for row in rows:
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"expected objects in {table}, got {type(row).__name__}: check its kind"
-                )
-            yield row
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"expected {kind} in {table}, could not parse it ({error}): check its kind"
-        ) from error
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (line.strip() for line in io.StringIO(text))
-
-
-def _csv_rows(text: str, table: Path) -> Iterator[dict[str, Any] | Rejected]:
-    try:
-        dialect: Any = csv.Sniffer().sniff(text[:65536].partition("\n")[0], delimiters=",;\t|")
-        delimiter = dialect.delimiter
-    except csv.Error:
-        delimiter = ","
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    header = [name.strip() for name in next(reader, [])]
-    if len(set(header)) < len(header):
-        raise DataError(f"expected different column names in {table}, got {', '.join(header)}")
-    for cells in reader:
-        further = [cell for cell in cells[len(header) :] if cell.strip()]
-        if cells and (further or len(cells) < len(header)):
-            yield Rejected("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns")
-        elif cells:
-            yield dict(zip(header, cells, strict=False))
-
-
-def _decoded(content: bytes) -> str:
-    """Text of a file in UTF-8, with or without mark, else latin-1, which takes every byte."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")

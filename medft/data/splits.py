@@ -1,6 +1,7 @@
 """Which rows are trained on and which are kept back, so that no patient stands on both sides.
 
-Pure functions over group names and hashes. The result does not depend on the order of the rows.
+Pure functions over names, hashes and thumbnails. The result does not depend on the order of the
+rows.
 """
 
 import hashlib
@@ -9,9 +10,25 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
+from medft.errors import DataError
 from medft.strict_yaml import Section
+
+NEAR_BITS = 4
+"""Perceptual hashes that differ in at most so many of 64 bits make two pictures candidates."""
+
+NEAR_GREY = 2.0
+"""Mean difference of 32 x 32 thumbnails, in grey levels of 256, up to which candidates are the same
+picture. A picture saved again as JPEG of quality 50 to 95, or shrunk to half its side, differs by
+less than 1; pictures of different patients in the same view differ by more than 5."""
+
+
+BLANK_GREY = 2.0
+"""Standard deviation of a thumbnail, in grey levels, up to which a picture counts as blank."""
+
+_TRIED = 1000
 
 
 class SplitSection(Section):
@@ -32,47 +49,161 @@ class SplitSection(Section):
         return self
 
 
-def join_groups(rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """The group of each row, groups joined where rows share a picture.
+class _Union:
+    """Names that grow together; each set is called by the smallest of its names."""
 
-    Args:
-        rows: for each row its own group and the hashes of its pictures.
+    def __init__(self) -> None:
+        self.parent: dict[str, str] = {}
 
-    Returns:
-        A name per row: of the groups that were joined, the smallest.
-    """
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
+    def root(self, name: str) -> str:
+        self.parent.setdefault(name, name)
+        while self.parent[name] != name:
+            self.parent[name] = self.parent[self.parent[name]]
+            name = self.parent[name]
         return name
 
-    for group, hashes in rows:
-        for other in (f"sha256/{digest}" for digest in hashes):
-            first, second = sorted((root(f"group/{group}"), root(other)))
-            parent[second] = first
-    return [root(f"group/{group}").removeprefix("group/") for group, _ in rows]
+    def join(self, one: str, other: str) -> None:
+        first, second = sorted((self.root(one), self.root(other)))
+        self.parent[second] = first
+
+
+def join_groups(
+    groups: Sequence[str],
+    hashes: Sequence[Sequence[str]],
+    phashes: Sequence[Sequence[str]],
+    thumbnails: np.ndarray,
+) -> tuple[list[str], dict[str, int]]:
+    """The final group of each row: its own, joined with those that hold one of its pictures.
+
+    Pictures are the same when their bytes are, or when their perceptual hashes are near and their
+    thumbnails agree closely. Other near hashes are counted and left apart: on X-rays of one view
+    most belong to different patients.
+
+    Args:
+        groups: of each row.
+        hashes: of each row's pictures.
+        phashes: of each row's pictures, in hexadecimal.
+        thumbnails: [pictures, 1024] grey values, in the order of the rows.
+
+    Returns:
+        A name per row, and how many joins were made and left.
+    """
+    union = _Union()
+    pictures: dict[str, int] = {}  # the first of each picture, by its bytes
+    owners: list[str] = []
+    for group, row in zip(groups, hashes, strict=True):
+        for digest in row:
+            union.join(f"group/{group}", f"sha256/{digest}")
+            pictures.setdefault(digest, len(owners))
+            owners.append(f"group/{group}")
+    after_bytes = len({union.root(f"group/{group}") for group in groups})
+    places = np.array(sorted(pictures.values()), dtype=np.int64)
+    flat = [int(value, 16) for row in phashes for value in row]
+    near, agree = near_copies(np.array(flat, dtype=np.uint64)[places], thumbnails[places])
+    for one, other in near[agree]:
+        union.join(owners[places[one]], owners[places[other]])
+    final = [union.root(f"group/{group}").removeprefix("group/") for group in groups]
+    left = sum(
+        union.root(owners[places[one]]) != union.root(owners[places[other]])
+        for one, other in near[~agree]
+    )
+    report = {
+        "groups_given": len(set(groups)),
+        "joined_by_equal_pictures": len(set(groups)) - after_bytes,
+        "joined_by_near_copies": after_bytes - len(set(final)),
+        "near_hashes_left_apart": left,
+    }
+    return final, report
+
+
+def near_copies(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of pictures whose hashes are near, and whether their thumbnails agree closely.
+
+    Two hashes of 64 bits that differ in at most 4 have one of five bands of bits in common, so
+    only pictures that share a band are compared. Pictures that are all but blank are left out:
+    their hash is noise.
+
+    Args:
+        hashes: [N] uint64.
+        thumbnails: [N, 1024] grey values.
+
+    Returns:
+        [P, 2] indices, the smaller one first, and [P] booleans.
+    """
+    shown = np.flatnonzero(
+        [part.astype(np.float32).std() > BLANK_GREY for part in thumbnails]
+    ).astype(np.int64)
+    found = [np.zeros((0, 2), np.int64)]
+    for first in range(0, 64, 13):
+        width = min(13, 64 - first)
+        band = (hashes[shown] >> np.uint64(first)) & np.uint64((1 << width) - 1)
+        order = np.argsort(band, kind="stable")
+        edges = np.flatnonzero(np.diff(band[order])) + 1
+        for members in np.split(shown[order], edges):
+            for start in range(0, len(members), 1024):
+                block = members[start : start + 1024]
+                distance = np.bitwise_count(hashes[block][:, None] ^ hashes[members][None])
+                one, other = np.nonzero(distance <= NEAR_BITS)
+                pairs = np.stack([block[one], members[other]], axis=1)
+                found.append(pairs[pairs[:, 0] < pairs[:, 1]])
+    near = np.unique(np.concatenate(found), axis=0)
+    agree = np.zeros(len(near), dtype=bool)
+    for start in range(0, len(near), 4096):
+        one, other = near[start : start + 4096].T
+        difference = np.abs(thumbnails[one].astype(np.int16) - thumbnails[other])
+        agree[start : start + 4096] = difference.mean(axis=1) <= NEAR_GREY
+    return near, agree
 
 
 def assign_splits(groups: Sequence[str], split: SplitSection) -> list[str]:
     """The split of each row; whole groups only.
 
     Test and then validation are filled with groups in an order drawn from the seed, up to
-    floor(share * rows + 0.5) rows; a group that no longer fits is passed over.
+    floor(share * rows + 0.5) rows, or as near below as the groups allow.
     """
     sizes = Counter(groups)
     order = sorted(sizes, key=lambda group: _draw(split.seed, group))
     chosen: dict[str, str] = {}
     for name, share in (("test", split.test), ("validation", split.validation)):
+        free = [group for group in order if group not in chosen]
         room = math.floor(share * len(groups) + 0.5)
-        for group in order:
-            if group not in chosen and sizes[group] <= room:
-                chosen[group] = name
-                room -= sizes[group]
+        chosen |= dict.fromkeys(_filling(free, sizes, room), name)
     return [chosen.get(group, "train") for group in groups]
+
+
+def _filling(order: Sequence[str], sizes: Counter[str], room: int) -> list[str]:
+    """Groups that fill the room: taken as they come, the last part by trying sums of sizes."""
+    chosen, rest = [], []
+    exact_part = 4 * max((size for size in sizes.values() if size <= room), default=0)
+    for group in order:
+        if sizes[group] <= room - exact_part:
+            chosen.append(group)
+            room -= sizes[group]
+        elif sizes[group] <= room:
+            rest.append(group)
+    rest = rest[:_TRIED]
+    # bit n of sums[k]: some of the first k groups have n rows together
+    sums = [1]
+    for group in rest:
+        sums.append((sums[-1] | sums[-1] << sizes[group]) & ((1 << room + 1) - 1))
+    rows = sums[-1].bit_length() - 1
+    for k in range(len(rest), 0, -1):
+        if not sums[k - 1] >> rows & 1:
+            chosen.append(rest[k - 1])
+            rows -= sizes[rest[k - 1]]
+    return chosen
+
+
+def check_no_overlap(groups: Sequence[str], splits: Sequence[str]) -> None:
+    """Assert that no group stands in two splits.
+
+    Raises:
+        DataError: one does.
+    """
+    split_of: dict[str, str] = {}
+    for group, split in zip(groups, splits, strict=True):
+        if split_of.setdefault(group, split) != split:
+            raise DataError(f"expected group {group} in one split, it is in {split} too")
 
 
 def _draw(seed: int, group: str) -> str:

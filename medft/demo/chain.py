@@ -44,7 +44,7 @@ def run_demo(out: Path) -> Path:
     sources = draw_phantoms(data / "raw", patients=160, seed=SEED)
     summary = prepare(sources, data)
     write_chat(data / "pairs.parquet", data / "chat")
-    logger.info("%s pairs, %s", summary["rows"], summary["splits"])
+    logger.info("%s pairs, %s", summary["pairs"], summary["splits"])
 
     logger.info("building tiny base models in %s", models)
     build_siglip(models / "siglip", seed=SEED)

@@ -10,6 +10,7 @@ from PIL import Image
 from medft.data.chat import image_source, load_rows, messages_of, write_chat
 from medft.data.images import open_image
 from medft.data.pairs import read_pairs
+from medft.data.sources import prepare
 from medft.errors import DataError, RecipeError, RunError
 
 
@@ -145,6 +146,29 @@ def test_sharegpt_holds_the_same_conversations_with_placeholders(data, tmp_path)
     assert row["messages"][0]["content"].startswith("<image>")
     assert row["messages"][1] == {"role": "assistant", "content": expected[0]["text"]}
     assert (tmp_path / "chat" / row["images"][0]).is_file()
+
+
+def test_questions_about_one_image_can_be_joined(tmp_path):
+    for name, colour in (("a.jpg", "red"), ("b.png", "blue")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / name)
+    rows = ["a.jpg,Q1,A1", "b.png,Q2,A2", "a.jpg,Q3,A3"]
+    (tmp_path / "t.csv").write_text("\n".join(["f,q,a", *rows]))
+    (tmp_path / "SOURCES.yaml").write_text(
+        "sources:\n  - {name: s, kind: csv, path: t.csv, image: f, text: a, question: q}\n"
+        "split: {validation: 0.0}\n"
+    )
+    prepare(tmp_path / "SOURCES.yaml", tmp_path / "out")
+    assert write_chat(tmp_path / "out" / "pairs.parquet", tmp_path / "plain")["train"] == 3
+    write_chat(tmp_path / "out" / "pairs.parquet", tmp_path / "joined", join_questions=True)
+    rows = load_rows(tmp_path / "joined" / "train.jsonl", split="train")
+    told = [
+        [part.get("text", "<image>") for message in messages_of(row) for part in message["content"]]
+        for row in rows
+    ]
+    assert told == [["<image>", "Q1", "A1", "Q3", "A3"], ["<image>", "Q2", "A2"]]
+    written = Image.open(rows[0]["images"][0]["path"])
+    assert written.format == "PNG"
+    assert written.tobytes() == open_image(tmp_path / "a.jpg").tobytes()
 
 
 def test_the_prompt_is_chosen_by_the_id_and_questions_stay(data):

@@ -116,7 +116,8 @@ def test_what_is_stored_is_what_datasets_reads(export, tmp_path):
         assert (row["width"], row["height"]) == ([40], [30])
         image = row["images"][0]
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(content))))
-        assert perceptual_hash(image) == row["phash"][0]
+        grey = image.convert("L").resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)
+        assert perceptual_hash(grey) == row["phash"][0]
         assert raw["images"][0]["path"] in ("0.png", "1.png")
 
 
@@ -192,6 +193,7 @@ def test_too_many_rejects_stop_and_leave_the_reasons_and_the_old_pairs(export, t
     assert (out / "pairs.parquet").read_bytes() == before
     assert {path.name for path in out.iterdir()} == {
         "pairs.parquet",
+        "report.html",
         "rejects.jsonl",
         "summary.json",
     }

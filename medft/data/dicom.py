@@ -1,0 +1,194 @@
+"""DICOM files as rows and pictures: tags to choose and join by, pixels as a viewer shows them.
+
+Nothing of a header is copied into what medft writes, and pixels with names burned in are refused
+where the header says so. This is no de-identification.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medft.data.tables import Rejected, Row, table_rows, takes
+from medft.data.template import text_of
+from medft.errors import DataError
+
+
+def dicom_rows(
+    folder: Path,
+    *,
+    table: Path | None,
+    join: dict[str, str] | None,
+    where: dict[str, Any] | None,
+    tags: list[str],
+) -> Iterator[Row | Rejected]:
+    """A row for each .dcm file below a folder, with its tags and the columns of its report.
+
+    Args:
+        folder: searched in the order of names.
+        table: csv with reports; None: the text of `NAME.txt` beside `NAME.dcm`, as column `text`.
+        join: {"tag": keyword, "column": name}: which row of the table belongs to a file.
+        where: tag or column: value or list; other files are passed over.
+        tags: keywords to read, such as ViewPosition.
+
+    Yields:
+        Rows with `path` (of the file), tags and columns; a Rejected for a file that cannot be
+        read or has no report, and for a report without a file.
+
+    Raises:
+        DataError: pydicom is not installed, the folder is missing, or columns are.
+    """
+    pydicom = _pydicom()
+    if not folder.is_dir():
+        raise DataError(f"expected a folder of .dcm files at {folder}, there is none: check path")
+    reports = _reports(table, join) if table else None
+    if reports is not None:
+        columns = next(iter(reports.values()), {}).keys()
+        tags = [tag for tag in tags if tag not in columns]
+    _check_keywords(pydicom, [*tags, *([join["tag"]] if join else [])])
+    unused = dict.fromkeys(reports or {})
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".dcm"):
+        try:
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+            row: Row = {tag: _value(header, tag) for tag in tags}
+            key = _value(header, join["tag"]) if join else ""
+        except Exception as error:  # damaged files make pydicom raise many things
+            yield Rejected("bad_dicom", f"{path.name}: {error}")
+            continue
+        if reports is None:
+            sidecar = path.with_suffix(".txt")
+            row["text"] = sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""
+        elif key in reports:
+            row = {**reports[key], **row}
+            unused.pop(key, None)
+        elif takes(row, {tag: v for tag, v in (where or {}).items() if tag in row}):
+            yield Rejected("no_report", f"{path.name}: no row with {join['column']} {key!r}")
+            continue
+        else:
+            continue
+        if takes(row, where):
+            yield {**row, "path": path}
+    for key in unused:
+        yield Rejected("no_image", f"no file with {join['tag']} {key!r}")
+
+
+def open_dicom(path: Path, *, max_pixels: int, every_frame: bool = False) -> list[Image.Image]:
+    """The picture of a DICOM file as a viewer shows it first, in 8 bits.
+
+    Modality LUT, then VOI LUT or window, then inversion of MONOCHROME1, then 0..255.
+
+    Args:
+        path: a .dcm file.
+        max_pixels: rows times columns at the most, checked before decoding.
+        every_frame: all frames of a multi-frame file instead of the middle one.
+
+    Raises:
+        Rejected: burned-in annotation, no pixels, too many, or a codec that is not installed.
+    """
+    data = None
+    try:
+        data = _pydicom().dcmread(path)
+        if text_of(data.get("BurnedInAnnotation")).upper() == "YES":
+            raise Rejected("burned_in_annotation", f"{path.name}: the header says YES")
+        if "PixelData" not in data:
+            raise Rejected("no_pixels", f"{path.name}: no PixelData")
+        if int(data.Rows) * int(data.Columns) > max_pixels:
+            raise Rejected("bad_image", f"{path.name}: {data.Columns} x {data.Rows} pixels")
+        frames = int(data.get("NumberOfFrames") or 1)
+        chosen = range(frames) if every_frame else [frames // 2]
+        return [_frame(data, index, frames) for index in chosen]
+    except Rejected:
+        raise
+    except Exception as error:  # damaged files make pydicom raise many things
+        raise Rejected("bad_dicom", f"{path.name}: {_problem(error, data)}") from error
+
+
+def _frame(data: Any, index: int, frames: int) -> Image.Image:
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+
+    pixels = pixel_array(data, index=index) if frames > 1 else pixel_array(data)
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, data)
+        return _eight_bits(pixels[..., :3], 0, np.iinfo(pixels.dtype).max)
+    if pixels.ndim == 3:  # pydicom has converted colour to RGB
+        return _eight_bits(pixels[..., :3], 0, 2 ** int(data.BitsStored) - 1)
+    values = apply_voi_lut(apply_modality_lut(pixels, data), data)
+    low, high = _display_range(data, values)
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        low, high = high, low
+    return _eight_bits(values, low, high)
+
+
+def _eight_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
+    scaled = (values.astype(np.float64) - low) / ((high - low) or 1.0) * 255
+    return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8)).convert("RGB")
+
+
+def _display_range(data: Any, values: np.ndarray) -> tuple[float, float]:
+    """The values that are shown black and white: what a window maps to, else the picture's own.
+
+    Source: DICOM PS3.3 C.11.2; the range of a window's output as in pydicom's apply_windowing.
+    """
+    if data.get("VOILUTSequence"):
+        return 0, 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    if data.get("WindowWidth") is None or data.get("WindowCenter") is None:
+        return float(values.min()), float(values.max())
+    bits, signed = int(data.BitsStored), int(data.PixelRepresentation) == 1
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    slope = float(data.get("RescaleSlope") or 1)
+    intercept = float(data.get("RescaleIntercept") or 0)
+    return low * slope + intercept, high * slope + intercept
+
+
+def _problem(error: Exception, data: Any | None) -> str:
+    """What went wrong, with the transfer syntax where a codec may be missing."""
+    text = " ".join(str(error).split())[:300]
+    syntax = getattr(getattr(data, "file_meta", None), "TransferSyntaxUID", None)
+    if syntax is None or not syntax.is_compressed:
+        return text
+    return (
+        f"{syntax.name} could not be decoded; if a codec is missing, install pylibjpeg, "
+        f"pylibjpeg-libjpeg and pylibjpeg-openjpeg ({text})"
+    )
+
+
+def _reports(table: Path, join: dict[str, str] | None) -> dict[str, Row]:
+    if join is None:
+        raise DataError(f"expected join beside table {table}: write {{tag: ..., column: ...}}")
+    reports = {}
+    for row in table_rows("csv", table):
+        if isinstance(row, dict):
+            if join["column"] not in row:
+                raise DataError(
+                    f"expected the column {join['column']} in {table}, it has {', '.join(row)}: "
+                    f"correct join"
+                )
+            reports[text_of(row[join["column"]])] = row
+    return reports
+
+
+def _check_keywords(pydicom: Any, tags: list[str]) -> None:
+    unknown = [tag for tag in tags if pydicom.datadict.tag_for_keyword(tag) is None]
+    if unknown:
+        raise DataError(
+            f"expected DICOM keywords such as AccessionNumber, {', '.join(unknown)} is none and no "
+            f"column of the table: correct the source"
+        )
+
+
+def _value(header: Any, tag: str) -> str:
+    value = header.get(tag)
+    return text_of("" if value is None else value)
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+    except ImportError as error:
+        raise DataError(
+            "expected pydicom for sources of kind dicom, it is not installed: "
+            "pip install medft[dicom]"
+        ) from error
+    return pydicom

@@ -1,0 +1,228 @@
+"""report.html of prepared data: what came in, what it looks like, how it was split.
+
+One self-contained page; pictures are thumbnails inside it.
+"""
+
+import base64
+import hashlib
+import heapq
+import html
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medft.data.images import open_image
+from medft.data.pairs import read_pairs
+
+SHOWN_PAIRS = 12
+"""Pairs on the contact sheet of a source, drawn by their ids."""
+
+SHOWN_REJECTS = 5
+"""Examples of each reason."""
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b2733; background: #f6f7f9; margin: 0 }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1rem 4rem }
+h1 { font-size: 1.8rem; margin: 0 } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem }
+p.note { color: #5a6b7b; margin: .3rem 0 }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .8rem }
+figure { margin: 0; padding: .5rem; background: #fff }
+figure { border: 1px solid #dde3e9; border-radius: 6px }
+figure img { width: 100%; height: 9rem; object-fit: contain; background: #000; display: block }
+figcaption { font-size: .82rem; margin-top: .4rem; overflow-wrap: anywhere }
+figcaption b { display: block; color: #5a6b7b; font-weight: 500 }
+img.curves { width: 100%; background: #fff; border: 1px solid #dde3e9; border-radius: 6px }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; background: #fff }
+th, td { text-align: left; padding: .35rem .8rem; border: 1px solid #dde3e9; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+.warning { background: #fff4d6; border: 1px solid #ecd48a }
+.warning { border-radius: 6px; padding: .5rem .8rem }
+"""
+
+
+def page(title: str, note: str, sections: Iterable[str]) -> str:
+    """A whole HTML page in the style of medft's reports."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
+<body><main><h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>
+{"".join(sections)}</main></body></html>
+"""
+
+
+def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    """An HTML table; whole numbers stand to the right."""
+
+    def cell(value: Any) -> str:
+        kind = ' class="n"' if isinstance(value, int) else ""
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        return f"<td{kind}>{html.escape(shown)}</td>"
+
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>'
+
+
+def inline(picture: bytes, kind: str = "png") -> str:
+    """A picture as the address of an img tag."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], target: Path) -> None:
+    """Write the page of prepared data.
+
+    Args:
+        pairs: pairs.parquet.
+        rejects: rejects.jsonl.
+        summary: as in summary.json.
+        target: the page.
+    """
+    facts = _Facts()
+    for row in read_pairs(pairs, images=False):
+        facts.add(row)
+    shown = facts.shown_ids()
+    sheets: dict[str, list[str]] = defaultdict(list)
+    for row in read_pairs(pairs):
+        if row["id"] in shown:
+            sheets[row["source"]].append(_figure(row))
+    sections = [_sources(summary), _splits(summary, facts)]
+    for name in summary["sources"]:
+        sections.append(f"<h2>{html.escape(name)}</h2>")
+        sections.append(_measures(facts, name))
+        sections.append(f'<div class="pairs">{"".join(sheets[name])}</div>')
+    sections.append(_rejects(rejects))
+    note = "Prepared by medft. For research use; medft does not de-identify."
+    target.write_text(page("Prepared data", note, sections), encoding="utf-8")
+
+
+class _Facts:
+    """Counts over all rows, pictures left aside."""
+
+    def __init__(self) -> None:
+        self.words: dict[str, list[int]] = defaultdict(list)
+        self.sides: dict[str, list[int]] = defaultdict(list)
+        self.shapes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.images: Counter[str] = Counter()
+        self.licenses: dict[str, Counter[str]] = defaultdict(Counter)
+        self.texts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.groups: dict[str, set[str]] = defaultdict(set)
+        self._drawn: dict[str, list[tuple[str, str]]] = defaultdict(list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        source = row["source"]
+        self.words[source].append(len(row["text"].split()))
+        self.texts[source][row["text"][:200]] += 1
+        self.licenses[source][row["license"] or "none given"] += 1
+        self.groups[row["split"]].add(row["group_id"])
+        self.images[source] += len(row["width"])
+        for width, height in zip(row["width"], row["height"], strict=True):
+            self.sides[source].append(max(width, height))
+            self.shapes[source][_shape(width, height)] += 1
+        draw = (hashlib.sha256(row["id"].encode()).hexdigest(), row["id"])
+        drawn = self._drawn[source]
+        drawn.append(draw)
+        if len(drawn) > 50 * SHOWN_PAIRS:
+            self._drawn[source] = heapq.nsmallest(SHOWN_PAIRS, drawn)
+
+    def shown_ids(self) -> set[str]:
+        return {
+            name
+            for drawn in self._drawn.values()
+            for _, name in heapq.nsmallest(SHOWN_PAIRS, drawn)
+        }
+
+
+def _shape(width: int, height: int) -> str:
+    ratio = width / height
+    if ratio > 2.5 or ratio < 0.4:
+        return "extreme"
+    if 0.9 <= ratio <= 1.1:
+        return "square"
+    return "landscape" if ratio > 1 else "portrait"
+
+
+def _sources(summary: dict[str, Any]) -> str:
+    rows, warnings = [], []
+    for name, counts in summary["sources"].items():
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts["reasons"].items())
+        numbers = [counts[key] for key in ("read", "accepted", "rejected", "pairs")]
+        rows.append([name, *numbers, reasons, counts["grouped_by"]])
+        if counts["grouped_by"] == "image":
+            warnings.append(
+                f'<p class="warning">{html.escape(name)} is split by image: without a group '
+                f"column, whether a patient stands in two splits cannot be checked.</p>"
+            )
+    head = ["source", "rows read", "accepted", "rejected", "pairs", "reasons", "split by"]
+    return f"<h2>Sources</h2>{table(head, rows)}{''.join(warnings)}"
+
+
+def _splits(summary: dict[str, Any], facts: _Facts) -> str:
+    splits = summary["splits"]
+    rows = [[split, count, len(facts.groups[split])] for split, count in splits.items()]
+    joins = [[name.replace("_", " "), count] for name, count in summary["joins"].items()]
+    joins.append(["pairs in the largest group", summary["largest_group"]])
+    return (
+        f"<h2>Splits</h2>{table(['split', 'pairs', 'groups'], rows)}"
+        f"<p class='note'>No group stands in two splits.</p>"
+        f"<h3>Groups</h3>{table(['', 'count'], joins)}"
+    )
+
+
+def _measures(facts: _Facts, source: str) -> str:
+    def spread(values: list[int]) -> list[Any]:
+        low, middle, high = np.percentile(values or [0], [5, 50, 95]).round().astype(int).tolist()
+        return [min(values, default=0), low, middle, high, max(values, default=0)]
+
+    rows = [
+        ["words of a text", *spread(facts.words[source])],
+        ["longer side of an image, pixels", *spread(facts.sides[source])],
+    ]
+    shapes = ", ".join(f"{name} {count}" for name, count in facts.shapes[source].most_common())
+    licenses = ", ".join(f"{name} {count}" for name, count in facts.licenses[source].most_common(5))
+    repeated = [
+        f"{text[:80]!r} {count}" for text, count in facts.texts[source].most_common(3) if count > 1
+    ]
+    notes = [f"{facts.images[source]:,} images: {shapes}", f"licences: {licenses}"]
+    notes += [f"most frequent texts: {', '.join(repeated)}"] if repeated else []
+    head = ["", "least", "5 %", "median", "95 %", "most"]
+    lines = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    return table(head, rows) + lines
+
+
+def _figure(row: dict[str, Any]) -> str:
+    image = open_image(row["images"][0]["bytes"])
+    image.thumbnail((240, 240), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=80)
+    more = f" (1 of {len(row['images'])} images)" if len(row["images"]) > 1 else ""
+    question = f"<b>{html.escape(row['question'][:160])}</b>" if row["question"] else ""
+    text = html.escape(row["text"][:240] + more)
+    picture = inline(stream.getvalue(), "jpeg")
+    return f'<figure><img src="{picture}" alt=""><figcaption>{question}{text}</figcaption></figure>'
+
+
+def _rejects(path: Path) -> str:
+    examples: dict[str, list[list[Any]]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    with path.open(encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            counts[line["reason"]] += 1
+            if len(examples[line["reason"]]) < SHOWN_REJECTS:
+                detail = line["detail"][:200]
+                examples[line["reason"]].append([line["source"], line["row"], detail])
+    if not counts:
+        return "<h2>Rejected rows</h2><p class='note'>None.</p>"
+    parts = [
+        f"<h3>{html.escape(reason)}: {count:,}</h3>"
+        f"{table(['source', 'row', 'detail'], examples[reason])}"
+        for reason, count in counts.most_common()
+    ]
+    return f"<h2>Rejected rows</h2>{''.join(parts)}"

@@ -1,0 +1,198 @@
+"""DICOM files as a viewer shows them, joined to their reports; pydicom's own test files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pydicom.data
+import pytest
+from pydicom import Dataset, dcmread
+from pydicom.data import get_testdata_file
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from medft.data.dicom import open_dicom
+from medft.data.pairs import read_pairs
+from medft.data.sources import prepare
+from medft.data.tables import Rejected
+from medft.errors import DataError
+
+LIMIT = 64_000_000
+
+
+def write(path, pixels, **tags):
+    """A small CT file with the given pixels and tags."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[path.name])
+    data = Dataset()
+    data.file_meta = meta
+    data.SOPClassUID = CTImageStorage
+    data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    data.PatientName = "Doe^Jane"
+    frames = pixels.shape[0] if pixels.ndim == 3 else None
+    if frames:
+        data.NumberOfFrames = frames
+    data.Rows, data.Columns = pixels.shape[-2:]
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    data.PixelRepresentation = 0
+    data.PixelData = pixels.astype(np.uint16).tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def shown(path, **options):
+    images = open_dicom(path, max_pixels=LIMIT, **options)
+    return [np.asarray(image)[..., 0] for image in images]
+
+
+RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+
+
+def test_a_window_is_shown_as_the_standard_says(tmp_path):
+    write(
+        tmp_path / "a.dcm", RAMP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=500,
+        WindowWidth=800,
+    )  # fmt: skip
+    units = RAMP * 2.0 - 1000
+    expected = np.clip(((units - 499.5) / 799 + 0.5) * 255, 0, 255)  # PS3.3 C.11.2.1.2.1
+    assert np.abs(shown(tmp_path / "a.dcm")[0] - expected).max() <= 0.5 + 1e-6
+
+
+def test_monochrome1_is_inverted_and_no_window_shows_the_whole_range(tmp_path):
+    half = RAMP // 2 + 100
+    write(tmp_path / "two.dcm", half)
+    write(tmp_path / "one.dcm", half, PhotometricInterpretation="MONOCHROME1")
+    two, one = shown(tmp_path / "two.dcm")[0], shown(tmp_path / "one.dcm")[0]
+    assert (two.min(), two.max()) == (0, 255)
+    assert np.abs(two.astype(int) + one - 255).max() <= 1
+    assert two[0, 0] == 0
+    assert one[0, 0] == 255
+
+
+def test_of_many_frames_the_middle_one_or_every_one(tmp_path):
+    write(tmp_path / "a.dcm", np.stack([RAMP * 0, RAMP, RAMP[::-1]]))
+    middle = shown(tmp_path / "a.dcm")
+    every = shown(tmp_path / "a.dcm", every_frame=True)
+    assert (len(middle), len(every)) == (1, 3)
+    assert np.array_equal(middle[0], every[1])
+    assert not np.array_equal(every[1], every[2])
+
+
+def test_burned_in_annotation_and_missing_pixels_are_refused(tmp_path):
+    write(tmp_path / "a.dcm", RAMP, BurnedInAnnotation="YES")
+    with pytest.raises(Rejected) as caught:
+        open_dicom(tmp_path / "a.dcm", max_pixels=LIMIT)
+    assert caught.value.reason == "burned_in_annotation"
+    write(tmp_path / "b.dcm", RAMP)
+    with pytest.raises(Rejected) as caught:
+        open_dicom(tmp_path / "b.dcm", max_pixels=4095)
+    assert caught.value.reason == "bad_image"
+
+
+def test_pydicoms_own_files_decode_or_say_why_not():
+    folder = Path(pydicom.data.__file__).parent / "test_files"
+    files = sorted(folder.glob("*.dcm"))
+    assert len(files) > 60
+    outcomes, details = {}, {}
+    for path in files:
+        try:
+            images = open_dicom(path, max_pixels=LIMIT)
+            outcomes[path.name] = [image.mode for image in images]
+        except Rejected as verdict:
+            outcomes[path.name] = verdict.reason
+            details[path.name] = verdict.detail
+    decoded = [name for name, found in outcomes.items() if found == ["RGB"]]
+    assert {"CT_small.dcm", "MR_small.dcm", "SC_rgb_rle.dcm", "examples_palette.dcm"} <= set(
+        decoded
+    )
+    assert len(decoded) > 30
+    assert all(len(detail) > len(name) + 5 for name, detail in details.items())
+    assert outcomes["rtplan.dcm"] == "no_pixels"
+    assert set(map(str, outcomes.values())) <= {"['RGB']", "no_pixels", "bad_image", "bad_dicom"}
+
+
+def test_a_missing_codec_is_named(monkeypatch):
+    path = Path(get_testdata_file("JPEG2000.dcm"))
+    monkeypatch.setattr("pydicom.pixels.decoders.JPEG2000Decoder._available", {})
+    with pytest.raises(Rejected, match=r"JPEG 2000 .* install pylibjpeg"):
+        open_dicom(path, max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "SC_rgb_rle.dcm"])
+def test_three_of_them_against_an_independent_rendering(name):
+    path = Path(get_testdata_file(name))
+    data = dcmread(path)
+    pixels = data.pixel_array.astype(float)
+    if pixels.ndim == 2:
+        pixels = pixels * float(data.get("RescaleSlope", 1)) + float(
+            data.get("RescaleIntercept", 0)
+        )
+        if "WindowWidth" in data:
+            centre, width = float(data.WindowCenter), float(data.WindowWidth)
+            pixels = ((pixels - (centre - 0.5)) / (width - 1) + 0.5).clip(0, 1)
+        else:
+            pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+        pixels = np.repeat((pixels * 255)[..., None], 3, axis=2)
+    [image] = open_dicom(path, max_pixels=LIMIT)
+    assert np.abs(np.asarray(image) - pixels).max() <= 0.51
+    assert np.asarray(image).std() > 10
+
+
+SOURCES = """\
+sources:
+  - name: chest
+    kind: dicom
+    path: files
+    %s
+    where: {ViewPosition: PA}
+    text: report
+    group: patient
+split: {validation: 0.0}
+"""
+
+
+def test_a_folder_joins_its_reports_by_accession_number(tmp_path):
+    random = np.random.default_rng(2)
+    for index, view in enumerate(["PA", "LATERAL", "PA", "PA"]):
+        pixels = random.integers(0, 4095, (32, 32))
+        write(tmp_path / "files" / f"s{index % 2}" / f"{index}.dcm", pixels,
+              AccessionNumber=f"A{index}", ViewPosition=view)  # fmt: skip
+    (tmp_path / "files" / "torn.dcm").write_bytes(b"torn")
+    table = (
+        "accession;report;patient\nA0;Clear lungs.;p1\nA1;Side.;p1\nA2;Effusion.;p2\nA9;Lost.;p3\n"
+    )
+    (tmp_path / "reports.csv").write_text(table)
+    join = "table: reports.csv\n    join: {tag: AccessionNumber, column: accession}"
+    sources = tmp_path / "SOURCES.yaml"
+    sources.write_text(SOURCES % join)
+    summary = prepare(sources, tmp_path / "out", max_rejects=1.0)
+    rows = list(read_pairs(tmp_path / "out" / "pairs.parquet"))
+    assert [(row["text"], row["group_id"]) for row in rows] == [
+        ("Clear lungs.", "chest/p1"),
+        ("Effusion.", "chest/p2"),
+    ]
+    lines = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(line["reason"] for line in lines) == ["bad_dicom", "no_image", "no_report"]
+    counts = summary["sources"]["chest"]
+    assert counts["read"] == counts["accepted"] + counts["rejected"] == 5
+    content = (tmp_path / "out" / "pairs.parquet").read_bytes()
+    assert b"Doe" not in content
+
+
+def test_sidecar_texts_and_wrong_keywords(tmp_path):
+    write(tmp_path / "files" / "a.dcm", RAMP, ViewPosition="PA", PatientID="p7")
+    (tmp_path / "files" / "a.txt").write_text("Normal chest.")
+    sources = tmp_path / "SOURCES.yaml"
+    text = (SOURCES % "").replace("report", "text").replace("group: patient", "group: PatientID")
+    sources.write_text(text)
+    prepare(sources, tmp_path / "out")
+    [row] = read_pairs(tmp_path / "out" / "pairs.parquet")
+    assert (row["text"], row["group_id"]) == ("Normal chest.", "chest/p7")
+    sources.write_text(text.replace("ViewPosition", "ViewPosition2"))
+    with pytest.raises(DataError, match="ViewPosition2 is none"):
+        prepare(sources, tmp_path / "out2")

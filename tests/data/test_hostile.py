@@ -1,0 +1,283 @@
+"""A folder as hostile as real exports: each file ends accepted or rejected, as the table says."""
+
+import io
+import json
+import os
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from medft.data.images import open_image
+from medft.data.pairs import read_pairs
+from medft.data.sources import prepare
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 255, (40, 50), dtype=np.uint8)
+COLOUR = RANDOM.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+PALETTE = Image.fromarray(COLOUR).quantize(16)
+
+
+def encoded(image, format="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, format=format, **options)
+    return stream.getvalue()
+
+
+def grey(**options):
+    return encoded(Image.fromarray(GREY), **options)
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def bomb(side=22400):
+    """About 60 KB that would unpack to 500 MB of grey values."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    packer = zlib.compressobj(9)
+    parts = [packer.compress(b"\0" * (side + 1) * 100) for _ in range(side // 100)]
+    body = b"".join([*parts, packer.flush()])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    tags[0x010E] = "Jane Doe, born 1950"
+    return tags
+
+
+def animated(format):
+    frames = [Image.new("L", (9, 9), value) for value in (0, 90, 200)]
+    return encoded(frames[0], format, save_all=True, append_images=frames[1:])
+
+
+def with_text():
+    return encoded(Image.fromarray(GREY), pnginfo=_text())
+
+
+def _text():
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("PatientName", "Jane Doe")
+    return info
+
+
+ACCEPTED = None
+# name, content of the file (None: no file is written), reason
+FILES = [
+    ("plain.png", grey(), ACCEPTED),
+    ("colour.png", encoded(Image.fromarray(COLOUR)), ACCEPTED),
+    ("plain.jpg", encoded(Image.fromarray(COLOUR), "JPEG"), ACCEPTED),
+    ("grey.jpeg", encoded(Image.fromarray(GREY), "JPEG"), ACCEPTED),
+    ("progressive.jpg", encoded(Image.fromarray(COLOUR), "JPEG", progressive=True), ACCEPTED),
+    ("png named.jpg", grey(), ACCEPTED),
+    ("jpg named.png", encoded(Image.fromarray(COLOUR), "JPEG"), ACCEPTED),
+    ("no extension", grey(), ACCEPTED),
+    ("umlaut \u00e4\u00f6.png", grey(), ACCEPTED),
+    ("sixteen.png", encoded(Image.fromarray(GREY.astype(np.uint16) * 200)), ACCEPTED),
+    ("palette.png", encoded(PALETTE), ACCEPTED),
+    ("transparent palette.png", encoded(PALETTE, transparency=3), ACCEPTED),
+    ("one bit.png", encoded(Image.fromarray(GREY).convert("1")), ACCEPTED),
+    ("rgba.png", encoded(Image.fromarray(COLOUR).convert("RGBA")), ACCEPTED),
+    ("la.png", encoded(Image.fromarray(GREY).convert("LA")), ACCEPTED),
+    ("cmyk.jpg", encoded(Image.fromarray(COLOUR).convert("CMYK"), "JPEG"), ACCEPTED),
+    ("turned.jpg", encoded(Image.fromarray(COLOUR), "JPEG", exif=exif(6)), ACCEPTED),
+    ("named.jpg", encoded(Image.fromarray(COLOUR), "JPEG", exif=exif(1)), ACCEPTED),
+    ("named.png", with_text(), ACCEPTED),
+    ("float.tif", encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), ACCEPTED),
+    ("plain.bmp", encoded(Image.fromarray(GREY), "BMP"), ACCEPTED),
+    ("plain.webp", encoded(Image.fromarray(COLOUR), "WEBP"), ACCEPTED),
+    ("one pixel.png", encoded(Image.new("L", (1, 1), 7)), ACCEPTED),
+    ("thin.png", encoded(Image.new("L", (3000, 1), 7)), ACCEPTED),
+    ("half.jpg", encoded(Image.fromarray(COLOUR), "JPEG")[:900], "bad_image"),
+    ("half.png", grey()[:900], "bad_image"),
+    ("no end.png", grey()[:-20], ACCEPTED),
+    ("flipped bit.png", grey()[:200] + bytes([grey()[200] ^ 8]) + grey()[201:], "bad_image"),
+    ("empty.png", b"", "bad_image"),
+    ("text.png", b"this is no picture", "bad_image"),
+    ("page.png", b"<html>", "bad_image"),
+    ("document.png", b"%PDF-1.7", "bad_image"),
+    ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "bad_image"),
+    ("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "bad_image"),
+    ("foreign.pcx", encoded(Image.fromarray(COLOUR), "PCX"), "bad_image"),
+    ("moving.gif", animated("GIF"), "bad_image"),
+    ("pages.tif", animated("TIFF"), "bad_image"),
+    ("moving.png", animated("PNG"), "bad_image"),
+    ("bomb.png", bomb(), "bad_image"),
+    ("lost.png", None, "missing_image"),
+    ("", None, "no_image"),
+    ("../secret.png", None, "outside_root"),
+    ("/etc/passwd", None, "outside_root"),
+    ("link.png", None, "outside_root"),
+    ("nul\0.png", None, "missing_image"),
+    ("x" * 5000, None, "missing_image"),
+    (".", None, "missing_image"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    images = folder / "images"
+    images.mkdir()
+    (folder / "secret.png").write_bytes(grey())
+    os.symlink(folder / "secret.png", images / "link.png")
+    rows = []
+    for index, (name, content, _) in enumerate(FILES):
+        if content is not None:
+            (images / name).write_bytes(content)
+        rows.append({"file": name, "text": f"case {index}"})
+    (folder / "table.json").write_text(json.dumps(rows))
+    (folder / "SOURCES.yaml").write_text(
+        "sources:\n  - {name: a, kind: json, path: table.json, images: images, image: file, "
+        "text: text}\nsplit: {validation: 0.0}\n"
+    )
+    summary = prepare(folder / "SOURCES.yaml", folder / "out", max_rejects=1.0)
+    return folder, summary
+
+
+def test_every_case_ends_as_the_table_says(outcome):
+    folder, summary = outcome
+    lines = [json.loads(x) for x in (folder / "out" / "rejects.jsonl").read_text().splitlines()]
+    verdicts = {line["row"] - 1: line["reason"] for line in lines}
+    assert len(FILES) >= 40
+    for index, (name, _, reason) in enumerate(FILES):
+        assert verdicts.get(index) == reason, (name, [x for x in lines if x["row"] == index + 1])
+    counts = summary["sources"]["a"]
+    assert counts["read"] == counts["accepted"] + counts["rejected"] == len(FILES)
+    assert all(str(folder) not in line["detail"] for line in lines)
+
+
+def test_what_is_stored_shows_the_same_picture_without_its_metadata(outcome):
+    folder, _ = outcome
+    stored = {row["text"]: row for row in read_pairs(folder / "out" / "pairs.parquet")}
+    for index, (name, content, reason) in enumerate(FILES):
+        if reason is ACCEPTED:
+            row = stored[f"case {index}"]
+            kept = row["images"][0]["bytes"]
+            assert open_image(kept).tobytes() == open_image(content).tobytes(), name
+            assert b"Jane Doe" not in kept
+            assert row["images"][0]["path"] == name
+    assert b"Jane Doe" in dict((n, c) for n, c, _ in FILES)["named.png"]
+
+
+def test_memory_stays_small_although_pictures_would_unpack_to_much(outcome):
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert 0 < peak < 1.5e9  # workers are forked from the tests' process, which holds torch
+
+
+def prepared(folder, source, **rest):
+    lines = "".join(f"    {key}: {json.dumps(value)}\n" for key, value in source.items())
+    text = f"sources:\n  -\n{lines}split: {{validation: 0.0}}\n" + "".join(
+        f"{key}: {value}\n" for key, value in rest.items()
+    )
+    (folder / "SOURCES.yaml").write_text(text)
+    summary = prepare(folder / "SOURCES.yaml", folder / "out", max_rejects=1.0)
+    rejects = [json.loads(x) for x in (folder / "out" / "rejects.jsonl").read_text().splitlines()]
+    return summary, list(read_pairs(folder / "out" / "pairs.parquet")), rejects
+
+
+def test_parquet_with_bytes_structs_and_paths(tmp_path):
+    (tmp_path / "here.png").write_bytes(grey())
+    rows = [
+        {"a": {"bytes": grey(), "path": "x.png"}, "t": "struct"},
+        {"a": {"bytes": None, "path": "here.png"}, "t": "path"},
+        {"a": {"bytes": None, "path": "/etc/passwd"}, "t": "outside"},
+        {"a": {"bytes": b"torn", "path": None}, "t": "torn"},
+        {"a": None, "t": "nothing"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    source = {"name": "p", "kind": "parquet", "path": "t.parquet", "image": "a", "text": "t"}
+    _, pairs, rejects = prepared(tmp_path, source)
+    assert [row["text"] for row in pairs] == ["struct", "path"]
+    assert [line["reason"] for line in rejects] == ["outside_root", "bad_image", "no_image"]
+    raw = pa.table({"a": [grey()], "t": ["raw"]})
+    pq.write_table(raw, tmp_path / "t.parquet")
+    _, pairs, _ = prepared(tmp_path, source)
+    assert pairs[0]["images"][0]["bytes"] == grey()
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_an_image_folder(tmp_path, name):
+    (tmp_path / "f" / "sub").mkdir(parents=True)
+    (tmp_path / "f" / "sub" / "1.png").write_bytes(grey())
+    if name.endswith("csv"):
+        (tmp_path / "f" / name).write_text("file_name,text\nsub/1.png,One.\n")
+    else:
+        (tmp_path / "f" / name).write_text('{"file_name": "sub/1.png", "text": "One."}\n')
+    source = {"name": "i", "kind": "imagefolder", "path": "f", "text": "text"}
+    _, pairs, _ = prepared(tmp_path, source)
+    assert [row["text"] for row in pairs] == ["One."]
+
+
+def test_a_study_is_one_pair_and_its_rows_are_counted(tmp_path):
+    for index in range(5):
+        values = RANDOM.integers(0, 255, (20, 20), dtype=np.uint8)
+        (tmp_path / f"{index}.png").write_bytes(encoded(Image.fromarray(values)))
+    rows = [
+        ("0.png", "s1", "Same."), ("1.png", "s2", "Other."), ("2.png", "s1", "Same."),
+        ("lost.png", "s1", "Same."), ("3.png", "s3", "One."), ("4.png", "s3", "Two."),
+    ]  # fmt: skip
+    content = "file,study,text\n" + "".join(",".join(row) + "\n" for row in rows)
+    (tmp_path / "t.csv").write_text(content)
+    source = {
+        "name": "s", "kind": "csv", "path": "t.csv", "image": "file", "text": "text",
+        "study": "study",
+    }  # fmt: skip
+    summary, pairs, rejects = prepared(tmp_path, source)
+    assert [(row["text"], len(row["images"])) for row in pairs] == [("Same.", 2), ("Other.", 1)]
+    counts = summary["sources"]["s"]
+    assert (counts["read"], counts["accepted"], counts["pairs"]) == (6, 3, 2)
+    assert [(x["row"], x["reason"]) for x in rejects] == [
+        (4, "missing_image"), (5, "different_texts"), (6, "different_texts"),
+    ]  # fmt: skip
+
+
+def test_several_image_columns_are_one_row_with_several_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(grey())
+    (tmp_path / "b.png").write_bytes(encoded(Image.fromarray(COLOUR)))
+    (tmp_path / "t.csv").write_text("front,side,text\na.png,b.png,Both.\na.png,,One is missing.\n")
+    source = {
+        "name": "s",
+        "kind": "csv",
+        "path": "t.csv",
+        "image": ["front", "side"],
+        "text": "text",
+    }
+    _, pairs, rejects = prepared(tmp_path, source)
+    assert [len(row["images"]) for row in pairs] == [2]
+    assert rejects[0]["reason"] == "no_image"
+
+
+def test_texts_of_any_size_and_cells_that_mean_nothing(tmp_path):
+    (tmp_path / "a.png").write_bytes(grey())
+    long = "word " * 10_000_000
+    rows = [
+        {"f": "a.png", "t": long}, {"f": "a.png", "t": float("nan")}, {"f": "a.png", "t": None},
+        {"f": "a.png", "t": "  "}, {"f": "a.png", "t": 7}, {"f": 7, "t": "number as a path"},
+    ]  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    source = {"name": "s", "kind": "json", "path": "t.json", "image": "f", "text": "t"}
+    _, pairs, rejects = prepared(tmp_path, source)
+    assert [len(row["text"]) for row in pairs] == [len(long.strip()), 1]
+    assert [x["reason"] for x in rejects] == ["empty_text"] * 3 + ["missing_image"]
+
+
+def test_larger_pictures_are_shrunk_and_smaller_ones_kept(tmp_path):
+    (tmp_path / "large.png").write_bytes(encoded(Image.new("RGB", (300, 100), "red")))
+    (tmp_path / "small.png").write_bytes(grey())
+    (tmp_path / "t.csv").write_text("f,t\nlarge.png,L\nsmall.png,S\n")
+    source = {"name": "s", "kind": "csv", "path": "t.csv", "image": "f", "text": "t"}
+    _, pairs, _ = prepared(tmp_path, source, images="{max_side: 60}")
+    assert [(row["width"], row["height"]) for row in pairs] == [([60], [20]), ([50], [40])]
+    assert pairs[1]["images"][0]["bytes"] == grey()
