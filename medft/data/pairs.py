@@ -7,9 +7,8 @@
 import hashlib
 import io
 import json
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,39 +74,6 @@ class StoredImage:
     """32 x 32 grey values; kept in memory only, to compare pictures whose hashes are near."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
-    """One accepted row."""
-
-    id: str
-    images: list[StoredImage]
-    text: str
-    question: str | None
-    fields: dict[str, Any] = field(default_factory=dict)
-    source: str
-    group_id: str
-    license: str | None
-    split: str = "train"
-
-    def row(self) -> dict[str, Any]:
-        """The row of pairs.parquet."""
-        return {
-            "id": self.id,
-            "images": [{"bytes": image.content, "path": image.name} for image in self.images],
-            "width": [image.width for image in self.images],
-            "height": [image.height for image in self.images],
-            "sha256": [image.sha256 for image in self.images],
-            "phash": [image.phash for image in self.images],
-            "text": self.text,
-            "question": self.question,
-            "fields": json.dumps(self.fields, sort_keys=True, ensure_ascii=False),
-            "source": self.source,
-            "group_id": self.group_id,
-            "license": self.license,
-            "split": self.split,
-        }
-
-
 def store_picture(
     content: bytes, *, name: str | None, max_pixels: int, max_side: int | None = None
 ) -> StoredImage:
@@ -126,7 +92,7 @@ def store_picture(
         is_small = max_side is None or max(image.size) <= max_side
         plain = plain_content(content, image) if is_small else None
         if plain is not None:
-            return _stored(plain, to_rgb(image), name)
+            return _stored(plain, image, name)
         return store_image(to_rgb(ImageOps.exif_transpose(image)), name=name, max_side=max_side)
 
 
@@ -143,7 +109,8 @@ def store_image(
 
 
 def _stored(content: bytes, image: Image.Image, name: str | None) -> StoredImage:
-    grey = image.convert("L").resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)
+    grey = image if image.mode == "L" else image.convert("L")
+    grey = grey.resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)
     return StoredImage(
         content=content,
         name=name,
@@ -168,37 +135,34 @@ def perceptual_hash(thumbnail: Image.Image) -> str:
     Image Hash Functions, 2010, section 3.2.1.
     """
     low = (_COSINES @ np.asarray(thumbnail, dtype=float) @ _COSINES.T).ravel()
-    bits = low > np.median(low[1:])
-    return f"{int(''.join('1' if bit else '0' for bit in bits), 2):016x}"
+    bits = low > np.sort(low[1:])[31]
+    return np.packbits(bits).tobytes().hex()
 
 
-def write_pairs(path: Path, pairs: Iterable[Pair], *, prompts: list[str]) -> None:
-    """Write pairs, and the prompts for those without question, a few rows in memory at a time."""
+def write_pairs(path: Path, rows: Iterable[dict[str, Any]], *, prompts: list[str]) -> None:
+    """Write rows of pairs.parquet, a few in memory at a time.
+
+    Args:
+        path: the file.
+        rows: with every column of SCHEMA.
+        prompts: for rows without question.
+    """
     metadata = {
         "huggingface": json.dumps({"info": {"features": _features()}}),
         "medft": json.dumps({"prompts": prompts}),
     }
     schema = SCHEMA.with_metadata(metadata)
-    with pq.ParquetWriter(path, schema) as writer:
-        for rows in batched((pair.row() for pair in pairs), _ROWS_PER_GROUP):
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    with _writer(path, schema) as writer:
+        for group in batched(rows, _ROWS_PER_GROUP):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def rewrite_splits(source: Path, target: Path, groups: list[str], splits: list[str]) -> None:
-    """Copy a pairs file with other groups and splits; `target` is replaced once it is whole."""
-    draft = target.with_name(f".{target.name}.draft")
-    file = pq.ParquetFile(source)
-    start = 0
-    with pq.ParquetWriter(draft, file.schema_arrow) as writer:
-        for index in range(file.num_row_groups):
-            table = file.read_row_group(index)
-            stop = start + table.num_rows
-            for name, values in (("group_id", groups[start:stop]), ("split", splits[start:stop])):
-                column = table.schema.get_field_index(name)
-                table = table.set_column(column, SCHEMA.field(name), [values])
-            writer.write_table(table)
-            start = stop
-    os.replace(draft, target)
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer that leaves the pictures, which are compressed, as they are."""
+    plain = ["text", "question", "fields", "source", "group_id", "license", "split"]
+    return pq.ParquetWriter(
+        path, schema, use_dictionary=plain, compression=dict.fromkeys(plain, "snappy")
+    )
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -243,6 +207,18 @@ def read_pairs(path: Path, *, images: bool = True) -> Iterator[dict[str, Any]]:
             if images:
                 check_row(path, row)
             yield row
+
+
+def read_rows(path: Path, indices: Collection[int]) -> Iterator[dict[str, Any]]:
+    """Some rows of pairs.parquet with their images, by their places from 0, in the file's order."""
+    file = open_pairs(path)
+    start = 0
+    for number in range(file.num_row_groups):
+        stop = start + file.metadata.row_group(number).num_rows
+        wanted = [index - start for index in sorted(indices) if start <= index < stop]
+        if wanted:
+            yield from file.read_row_group(number).take(wanted).to_pylist()
+        start = stop
 
 
 def open_pairs(path: Path) -> pq.ParquetFile:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from medft.data.images import open_image
-from medft.data.pairs import read_pairs
+from medft.data.pairs import read_pairs, read_rows
 
 SHOWN_PAIRS = 12
 """Pairs on the contact sheet of a source, drawn by their ids."""
@@ -86,13 +86,11 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
         target: the page.
     """
     facts = _Facts()
-    for row in read_pairs(pairs, images=False):
-        facts.add(row)
-    shown = facts.shown_ids()
+    for index, row in enumerate(read_pairs(pairs, images=False)):
+        facts.add(index, row)
     sheets: dict[str, list[str]] = defaultdict(list)
-    for row in read_pairs(pairs):
-        if row["id"] in shown:
-            sheets[row["source"]].append(_figure(row))
+    for row in read_rows(pairs, facts.shown()):
+        sheets[row["source"]].append(_figure(row))
     sections = [_sources(summary), _splits(summary, facts)]
     for name in summary["sources"]:
         sections.append(f"<h2>{html.escape(name)}</h2>")
@@ -114,9 +112,9 @@ class _Facts:
         self.licenses: dict[str, Counter[str]] = defaultdict(Counter)
         self.texts: dict[str, Counter[str]] = defaultdict(Counter)
         self.groups: dict[str, set[str]] = defaultdict(set)
-        self._drawn: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self._drawn: dict[str, list[tuple[str, int]]] = defaultdict(list)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, index: int, row: dict[str, Any]) -> None:
         source = row["source"]
         self.words[source].append(len(row["text"].split()))
         self.texts[source][row["text"][:200]] += 1
@@ -126,17 +124,17 @@ class _Facts:
         for width, height in zip(row["width"], row["height"], strict=True):
             self.sides[source].append(max(width, height))
             self.shapes[source][_shape(width, height)] += 1
-        draw = (hashlib.sha256(row["id"].encode()).hexdigest(), row["id"])
+        draw = (hashlib.sha256(row["id"].encode()).hexdigest(), index)
         drawn = self._drawn[source]
         drawn.append(draw)
         if len(drawn) > 50 * SHOWN_PAIRS:
             self._drawn[source] = heapq.nsmallest(SHOWN_PAIRS, drawn)
 
-    def shown_ids(self) -> set[str]:
+    def shown(self) -> set[int]:
         return {
-            name
+            index
             for drawn in self._drawn.values()
-            for _, name in heapq.nsmallest(SHOWN_PAIRS, drawn)
+            for _, index in heapq.nsmallest(SHOWN_PAIRS, drawn)
         }
 
 

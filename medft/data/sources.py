@@ -16,9 +16,10 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -26,14 +27,7 @@ from tqdm import tqdm
 
 from medft.data.dicom import dicom_rows, open_dicom
 from medft.data.images import MAX_PIXELS
-from medft.data.pairs import (
-    Pair,
-    StoredImage,
-    rewrite_splits,
-    store_image,
-    store_picture,
-    write_pairs,
-)
+from medft.data.pairs import StoredImage, store_image, store_picture, write_pairs
 from medft.data.report import write_data_report
 from medft.data.splits import SplitSection, assign_splits, check_no_overlap, join_groups
 from medft.data.tables import Rejected, Row, first_row, table_rows, takes
@@ -46,6 +40,8 @@ DEFAULT_PROMPTS = ["Describe this medical image."]
 
 IN_FLIGHT = 256
 """Rows that may wait for a worker or for the file at the same time; bounds the memory."""
+
+_BUFFER = 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +188,56 @@ class SourceCounts:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpooledImage:
+    """A picture whose bytes wait in a worker's file until the row is written."""
+
+    file: str
+    """Name of the worker's file in the draft folder."""
+
+    offset: int
+    length: int
+    name: str | None
+    width: int
+    height: int
+    sha256: str
+    phash: str
+    thumbnail: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A row that is taken, its pictures in the spool."""
+
+    id: str
+    images: list[SpooledImage]
+    text: str
+    question: str | None
+    fields: dict[str, str]
+    source: str
+    group_id: str
+    license: str | None
+
+    def record(self) -> dict[str, Any]:
+        """The columns of pairs.parquet but for split, with places instead of pictures."""
+        return {
+            "id": self.id,
+            "images": [
+                [image.file, image.offset, image.length, image.name] for image in self.images
+            ],
+            "width": [image.width for image in self.images],
+            "height": [image.height for image in self.images],
+            "sha256": [image.sha256 for image in self.images],
+            "phash": [image.phash for image in self.images],
+            "text": self.text,
+            "question": self.question,
+            "fields": json.dumps(self.fields, sort_keys=True, ensure_ascii=False),
+            "source": self.source,
+            "group_id": self.group_id,
+            "license": self.license,
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """Rows that become one pair: one row, or those of a study."""
@@ -260,10 +306,12 @@ def _prepare_into(
     collected = _Collected()
     with (
         (draft / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
-        (draft / "thumbnails").open("wb") as thumbnails,
+        (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
+        (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
     ):
-        pairs = _accepted_pairs(spec, root, counts, collected, rejects, thumbnails)
-        write_pairs(draft / "unsplit.parquet", pairs, prompts=spec.prompts)
+        for pair in _accepted_pairs(spec, root, draft, counts, collected, rejects):
+            thumbnails.write(b"".join(image.thumbnail for image in pair.images))
+            records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
     try:
         _check_rejects(spec, counts, max_rejects, out / "rejects.jsonl")
     except DataError:
@@ -275,7 +323,8 @@ def _prepare_into(
     groups, joins = join_groups(collected.groups, collected.hashes, collected.phashes, pixels)
     splits = assign_splits(groups, spec.split)
     check_no_overlap(groups, splits)
-    rewrite_splits(draft / "unsplit.parquet", draft / "pairs.parquet", groups, splits)
+    rows = _whole_rows(draft, groups, splits)
+    write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts)
     summary = {
         "sources": {
             source.name: {
@@ -304,15 +353,15 @@ def _prepare_into(
 def _accepted_pairs(
     spec: SourcesFile,
     root: Path,
+    draft: Path,
     counts: list[SourceCounts],
     collected: _Collected,
     rejects: Any,
-    thumbnails: Any,
 ) -> Iterator[Pair]:
     """The pairs of all sources; what is rejected is written, counted and passed over."""
     ids: set[str] = set()
     contents: set[str] = set()
-    for result in _results(spec, root):
+    for result in _results(spec, root, draft):
         pair, count = result.pair, counts[result.source]
         rejected = list(result.rejected)
         if pair is not None:
@@ -343,11 +392,30 @@ def _accepted_pairs(
         collected.groups.append(pair.group_id)
         collected.hashes.append([image.sha256 for image in pair.images])
         collected.phashes.append([image.phash for image in pair.images])
-        thumbnails.write(b"".join(image.thumbnail for image in pair.images))
         yield pair
 
 
-def _results(spec: SourcesFile, root: Path) -> Iterator[_Result]:
+def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of pairs.parquet, their pictures read back from the workers' files."""
+    with ExitStack() as stack, (draft / "records.jsonl").open(encoding="utf-8") as records:
+        files: dict[str, BinaryIO] = {}
+
+        def picture(name: str, offset: int, length: int) -> bytes:
+            if name not in files:
+                files[name] = stack.enter_context((draft / name).open("rb"))
+            files[name].seek(offset)
+            return files[name].read(length)
+
+        for line, group, split in zip(records, groups, splits, strict=True):
+            record = json.loads(line)
+            images = [
+                {"bytes": picture(file, offset, length), "path": name}
+                for file, offset, length, name in record["images"]
+            ]
+            yield {**record, "images": images, "group_id": group, "split": split}
+
+
+def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[_Result]:
     """What the workers made of all rows, in the order of the rows."""
     room = threading.Semaphore(IN_FLIGHT)
 
@@ -360,7 +428,7 @@ def _results(spec: SourcesFile, root: Path) -> Iterator[_Result]:
     workers = len(os.sched_getaffinity(0))
     progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
     context = multiprocessing.get_context("fork")
-    with context.Pool(workers, _start_worker, (spec, root)) as pool, progress:
+    with context.Pool(workers, _start_worker, (spec, root, draft)) as pool, progress:
         for number, result in enumerate(pool.imap(_work, tasks(), chunksize=8), start=1):
             room.release()
             progress.update()
@@ -407,8 +475,9 @@ def source_rows(source: SourceSection, root: Path) -> Iterator[Row | Rejected]:
 _worker: list["_Maker"] = []
 
 
-def _start_worker(spec: SourcesFile, root: Path) -> None:
-    _worker[:] = [_Maker(source, root, spec.images) for source in spec.sources]
+def _start_worker(spec: SourcesFile, root: Path, draft: Path) -> None:
+    spool = (draft / f"images-{os.getpid()}").open("wb")
+    _worker[:] = [_Maker(source, root, spec.images, spool) for source in spec.sources]
 
 
 def _work(task: _Task) -> _Result:
@@ -416,21 +485,23 @@ def _work(task: _Task) -> _Result:
 
 
 class _Maker:
-    """Makes pairs of a source's rows; pictures are decoded once while they fit into the cache."""
+    """Makes pairs of a source's rows; a picture that several rows name is decoded once."""
 
-    CACHE_BYTES = 64 * 2**20
+    CACHED_PICTURES = 10_000
 
-    def __init__(self, source: SourceSection, root: Path, limits: ImagesSection) -> None:
+    def __init__(
+        self, source: SourceSection, root: Path, limits: ImagesSection, spool: BinaryIO
+    ) -> None:
         self.source = source
         self.limits = limits
+        self.spool = spool
         folder = source.images or (source.path if source.kind == "imagefolder" else ".")
         self.folder = (root / folder).resolve()
-        self._cache: dict[Path, StoredImage] = {}
-        self._cache_bytes = 0
+        self._cache: dict[Path, SpooledImage] = {}
 
     def result(self, task: _Task) -> _Result:
         """The pair of a row or a study, and what of it was rejected."""
-        images: list[StoredImage] = []
+        images: list[SpooledImage] = []
         good: list[tuple[int, Row]] = []
         rejected: list[tuple[int, str, str]] = []
         for number, row in task.rows:
@@ -450,7 +521,7 @@ class _Maker:
         taken = [number for number, _ in good] if pair else []
         return _Result(task.source, pair, taken, rejected)
 
-    def _pair(self, rows: list[Row], images: list[StoredImage]) -> Pair:
+    def _pair(self, rows: list[Row], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]
         texts = list(dict.fromkeys(filter(None, (_filled(source.text, row) for row in rows))))
         if not texts:
@@ -483,15 +554,18 @@ class _Maker:
             group_id=f"{source.name}/{group}" if group else f"image/{images[0].sha256}",
         )
 
-    def _images(self, row: Row) -> list[StoredImage]:
+    def _images(self, row: Row) -> list[SpooledImage]:
         if self.source.kind == "dicom":
             every = self.source.frames == "every"
             pictures = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
             name, side = row["path"].name, self.limits.max_side
-            return [store_image(picture, name=name, max_side=side) for picture in pictures]
+            return [
+                self._spooled(store_image(picture, name=name, max_side=side))
+                for picture in pictures
+            ]
         return [self._image(row.get(name), name) for name in self.source.image_columns]
 
-    def _image(self, value: Any, column: str) -> StoredImage:
+    def _image(self, value: Any, column: str) -> SpooledImage:
         if isinstance(value, dict):  # the layout of datasets.Image
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
@@ -506,25 +580,31 @@ class _Maker:
             if not path.is_file():
                 raise Rejected("missing_image", f"no file {name}")
             if path not in self._cache:
-                stored = self._stored(path.read_bytes(), path.name, name)
-                if self._cache_bytes + len(stored.content) > self.CACHE_BYTES:
+                if len(self._cache) == self.CACHED_PICTURES:
                     self._cache.clear()
-                    self._cache_bytes = 0
-                self._cache[path] = stored
-                self._cache_bytes += len(stored.content)
+                self._cache[path] = self._stored(path.read_bytes(), path.name, name)
             return self._cache[path]
         except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
             reason = getattr(error, "strerror", None) or "not a path"
             raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
 
-    def _stored(self, content: bytes, name: str | None, shown: str) -> StoredImage:
+    def _stored(self, content: bytes, name: str | None, shown: str) -> SpooledImage:
         limits = self.limits
         try:
-            return store_picture(
+            stored = store_picture(
                 content, name=name, max_pixels=limits.max_pixels, max_side=limits.max_side
             )
         except DataError as error:
             raise Rejected("bad_image", f"{shown}: {error}") from error
+        return self._spooled(stored)
+
+    def _spooled(self, stored: StoredImage) -> SpooledImage:
+        values = {key: getattr(stored, key) for key in StoredImage.__slots__ if key != "content"}
+        offset = self.spool.tell()
+        self.spool.write(stored.content)
+        self.spool.flush()
+        length = len(stored.content)
+        return SpooledImage(file=Path(self.spool.name).name, offset=offset, length=length, **values)
 
 
 def _check_rejects(

@@ -130,16 +130,15 @@ def near_copies(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[np.ndarray,
     Returns:
         [P, 2] indices, the smaller one first, and [P] booleans.
     """
-    shown = np.flatnonzero(
-        [part.astype(np.float32).std() > BLANK_GREY for part in thumbnails]
-    ).astype(np.int64)
+    spread = [thumbnails[i : i + 4096].std(axis=1) for i in range(0, len(thumbnails), 4096)]
+    shown = np.flatnonzero(np.concatenate([[], *spread]) > BLANK_GREY)
     found = [np.zeros((0, 2), np.int64)]
     for first in range(0, 64, 13):
         width = min(13, 64 - first)
         band = (hashes[shown] >> np.uint64(first)) & np.uint64((1 << width) - 1)
         order = np.argsort(band, kind="stable")
         edges = np.flatnonzero(np.diff(band[order])) + 1
-        for members in np.split(shown[order], edges):
+        for members in (part for part in np.split(shown[order], edges) if len(part) > 1):
             for start in range(0, len(members), 1024):
                 block = members[start : start + 1024]
                 distance = np.bitwise_count(hashes[block][:, None] ^ hashes[members][None])
