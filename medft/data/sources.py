@@ -29,7 +29,13 @@ from medft.data.dicom import dicom_rows, open_dicom
 from medft.data.images import MAX_PIXELS
 from medft.data.pairs import StoredImage, store_image, store_picture, write_pairs
 from medft.data.report import write_data_report
-from medft.data.splits import SplitSection, assign_splits, check_no_overlap, join_groups
+from medft.data.splits import (
+    OwnSplitSection,
+    SplitSection,
+    assign_splits,
+    check_no_overlap,
+    join_groups,
+)
 from medft.data.tables import Rejected, Row, first_row, table_rows, takes
 from medft.data.template import fill_template, template_names, text_of
 from medft.errors import DataError, RecipeError
@@ -150,7 +156,8 @@ class SourcesFile(Section):
     """Templates over `fields` for rows without question; a row's id chooses."""
 
     images: ImagesSection = ImagesSection()
-    split: SplitSection = SplitSection()
+    split: SplitSection | OwnSplitSection = SplitSection()
+    """Shares of the accepted rows, or the column of the tables' own split."""
 
 
 def load_sources(path: Path) -> SourcesFile:
@@ -171,10 +178,15 @@ def _explain(error: dict[str, Any]) -> str | None:
     if error["type"] != "extra_forbidden":
         return None
     *inner, key = error["loc"]
-    sections = {"sources": SourceSection, "images": ImagesSection, "split": SplitSection}
-    section = sections[inner[0]] if inner else SourcesFile
-    name = ".".join(map(str, error["loc"]))
-    return f"unknown key {name}: {nearest(str(key), section.model_fields)}"
+    splits = {**SplitSection.model_fields, **OwnSplitSection.model_fields}
+    known = {
+        "sources": SourceSection.model_fields,
+        "images": ImagesSection.model_fields,
+        "split": splits,
+    }
+    names = known[inner[0]] if inner else SourcesFile.model_fields
+    place = ".".join(str(part) for part in error["loc"] if not str(part).endswith("Section"))
+    return f"unknown key {place}: {nearest(str(key), names)}"
 
 
 @dataclass(slots=True)
@@ -217,6 +229,8 @@ class Pair:
     source: str
     group_id: str
     license: str | None
+    split: str
+    """As the table has it; empty where medft splits."""
 
     def record(self) -> dict[str, Any]:
         """The columns of pairs.parquet but for split, with places instead of pictures."""
@@ -264,6 +278,7 @@ class _Collected:
     groups: list[str] = field(default_factory=list)
     hashes: list[list[str]] = field(default_factory=list)
     phashes: list[list[str]] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
 
 
 def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[str, Any]:
@@ -285,7 +300,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
         raise RecipeError(f"{sources_path}: expected a different name for each source")
     for source in spec.sources:
         check_prompts(spec.prompts, source)
-        check_columns(source, root)
+        check_columns(source, root, spec.split)
     check_folder_for_output(out, allow_content=True)
     draft = out / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -321,7 +336,9 @@ def _prepare_into(
     if collected.ids:
         pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
     groups, joins = join_groups(collected.groups, collected.hashes, collected.phashes, pixels)
-    splits = assign_splits(groups, spec.split)
+    splits = collected.splits
+    if isinstance(spec.split, SplitSection):
+        splits = assign_splits(groups, spec.split)
     check_no_overlap(groups, splits)
     rows = _whole_rows(draft, groups, splits)
     write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts)
@@ -392,6 +409,7 @@ def _accepted_pairs(
         collected.groups.append(pair.group_id)
         collected.hashes.append([image.sha256 for image in pair.images])
         collected.phashes.append([image.phash for image in pair.images])
+        collected.splits.append(pair.split)
         yield pair
 
 
@@ -477,7 +495,7 @@ _worker: list["_Maker"] = []
 
 def _start_worker(spec: SourcesFile, root: Path, draft: Path) -> None:
     spool = (draft / f"images-{os.getpid()}").open("wb")
-    _worker[:] = [_Maker(source, root, spec.images, spool) for source in spec.sources]
+    _worker[:] = [_Maker(source, spec, root, spool) for source in spec.sources]
 
 
 def _work(task: _Task) -> _Result:
@@ -490,10 +508,11 @@ class _Maker:
     CACHED_PICTURES = 10_000
 
     def __init__(
-        self, source: SourceSection, root: Path, limits: ImagesSection, spool: BinaryIO
+        self, source: SourceSection, spec: SourcesFile, root: Path, spool: BinaryIO
     ) -> None:
         self.source = source
-        self.limits = limits
+        self.limits = spec.images
+        self.split = spec.split
         self.spool = spool
         folder = source.images or (source.path if source.kind == "imagefolder" else ".")
         self.folder = (root / folder).resolve()
@@ -545,6 +564,7 @@ class _Maker:
             source=source.name,
             group_id="",
             license=license_name,
+            split=self._own_split(rows),
         )
         given = text_of(first.get(source.id)) if source.id else ""
         group = text_of(first.get(source.group)) if source.group else ""
@@ -553,6 +573,15 @@ class _Maker:
             id=given or _content_hash(pair)[:16],
             group_id=f"{source.name}/{group}" if group else f"image/{images[0].sha256}",
         )
+
+    def _own_split(self, rows: list[Row]) -> str:
+        if isinstance(self.split, SplitSection):
+            return ""
+        values = {text_of(row.get(self.split.column)) for row in rows}
+        splits = {self.split.split_of(value) for value in values}
+        if len(splits) > 1 or None in splits:
+            raise Rejected("no_split", f"{self.split.column} is {', '.join(sorted(values))!r}")
+        return splits.pop()
 
     def _images(self, row: Row) -> list[SpooledImage]:
         if self.source.kind == "dicom":
@@ -658,7 +687,7 @@ def check_prompts(prompts: list[str], source: SourceSection) -> None:
             )
 
 
-def check_columns(source: SourceSection, root: Path) -> None:
+def check_columns(source: SourceSection, root: Path, split: SplitSection | OwnSplitSection) -> None:
     """Refuse a source whose table lacks a column that it names.
 
     Raises:
@@ -669,6 +698,7 @@ def check_columns(source: SourceSection, root: Path) -> None:
         return
     first = first_row(source.kind, root / source.path)
     wanted = [*source.columns, *source.image_columns]
+    wanted += [split.column] if isinstance(split, OwnSplitSection) else []
     missing = [name for name in dict.fromkeys(wanted) if name not in first]
     if missing:
         raise DataError(

@@ -21,8 +21,8 @@ NEAR_BITS = 4
 
 NEAR_GREY = 2.0
 """Mean difference of 32 x 32 thumbnails, in grey levels of 256, up to which candidates are the same
-picture. A picture saved again as JPEG of quality 50 to 95, or shrunk to half its side, differs by
-less than 1; pictures of different patients in the same view differ by more than 5."""
+picture. A picture saved again as JPEG of quality 50, or shrunk to half its side, stays below 1 (a
+test holds this); twice that leaves room for brighter prints of the same scan."""
 
 
 BLANK_GREY = 2.0
@@ -47,6 +47,29 @@ class SplitSection(Section):
         if self.validation + self.test >= 1:
             raise ValueError("validation and test together below 1")
         return self
+
+
+class OwnSplitSection(Section):
+    """A split that the tables bring along."""
+
+    column: str
+    """In the table of every source."""
+
+    train: list[str] = Field(min_length=1)
+    """Values of the column."""
+
+    validation: list[str] = Field([])
+    """Values of the column."""
+
+    test: list[str] = Field([])
+    """Values of the column."""
+
+    def split_of(self, value: str) -> str | None:
+        """The split that a value of the column means; None for one that is not listed."""
+        for name in ("train", "validation", "test"):
+            if value in getattr(self, name):
+                return name
+        return None
 
 
 class _Union:
@@ -197,12 +220,18 @@ def check_no_overlap(groups: Sequence[str], splits: Sequence[str]) -> None:
     """Assert that no group stands in two splits.
 
     Raises:
-        DataError: one does.
+        DataError: groups do, as in a split that a table brought along.
     """
-    split_of: dict[str, str] = {}
+    found: dict[str, set[str]] = {}
     for group, split in zip(groups, splits, strict=True):
-        if split_of.setdefault(group, split) != split:
-            raise DataError(f"expected group {group} in one split, it is in {split} too")
+        found.setdefault(group, set()).add(split)
+    torn = sorted(group for group, splits in found.items() if len(splits) > 1)
+    if torn:
+        raise DataError(
+            f"expected every group in one split, {len(torn)} of {len(found)} stand in several, "
+            f"first {torn[0]} ({', '.join(sorted(found[torn[0]]))}): correct the table's split, or "
+            f"let medft split by shares"
+        )
 
 
 def _draw(seed: int, group: str) -> str:

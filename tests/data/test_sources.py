@@ -165,6 +165,30 @@ def test_groups_stay_together_and_equal_pictures_join_them(export, tmp_path):
     assert summary["splits"]["validation"] == 12  # floor(0.2 * 61 + 0.5), in groups of three
 
 
+OWN = "split: {column: fold, train: [tr], validation: [va], test: [te]}\n"
+
+
+def test_a_split_that_the_table_brings_along_is_taken_over(export, tmp_path):
+    yaml = YAML.replace("split: {validation: 0.0}\n", OWN) % ", group: p"
+    rows = ["0.png,a,p1,tr", "1.png,b,p2,va", "2.png,c,p3,te", "3.png,d,p4,other", "4.png,e,p1,tr"]
+    sources = export("\n".join(["file,report,p,fold", *rows]).encode(), yaml)
+    prepare(sources, tmp_path / "out", max_rejects=0.5)
+    got = {r["text"]: r["split"] for r in read_pairs(tmp_path / "out" / "pairs.parquet")}
+    assert got == {"a": "train", "b": "validation", "c": "test", "e": "train"}
+    assert [line["reason"] for line in rejects(tmp_path / "out")] == ["no_split"]
+
+
+def test_a_split_of_the_table_that_tears_a_group_is_an_error(export, tmp_path):
+    yaml = YAML.replace("split: {validation: 0.0}\n", OWN) % ""
+    rows = ["0.png,a,tr", "0.png,b,te", "1.png,c,tr"]
+    sources = export("\n".join(["file,report,fold", *rows]).encode(), yaml)
+    with pytest.raises(DataError, match="1 of 2 stand in several, first image/"):
+        prepare(sources, tmp_path / "out")
+    assert not (tmp_path / "out" / "pairs.parquet").exists()
+    with pytest.raises(DataError, match="the columns fold in"):
+        prepare(export(b"file,report\n0.png,a\n", yaml), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -1,5 +1,6 @@
 """No group stands in two splits, whatever the order of the rows."""
 
+import io
 import math
 import random
 import tracemalloc
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medft.data.pairs import perceptual_hash
+from medft.data.pairs import perceptual_hash, store_image
 from medft.data.splits import (
+    NEAR_BITS,
+    NEAR_GREY,
     SplitSection,
     assign_splits,
     check_no_overlap,
@@ -65,6 +68,23 @@ def test_near_copies_join_and_other_near_hashes_are_counted():
     assert groups == ["a", "b", "c", "d", "b", "f", "g", "h"]
     assert report["joined_by_near_copies"] == 1
     assert report["near_hashes_left_apart"] == 1
+
+
+def test_a_picture_saved_again_or_shrunk_stays_below_half_the_limit():
+    random = np.random.default_rng(8)
+    for _ in range(20):
+        coarse = Image.fromarray(random.normal(128, 50, (7, 7)).clip(0, 255).astype(np.uint8))
+        smooth = np.asarray(coarse.resize((400, 400), Image.Resampling.BICUBIC), dtype=float)
+        pixels = (smooth + random.normal(0, 8, (400, 400))).clip(0, 255).astype(np.uint8)
+        original = Image.fromarray(pixels)
+        stream = io.BytesIO()
+        original.save(stream, format="JPEG", quality=50)
+        for copy in (Image.open(stream), original.resize((200, 200), Image.Resampling.LANCZOS)):
+            images = [store_image(i.convert("RGB"), name=None) for i in (original, copy)]
+            one, other = (np.frombuffer(i.thumbnail, np.uint8).astype(int) for i in images)
+            assert np.abs(one - other).mean() < NEAR_GREY / 2
+            bits = [int(i.phash, 16) for i in images]
+            assert (bits[0] ^ bits[1]).bit_count() <= NEAR_BITS
 
 
 def test_candidates_are_those_of_comparing_every_pair():
@@ -140,5 +160,5 @@ def test_shares_are_met_exactly_where_sums_of_groups_allow():
 
 def test_an_overlap_is_found():
     check_no_overlap(["a", "b", "a"], ["train", "test", "train"])
-    with pytest.raises(DataError, match="group a in one split"):
+    with pytest.raises(DataError, match="1 of 2 stand in several, first a"):
         check_no_overlap(["a", "b", "a"], ["train", "test", "test"])
