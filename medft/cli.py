@@ -101,7 +101,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from medft.data.sources import prepare
+    from medft.data.prepare import prepare
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)

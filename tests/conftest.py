@@ -30,7 +30,7 @@ def bases(tmp_path_factory):
 def data(tmp_path_factory):
     """Prepared drawn data: pairs.parquet and chat/."""
     from medft.data.chat import write_chat
-    from medft.data.sources import prepare
+    from medft.data.prepare import prepare
     from medft.demo.phantoms import draw_phantoms
 
     folder = tmp_path_factory.mktemp("data")

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "medft"
 ORDER = [
     ["errors"],
     ["files", "strict_yaml"],
+    ["recipe_keys"],
     ["recipe"],
-    ["checkpoints"],
+    ["checkpoints", "callbacks"],
     ["provenance"],
     ["runs", "launch"],
     ["arguments", "adapters", "base", "data"],

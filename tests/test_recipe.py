@@ -4,13 +4,11 @@ import pytest
 
 from medft.errors import RecipeError
 from medft.recipe import (
-    FOREIGN_KEYS,
-    REFUSED_TRAIN_KEYS,
-    TRAIN_KEYS,
     DecoderRecipe,
     SiglipRecipe,
     _names,
 )
+from medft.recipe_keys import FOREIGN_KEYS, REFUSED_TRAIN_KEYS, TRAIN_KEYS
 
 GOOD = """\
 model: {base: some/base}

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from medft.data.chat import write_chat
-from medft.data.sources import prepare
+from medft.data.prepare import prepare
 from medft.demo.bases import build_decoder, build_siglip
 from medft.demo.phantoms import draw_phantoms
 from medft.demo.report import write_report

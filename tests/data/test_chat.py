@@ -10,7 +10,7 @@ from PIL import Image
 from medft.data.chat import image_source, load_rows, messages_of, write_chat
 from medft.data.images import open_image
 from medft.data.pairs import read_pairs
-from medft.data.sources import prepare
+from medft.data.prepare import prepare
 from medft.errors import DataError, RecipeError, RunError
 
 

@@ -13,7 +13,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medft.data.dicom import open_dicom
 from medft.data.pairs import read_pairs
-from medft.data.sources import prepare
+from medft.data.prepare import prepare
 from medft.data.tables import Rejected
 from medft.errors import DataError
 

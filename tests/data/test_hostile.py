@@ -15,7 +15,7 @@ from PIL import Image
 
 from medft.data.images import open_image
 from medft.data.pairs import read_pairs
-from medft.data.sources import prepare
+from medft.data.prepare import prepare
 
 RANDOM = np.random.default_rng(0)
 GREY = RANDOM.integers(0, 255, (40, 50), dtype=np.uint8)

@@ -10,7 +10,8 @@ from datasets import load_dataset
 from PIL import Image
 
 from medft.data.pairs import perceptual_hash, read_pairs
-from medft.data.sources import load_sources, prepare
+from medft.data.prepare import prepare
+from medft.data.sources import load_sources
 from medft.errors import DataError, RecipeError
 
 

@@ -1,0 +1,236 @@
+"""A row of a table, or the rows of a study -> one pair, its pictures decoded, hashed and spooled.
+
+Runs in worker processes, each with a file of its own for pictures.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from medft.data.dicom import open_dicom
+from medft.data.pairs import StoredImage, store_image, store_picture
+from medft.data.sources import SourceSection, SourcesFile
+from medft.data.splits import (
+    SplitSection,
+)
+from medft.data.tables import Rejected, Row
+from medft.data.template import fill_template, template_names, text_of
+from medft.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpooledImage:
+    """A picture whose bytes wait in a worker's file until the row is written."""
+
+    file: str
+    """Name of the worker's file in the draft folder."""
+
+    offset: int
+    length: int
+    name: str | None
+    width: int
+    height: int
+    sha256: str
+    phash: str
+    thumbnail: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A row that is taken, its pictures in the spool."""
+
+    id: str
+    images: list[SpooledImage]
+    text: str
+    question: str | None
+    fields: dict[str, str]
+    source: str
+    group_id: str
+    license: str | None
+    split: str
+    """As the table has it; empty where medft splits."""
+
+    def record(self) -> dict[str, Any]:
+        """The columns of pairs.parquet but for split, with places instead of pictures."""
+        return {
+            "id": self.id,
+            "images": [
+                [image.file, image.offset, image.length, image.name] for image in self.images
+            ],
+            "width": [image.width for image in self.images],
+            "height": [image.height for image in self.images],
+            "sha256": [image.sha256 for image in self.images],
+            "phash": [image.phash for image in self.images],
+            "text": self.text,
+            "question": self.question,
+            "fields": json.dumps(self.fields, sort_keys=True, ensure_ascii=False),
+            "source": self.source,
+            "group_id": self.group_id,
+            "license": self.license,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows that become one pair: one row, or those of a study."""
+
+    source: int
+    rows: list[tuple[int, Row | Rejected]]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A pair, or none, and the rows that did not make it into it."""
+
+    source: int
+    pair: Pair | None
+    taken: list[int]
+    rejected: list[tuple[int, str, str]]
+
+
+class Maker:
+    """Makes pairs of a source's rows; a picture that several rows name is decoded once."""
+
+    CACHED_PICTURES = 10_000
+
+    def __init__(
+        self, source: SourceSection, spec: SourcesFile, root: Path, spool: BinaryIO
+    ) -> None:
+        self.source = source
+        self.limits = spec.images
+        self.split = spec.split
+        self.spool = spool
+        folder = source.images or (source.path if source.kind == "imagefolder" else ".")
+        self.folder = (root / folder).resolve()
+        self._cache: dict[Path, SpooledImage] = {}
+
+    def result(self, task: Task) -> Result:
+        """The pair of a row or a study, and what of it was rejected."""
+        images: list[SpooledImage] = []
+        good: list[tuple[int, Row]] = []
+        rejected: list[tuple[int, str, str]] = []
+        for number, row in task.rows:
+            try:
+                if isinstance(row, Rejected):
+                    raise row
+                images += self._images(row)
+                good.append((number, row))
+            except Rejected as verdict:
+                rejected.append((number, verdict.reason, verdict.detail))
+        pair = None
+        if good:
+            try:
+                pair = self._pair([row for _, row in good], images)
+            except Rejected as verdict:
+                rejected += [(number, verdict.reason, verdict.detail) for number, _ in good]
+        taken = [number for number, _ in good] if pair else []
+        return Result(task.source, pair, taken, rejected)
+
+    def _pair(self, rows: list[Row], images: list[SpooledImage]) -> Pair:
+        source, first = self.source, rows[0]
+        texts = list(dict.fromkeys(filter(None, (_filled(source.text, row) for row in rows))))
+        if not texts:
+            raise Rejected("empty_text", f"{source.text} is empty")
+        if len(texts) > 1:
+            raise Rejected("different_texts", f"{len(texts)} texts in one study")
+        question = None
+        if source.question is not None:
+            question = _filled(source.question, first)
+            if not question:
+                raise Rejected("empty_question", f"{source.question} is empty")
+        license_name = source.license
+        if isinstance(license_name, dict):
+            license_name = text_of(first.get(license_name["column"])) or None
+        pair = Pair(
+            id="",
+            images=images,
+            text=texts[0],
+            question=question,
+            fields={name: text_of(first.get(name)) for name in source.keep},
+            source=source.name,
+            group_id="",
+            license=license_name,
+            split=self._own_split(rows),
+        )
+        given = text_of(first.get(source.id)) if source.id else ""
+        group = text_of(first.get(source.group)) if source.group else ""
+        return replace(
+            pair,
+            id=given or content_hash(pair)[:16],
+            group_id=f"{source.name}/{group}" if group else f"image/{images[0].sha256}",
+        )
+
+    def _own_split(self, rows: list[Row]) -> str:
+        if isinstance(self.split, SplitSection):
+            return ""
+        values = {text_of(row.get(self.split.column)) for row in rows}
+        splits = {self.split.split_of(value) for value in values}
+        if len(splits) > 1 or None in splits:
+            raise Rejected("no_split", f"{self.split.column} is {', '.join(sorted(values))!r}")
+        return splits.pop()
+
+    def _images(self, row: Row) -> list[SpooledImage]:
+        if self.source.kind == "dicom":
+            every = self.source.frames == "every"
+            pictures = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
+            name, side = row["path"].name, self.limits.max_side
+            return [
+                self._spooled(store_image(picture, name=name, max_side=side))
+                for picture in pictures
+            ]
+        return [self._image(row.get(name), name) for name in self.source.image_columns]
+
+    def _image(self, value: Any, column: str) -> SpooledImage:
+        if isinstance(value, dict):  # the layout of datasets.Image
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return self._stored(value, None, column)
+        name = text_of(value)
+        if not name:
+            raise Rejected("no_image", f"{column} is empty")
+        try:
+            path = (self.folder / name).resolve()
+            if not path.is_relative_to(self.folder):
+                raise Rejected("outside_root", f"{name} leaves the image root")
+            if not path.is_file():
+                raise Rejected("missing_image", f"no file {name}")
+            if path not in self._cache:
+                if len(self._cache) == self.CACHED_PICTURES:
+                    self._cache.clear()
+                self._cache[path] = self._stored(path.read_bytes(), path.name, name)
+            return self._cache[path]
+        except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
+            reason = getattr(error, "strerror", None) or "not a path"
+            raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
+
+    def _stored(self, content: bytes, name: str | None, shown: str) -> SpooledImage:
+        limits = self.limits
+        try:
+            stored = store_picture(
+                content, name=name, max_pixels=limits.max_pixels, max_side=limits.max_side
+            )
+        except DataError as error:
+            raise Rejected("bad_image", f"{shown}: {error}") from error
+        return self._spooled(stored)
+
+    def _spooled(self, stored: StoredImage) -> SpooledImage:
+        values = {key: getattr(stored, key) for key in StoredImage.__slots__ if key != "content"}
+        offset = self.spool.tell()
+        self.spool.write(stored.content)
+        self.spool.flush()
+        length = len(stored.content)
+        return SpooledImage(file=Path(self.spool.name).name, offset=offset, length=length, **values)
+
+
+def content_hash(pair: Pair) -> str:
+    """A hash of what a pair shows and says, whatever its names."""
+    content = [[image.sha256 for image in pair.images], pair.question, pair.text]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _filled(template: str, row: Row) -> str:
+    if "{" not in template:
+        return text_of(row.get(template))
+    return fill_template(template, {name: row.get(name) for name in template_names(template)})

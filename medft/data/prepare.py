@@ -1,0 +1,299 @@
+"""Raw tables and their pictures -> pairs.parquet, with a reason for every row that did not make it.
+
+Every row that is read ends in pairs.parquet or in rejects.jsonl: accepted + rejected = rows read,
+for each source. Pictures are decoded and hashed by worker processes; the order of the rows is that
+of the tables. What is written appears when all of it is whole.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from medft.data.pairing import Maker, Pair, Result, Task, content_hash
+from medft.data.pairs import write_pairs
+from medft.data.report import write_data_report
+from medft.data.sources import (
+    SourceSection,
+    SourcesFile,
+    check_columns,
+    check_prompts,
+    load_sources,
+    source_rows,
+)
+from medft.data.splits import (
+    SplitSection,
+    assign_splits,
+    check_no_overlap,
+    join_groups,
+)
+from medft.data.tables import Rejected, Row, takes
+from medft.data.template import text_of
+from medft.errors import DataError, RecipeError
+from medft.files import check_folder_for_output, write_json
+
+IN_FLIGHT = 256
+"""Rows that may wait for a worker or for the file at the same time; bounds the memory."""
+
+
+_BUFFER = 2**20
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What became of the rows of a source."""
+
+    read: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    pairs: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What of all pairs is kept in memory: names and hashes, no pictures."""
+
+    ids: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    hashes: list[list[str]] = field(default_factory=list)
+    phashes: list[list[str]] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+
+
+def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[str, Any]:
+    """Write pairs.parquet, rejects.jsonl, summary.json and report.html; returns the summary.
+
+    Args:
+        sources_path: SOURCES.yaml.
+        out: folder; earlier files in it are replaced once the new ones are whole.
+        max_rejects: share of a source's rows that may be rejected; duplicates do not count.
+
+    Raises:
+        RecipeError: SOURCES.yaml is wrong.
+        DataError: a table or a column is missing, or too many rows were rejected
+            (rejects.jsonl is written then).
+    """
+    spec = load_sources(sources_path)
+    root = sources_path.parent
+    if len({source.name for source in spec.sources}) < len(spec.sources):
+        raise RecipeError(f"{sources_path}: expected a different name for each source")
+    for source in spec.sources:
+        check_prompts(spec.prompts, source)
+        check_columns(source, root, spec.split)
+    check_folder_for_output(out, allow_content=True)
+    draft = out / ".draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        summary = _prepare_into(draft, spec, root, max_rejects, out)
+        for name in ("rejects.jsonl", "summary.json", "report.html", "pairs.parquet"):
+            os.replace(draft / name, out / name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return summary
+
+
+def _prepare_into(
+    draft: Path, spec: SourcesFile, root: Path, max_rejects: float, out: Path
+) -> dict[str, Any]:
+    counts = [SourceCounts() for _ in spec.sources]
+    collected = _Collected()
+    with (
+        (draft / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
+        (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
+        (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
+    ):
+        for pair in _accepted_pairs(spec, root, draft, counts, collected, rejects):
+            thumbnails.write(b"".join(image.thumbnail for image in pair.images))
+            records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
+    try:
+        _check_rejects(spec, counts, max_rejects, out / "rejects.jsonl")
+    except DataError:
+        os.replace(draft / "rejects.jsonl", out / "rejects.jsonl")
+        raise
+    pixels = np.zeros((0, 1024), np.uint8)
+    if collected.ids:
+        pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
+    groups, joins = join_groups(collected.groups, collected.hashes, collected.phashes, pixels)
+    splits = collected.splits
+    if isinstance(spec.split, SplitSection):
+        splits = assign_splits(groups, spec.split)
+    check_no_overlap(groups, splits)
+    rows = _whole_rows(draft, groups, splits)
+    write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts)
+    summary = {
+        "sources": {
+            source.name: {
+                "read": count.read,
+                "accepted": count.accepted,
+                "rejected": count.rejected,
+                "pairs": count.pairs,
+                "reasons": dict(sorted(count.reasons.items())),
+                "grouped_by": source.group or "image",
+            }
+            for source, count in zip(spec.sources, counts, strict=True)
+        },
+        "pairs": len(groups),
+        "groups": len(set(groups)),
+        "largest_group": max(Counter(groups).values(), default=0),
+        "joins": joins,
+        "splits": dict(sorted(Counter(splits).items())),
+    }
+    write_json(draft / "summary.json", summary)
+    write_data_report(
+        draft / "pairs.parquet", draft / "rejects.jsonl", summary, draft / "report.html"
+    )
+    return summary
+
+
+def _accepted_pairs(
+    spec: SourcesFile,
+    root: Path,
+    draft: Path,
+    counts: list[SourceCounts],
+    collected: _Collected,
+    rejects: Any,
+) -> Iterator[Pair]:
+    """The pairs of all sources; what is rejected is written, counted and passed over."""
+    ids: set[str] = set()
+    contents: set[str] = set()
+    for result in _results(spec, root, draft):
+        pair, count = result.pair, counts[result.source]
+        rejected = list(result.rejected)
+        if pair is not None:
+            content = content_hash(pair)
+            if content in contents:
+                reason = ("duplicate", "the same images, question and text came before")
+            elif pair.id in ids:
+                reason = ("duplicate_id", f"the id {pair.id!r} came before")
+            else:
+                reason = None
+            if reason is not None:
+                rejected += [(number, *reason) for number in result.taken]
+                pair = None
+        count.read += len(result.taken) + len(result.rejected)
+        count.rejected += len(rejected)
+        for number, reason_code, detail in rejected:
+            count.reasons[reason_code] += 1
+            name = spec.sources[result.source].name
+            line = {"source": name, "row": number, "reason": reason_code, "detail": detail}
+            rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if pair is None:
+            continue
+        ids.add(pair.id)
+        contents.add(content)
+        count.accepted += len(result.taken)
+        count.pairs += 1
+        collected.ids.append(pair.id)
+        collected.groups.append(pair.group_id)
+        collected.hashes.append([image.sha256 for image in pair.images])
+        collected.phashes.append([image.phash for image in pair.images])
+        collected.splits.append(pair.split)
+        yield pair
+
+
+def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of pairs.parquet, their pictures read back from the workers' files."""
+    with ExitStack() as stack, (draft / "records.jsonl").open(encoding="utf-8") as records:
+        files: dict[str, BinaryIO] = {}
+
+        def picture(name: str, offset: int, length: int) -> bytes:
+            if name not in files:
+                files[name] = stack.enter_context((draft / name).open("rb"))
+            files[name].seek(offset)
+            return files[name].read(length)
+
+        for line, group, split in zip(records, groups, splits, strict=True):
+            record = json.loads(line)
+            images = [
+                {"bytes": picture(file, offset, length), "path": name}
+                for file, offset, length, name in record["images"]
+            ]
+            yield {**record, "images": images, "group_id": group, "split": split}
+
+
+def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:
+    """What the workers made of all rows, in the order of the rows."""
+    room = threading.Semaphore(IN_FLIGHT)
+
+    def tasks() -> Iterator[Task]:
+        for index, source in enumerate(spec.sources):
+            for task in _tasks(index, source, root):
+                room.acquire()
+                yield task
+
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
+    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers, _start_worker, (spec, root, draft)) as pool, progress:
+        for number, result in enumerate(pool.imap(_work, tasks(), chunksize=8), start=1):
+            room.release()
+            progress.update()
+            if number % 5000 == 0 and progress.disable:
+                logger.info("%s rows", number)
+            yield result
+
+
+def _tasks(index: int, source: SourceSection, root: Path) -> Iterator[Task]:
+    rows = enumerate(source_rows(source, root), start=1)
+    if source.study is None:
+        for number, row in rows:
+            if isinstance(row, Rejected) or takes(row, source.where):
+                yield Task(index, [(number, row)])
+        return
+    studies: dict[str, list[tuple[int, Row | Rejected]]] = {}
+    for number, row in rows:
+        if isinstance(row, Rejected):
+            yield Task(index, [(number, row)])
+        elif takes(row, source.where):
+            study = text_of(row.get(source.study)) or f"row {number} of no study"
+            studies.setdefault(study, []).append((number, row))
+    for study in studies.values():
+        yield Task(index, study)
+
+
+_worker: list["Maker"] = []
+
+
+def _start_worker(spec: SourcesFile, root: Path, draft: Path) -> None:
+    spool = (draft / f"images-{os.getpid()}").open("wb")
+    _worker[:] = [Maker(source, spec, root, spool) for source in spec.sources]
+
+
+def _work(task: Task) -> Result:
+    return _worker[task.source].result(task)
+
+
+def _check_rejects(
+    spec: SourcesFile, counts: list[SourceCounts], max_rejects: float, path: Path
+) -> None:
+    for source, count in zip(spec.sources, counts, strict=True):
+        broken = count.rejected - count.reasons["duplicate"]
+        if count.read == 0:
+            raise DataError(
+                f"expected rows in source {source.name}, found none: check where and the file"
+            )
+        if broken > max_rejects * count.read:
+            common = ", ".join(f"{reason} {n}" for reason, n in count.reasons.most_common(3))
+            raise DataError(
+                f"expected at most {max_rejects:.0%} of the rows of source {source.name} to be "
+                f"rejected, {broken} of {count.read} were ({common}): see {path}, or raise "
+                f"--max-rejects"
+            )
