@@ -69,7 +69,6 @@ class SourceCounts:
 class _Collected:
     """What of all pairs is kept in memory: names and hashes, no pictures."""
 
-    ids: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     hashes: list[list[str]] = field(default_factory=list)
     phashes: list[list[str]] = field(default_factory=list)
@@ -128,7 +127,7 @@ def _prepare_into(
         os.replace(draft / "rejects.jsonl", out / "rejects.jsonl")
         raise
     pixels = np.zeros((0, 1024), np.uint8)
-    if collected.ids:
+    if collected.groups:
         pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
     groups, joins = join_groups(collected.groups, collected.hashes, collected.phashes, pixels)
     splits = collected.splits
@@ -200,7 +199,6 @@ def _accepted_pairs(
         contents.add(content)
         count.accepted += len(result.taken)
         count.pairs += 1
-        collected.ids.append(pair.id)
         collected.groups.append(pair.group_id)
         collected.hashes.append([image.sha256 for image in pair.images])
         collected.phashes.append([image.phash for image in pair.images])
@@ -269,7 +267,7 @@ def _tasks(index: int, source: SourceSection, root: Path) -> Iterator[Task]:
         yield Task(index, study)
 
 
-_worker: list["Maker"] = []
+_worker: list[Maker] = []
 
 
 def _start_worker(spec: SourcesFile, root: Path, draft: Path) -> None:
