@@ -170,6 +170,12 @@ def prepare_inputs(
 
 
 def _check_batch(contrastive: ContrastiveSection, arguments: TrainingArguments) -> None:
+    plugin = arguments.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise RecipeError(
+            "expected SigLIP whole on every process, ZeRO-3 shards it and the loss reads scale and "
+            "bias outside the forward: use accelerate_configs/ddp.yaml or zero2.yaml"
+        )
     rounds = arguments.gradient_accumulation_steps * arguments.world_size
     if contrastive.exact_batch and rounds > 1:
         raise RecipeError(

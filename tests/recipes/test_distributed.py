@@ -100,6 +100,23 @@ def test_siglip_on_two_processes_keeps_scale_and_bias_in_step(recipe):
     assert notes["logit_bias"] != -10
 
 
+def test_siglip_trains_under_zero2_and_is_refused_under_zero3(recipe, tmp_path):
+    file = recipe("siglip")
+    words = [script("siglip"), str(file), "contrastive.exact_batch=false"]
+    finish([*launched(tmp_path, "zero2"), *words])
+    found, run = losses(file)
+    assert found[-1] < found[0]
+    notes = json.loads((run / "adapter" / "medft.json").read_text())
+    assert notes["logit_bias"] != -10
+
+    other = f"train.output_dir={tmp_path / 'other'}"
+    command = [sys.executable, "-m", *launched(tmp_path, "zero3"), *words, other]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("medft: error: expected SigLIP whole on every process") == 1
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.parametrize("quantization", ["null", "{bits: 4}"])
 def test_deepspeed_trains_and_writes_a_plain_adapter(recipe, tmp_path, stage, quantization):
