@@ -6,12 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medft.errors import RunError
 

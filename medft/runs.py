@@ -13,11 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from medft.callbacks import HistoryWriter, NumberGuard, SigtermStopper
 from medft.checkpoints import (

@@ -3,11 +3,7 @@
 import pytest
 
 from medft.errors import RecipeError
-from medft.recipe import (
-    DecoderRecipe,
-    SiglipRecipe,
-    _names,
-)
+from medft.recipe import DecoderRecipe, SiglipRecipe, _names
 from medft.recipe_keys import FOREIGN_KEYS, REFUSED_TRAIN_KEYS, TRAIN_KEYS
 
 GOOD = """\

@@ -11,12 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from medft.errors import RunError
 from medft.provenance import folder_sha256, hardware, masked, masked_words
-from medft.runs import (
-    batch_arithmetic,
-    check_output_dir,
-    draw_curves,
-    final_metrics,
-)
+from medft.runs import batch_arithmetic, check_output_dir, draw_curves, final_metrics
 
 
 def test_secrets_are_masked_at_any_depth_and_the_home_folder_is_hidden(monkeypatch):

@@ -12,9 +12,7 @@ from typing import Any, BinaryIO
 from medft.data.dicom import open_dicom
 from medft.data.pairs import StoredImage, store_image, store_picture
 from medft.data.sources import SourceSection, SourcesFile
-from medft.data.splits import (
-    SplitSection,
-)
+from medft.data.splits import SplitSection
 from medft.data.tables import Rejected, Row
 from medft.data.template import fill_template, template_names, text_of
 from medft.errors import DataError

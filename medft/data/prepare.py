@@ -33,12 +33,7 @@ from medft.data.sources import (
     load_sources,
     source_rows,
 )
-from medft.data.splits import (
-    SplitSection,
-    assign_splits,
-    check_no_overlap,
-    join_groups,
-)
+from medft.data.splits import SplitSection, assign_splits, check_no_overlap, join_groups
 from medft.data.tables import Rejected, Row, takes
 from medft.data.template import text_of
 from medft.errors import DataError, RecipeError

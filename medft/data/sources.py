@@ -8,10 +8,7 @@ from pydantic import Field, model_validator
 
 from medft.data.dicom import dicom_rows
 from medft.data.images import MAX_PIXELS
-from medft.data.splits import (
-    OwnSplitSection,
-    SplitSection,
-)
+from medft.data.splits import OwnSplitSection, SplitSection
 from medft.data.tables import Rejected, Row, first_row, table_rows
 from medft.data.template import template_names
 from medft.errors import DataError, RecipeError

@@ -17,12 +17,7 @@ from transformers import (
 from medft.adapters import ALL_WEIGHTS, plan_adapter, target_modules
 from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
-from medft.decoder.collator import (
-    IGNORED,
-    ConversationEncoder,
-    DecoderCollator,
-    mark_trained,
-)
+from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator, mark_trained
 from medft.decoder.families import Family, family_of
 from medft.errors import BaseModelError, DataError, Findings
 from medft.recipe import DecoderDataSection, LoraSection, ModelSection

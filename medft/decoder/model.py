@@ -6,11 +6,7 @@ from collections.abc import Mapping
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from medft.base import load_weights
 from medft.decoder.families import Family

@@ -15,12 +15,7 @@ from medft.adapters import write_notes
 from medft.recipe import ContrastiveSection
 from medft.siglip.inputs import SiglipInputs
 from medft.siglip.loss import LOSSES, match_labels
-from medft.siglip.model import (
-    embed,
-    restore_scale_and_bias,
-    scale_and_bias,
-    scale_and_bias_notes,
-)
+from medft.siglip.model import embed, restore_scale_and_bias, scale_and_bias, scale_and_bias_notes
 
 METRICS = {"loss": False}
 """Figures that may choose best_model/, and whether more is better."""
