@@ -38,18 +38,7 @@ def training_arguments(
         RecipeError: the library refuses a value, this machine lacks the precision, or the
             launcher was told another one.
     """
-    mixed = _MIXED_PRECISION[dtype]
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", mixed):
-        raise RecipeError(
-            f"expected the launcher's mixed_precision to be absent, it is {launched} and "
-            f"model.dtype is {dtype}: remove mixed_precision from accelerate's configuration"
-        )
-    if dtype == "float16" and not torch.cuda.is_available():
-        raise RecipeError(
-            "expected a GPU for model.dtype float16, whose gradients need loss scaling, found "
-            "none: write bfloat16 or float32"
-        )
+    mixed = _mixed_precision(dtype)
     fields = {
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.accelerator.is_available(),
@@ -82,6 +71,23 @@ def training_arguments(
             f"{' '.join(str(error).split())}"
         ) from error
     return arguments
+
+
+def _mixed_precision(dtype: str) -> str:
+    """Accelerate's name for a dtype, if this machine has it and the launcher says nothing else."""
+    mixed = _MIXED_PRECISION[dtype]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", mixed):
+        raise RecipeError(
+            f"expected the launcher's mixed_precision to be absent, it is {launched} and "
+            f"model.dtype is {dtype}: remove mixed_precision from accelerate's configuration"
+        )
+    if dtype == "float16" and not torch.cuda.is_available():
+        raise RecipeError(
+            "expected a GPU for model.dtype float16, whose gradients need loss scaling, found "
+            "none: write bfloat16 or float32"
+        )
+    return mixed
 
 
 def _try_out(arguments: TrainingArguments) -> None:

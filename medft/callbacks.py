@@ -109,7 +109,7 @@ class SigtermStopper(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Save and stop, on every process after the same step."""
-        if args.world_size > 1:  # all processes stop after the same step
+        if args.world_size > 1:
             flag = torch.tensor(int(self.terminated), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             self.terminated = bool(flag)

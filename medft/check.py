@@ -3,21 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import TrainingArguments
-from trl import SFTConfig
-
-from medft.arguments import training_arguments
 from medft.base import identify_base
 from medft.decoder import inputs as decoder_inputs
 from medft.decoder.inputs import DecoderInputs
-from medft.decoder.trainer import METRICS as DECODER_METRICS
+from medft.decoder.trainer import decoder_arguments
 from medft.errors import Findings
 from medft.launch import recipe_class
 from medft.recipe import Recipe, SiglipRecipe
 from medft.runs import batch_arithmetic, check_output_dir, check_same_run
 from medft.siglip import inputs as siglip_inputs
 from medft.siglip.inputs import SiglipInputs
-from medft.siglip.trainer import METRICS as SIGLIP_METRICS
+from medft.siglip.trainer import siglip_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +37,12 @@ def check(file: Path, overrides: list[str]) -> Checked:
         checkpoint = check_output_dir(recipe.train)
     with findings.gather():
         if isinstance(recipe, SiglipRecipe):
-            arguments = training_arguments(
-                TrainingArguments,
-                recipe.train,
-                dtype=recipe.model.dtype,
-                metrics=SIGLIP_METRICS,
-                use_cpu=True,
-            )
+            arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype, use_cpu=True)
             inputs = siglip_inputs.prepare_inputs(
                 recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
             )
         else:
-            arguments = training_arguments(
-                SFTConfig,
-                recipe.train,
-                dtype=recipe.model.dtype,
-                metrics=DECODER_METRICS,
-                use_cpu=True,
-                max_length=None,
-            )
+            arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype, use_cpu=True)
             inputs = decoder_inputs.prepare_inputs(
                 recipe.model, recipe.data, recipe.lora, arguments
             )

@@ -124,7 +124,7 @@ def check_same_run(
         world_size: processes now; None where it is not known yet.
 
     Raises:
-        RunError: a recipe key, the data or the number of processes differs from the record.
+        RunError: a recipe key, the base, the data or the number of processes differs.
     """
     run = checkpoint.parent
     earlier = read_record(run)

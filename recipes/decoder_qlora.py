@@ -7,14 +7,11 @@ Without RECIPE.yaml: recipes/decoder/llama32_11b_24gb.yaml.
 
 import sys
 
-from trl import SFTConfig
-
 from medft.adapters import attach_adapter
-from medft.arguments import training_arguments
 from medft.base import identify_base
 from medft.decoder.inputs import prepare_inputs
 from medft.decoder.model import load_model
-from medft.decoder.trainer import METRICS, DecoderTrainer
+from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import run_command
 from medft.launch import process_set_up, read_recipe
 from medft.recipe import DecoderRecipe
@@ -24,9 +21,7 @@ from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_
 def main(argv: list[str]) -> None:
     recipe = read_recipe(DecoderRecipe, argv)
     with process_set_up(seed=recipe.train["seed"]):
-        arguments = training_arguments(
-            SFTConfig, recipe.train, dtype=recipe.model.dtype, metrics=METRICS, max_length=None
-        )
+        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
         checkpoint = check_output_dir(recipe.train)
         inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
         base = identify_base(recipe.model, inputs.config)

@@ -7,10 +7,7 @@ Without RECIPE.yaml: recipes/siglip/siglip_base_448.yaml.
 
 import sys
 
-from transformers import TrainingArguments
-
 from medft.adapters import attach_adapter
-from medft.arguments import training_arguments
 from medft.base import identify_base
 from medft.errors import run_command
 from medft.launch import process_set_up, read_recipe
@@ -18,15 +15,13 @@ from medft.recipe import SiglipRecipe
 from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_run
 from medft.siglip.inputs import prepare_inputs
 from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
-from medft.siglip.trainer import METRICS, SiglipTrainer
+from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 
 def main(argv: list[str]) -> None:
     recipe = read_recipe(SiglipRecipe, argv)
     with process_set_up(seed=recipe.train["seed"]):
-        arguments = training_arguments(
-            TrainingArguments, recipe.train, dtype=recipe.model.dtype, metrics=METRICS
-        )
+        arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
         checkpoint = check_output_dir(recipe.train)
         inputs = prepare_inputs(
             recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments

@@ -16,10 +16,22 @@ from transformers import EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from medft.adapters import write_notes
+from medft.arguments import training_arguments
 from medft.decoder.inputs import DecoderInputs
 
 METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
 """Figures that may choose best_model/, and whether more is better."""
+
+
+def decoder_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> SFTConfig:
+    """The arguments of a DecoderTrainer; TRL's own cutting is off, the collator cuts.
+
+    Raises:
+        RecipeError: as from `training_arguments`.
+    """
+    return training_arguments(
+        SFTConfig, train, dtype=dtype, metrics=METRICS, max_length=None, **owned
+    )
 
 
 class DecoderTrainer(SFTTrainer):

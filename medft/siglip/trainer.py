@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from medft.adapters import write_notes
+from medft.arguments import training_arguments
 from medft.recipe import ContrastiveSection
 from medft.siglip.inputs import SiglipInputs
 from medft.siglip.loss import LOSSES, match_labels
@@ -19,6 +20,15 @@ from medft.siglip.model import embed, restore_scale_and_bias, scale_and_bias, sc
 
 METRICS = {"loss": False}
 """Figures that may choose best_model/, and whether more is better."""
+
+
+def siglip_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> TrainingArguments:
+    """The arguments of a SiglipTrainer.
+
+    Raises:
+        RecipeError: as from `training_arguments`.
+    """
+    return training_arguments(TrainingArguments, train, dtype=dtype, metrics=METRICS, **owned)
 
 
 class SiglipTrainer(Trainer):

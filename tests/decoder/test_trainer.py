@@ -12,13 +12,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from medft.adapters import attach_adapter
-from medft.arguments import training_arguments
 from medft.data.chat import image_source
 from medft.data.images import open_image
 from medft.decoder.families import MLLAMA
 from medft.decoder.inputs import prepare_inputs
 from medft.decoder.model import load_model
-from medft.decoder.trainer import METRICS, DecoderTrainer
+from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import RecipeError
 from medft.recipe import DecoderRecipe
 
@@ -35,9 +34,7 @@ def trainer(sections, write_recipe):
         recipe["train"] |= {"max_steps": 1, "save_strategy": "no", **train}
         recipe = DecoderRecipe.load(write_recipe(recipe), changes)
         set_seed(3)
-        arguments = training_arguments(
-            SFTConfig, recipe.train, dtype=recipe.model.dtype, metrics=METRICS, max_length=None
-        )
+        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
         inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
         model = load_model(recipe.model, MLLAMA, recipe.quantization, trains_all=False)
         model = attach_adapter(model, recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
@@ -232,9 +229,7 @@ def test_without_lora_every_weight_is_trained_in_float32(sections, write_recipe)
     recipe = sections("decoder")
     recipe["train"] |= {"max_steps": 2, "save_strategy": "no"}
     recipe = DecoderRecipe.load(write_recipe(recipe), ["lora=null", "model.dtype=bfloat16"])
-    arguments = training_arguments(
-        SFTConfig, recipe.train, dtype="bfloat16", metrics=METRICS, max_length=None
-    )
+    arguments = decoder_arguments(recipe.train, dtype="bfloat16")
     inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
     model = load_model(recipe.model, MLLAMA, None, trains_all=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

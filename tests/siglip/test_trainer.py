@@ -3,16 +3,15 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoModel, AutoProcessor, TrainingArguments, set_seed
+from transformers import AutoModel, AutoProcessor, set_seed
 
 from medft.adapters import attach_adapter
-from medft.arguments import training_arguments
 from medft.data.images import open_image
 from medft.errors import MedftError
 from medft.recipe import SiglipRecipe
 from medft.siglip.inputs import prepare_inputs
 from medft.siglip.model import PRESETS, load_model, scale_and_bias, train_scale_and_bias
-from medft.siglip.trainer import METRICS, SiglipTrainer
+from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +26,7 @@ def trainer(sections, write_recipe):
         recipe["train"] |= {"max_steps": 1, "save_strategy": "no", **train}
         recipe = SiglipRecipe.load(write_recipe(recipe), changes)
         set_seed(3)
-        arguments = training_arguments(
-            TrainingArguments, recipe.train, dtype="float32", metrics=METRICS
-        )
+        arguments = siglip_arguments(recipe.train, dtype="float32")
         inputs = prepare_inputs(
             recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
         )
