@@ -27,12 +27,8 @@ class SpooledImage:
 
     offset: int
     length: int
-    name: str | None
-    width: int
-    height: int
-    sha256: str
-    phash: str
-    thumbnail: bytes
+    picture: StoredImage
+    """What is known of it; its content is left in the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +48,14 @@ class Pair:
 
     def record(self) -> dict[str, Any]:
         """The columns of pairs.parquet but for split, with places instead of pictures."""
+        pictures = [image.picture for image in self.images]
         return {
             "id": self.id,
-            "images": [
-                [image.file, image.offset, image.length, image.name] for image in self.images
-            ],
-            "width": [image.width for image in self.images],
-            "height": [image.height for image in self.images],
-            "sha256": [image.sha256 for image in self.images],
-            "phash": [image.phash for image in self.images],
+            "images": [[i.file, i.offset, i.length, i.picture.name] for i in self.images],
+            "width": [picture.width for picture in pictures],
+            "height": [picture.height for picture in pictures],
+            "sha256": [picture.sha256 for picture in pictures],
+            "phash": [picture.phash for picture in pictures],
             "text": self.text,
             "question": self.question,
             "fields": json.dumps(self.fields, sort_keys=True, ensure_ascii=False),
@@ -157,7 +152,7 @@ class Maker:
         return replace(
             pair,
             id=given or content_hash(pair)[:16],
-            group_id=f"{source.name}/{group}" if group else f"image/{images[0].sha256}",
+            group_id=f"{source.name}/{group}" if group else f"image/{images[0].picture.sha256}",
         )
 
     def _own_split(self, rows: list[Row]) -> str:
@@ -214,17 +209,20 @@ class Maker:
         return self._spooled(stored)
 
     def _spooled(self, stored: StoredImage) -> SpooledImage:
-        values = {key: getattr(stored, key) for key in StoredImage.__slots__ if key != "content"}
         offset = self.spool.tell()
         self.spool.write(stored.content)
         self.spool.flush()
-        length = len(stored.content)
-        return SpooledImage(file=Path(self.spool.name).name, offset=offset, length=length, **values)
+        return SpooledImage(
+            file=Path(self.spool.name).name,
+            offset=offset,
+            length=len(stored.content),
+            picture=replace(stored, content=b""),
+        )
 
 
 def content_hash(pair: Pair) -> str:
     """A hash of what a pair shows and says, whatever its names."""
-    content = [[image.sha256 for image in pair.images], pair.question, pair.text]
+    content = [[image.picture.sha256 for image in pair.images], pair.question, pair.text]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

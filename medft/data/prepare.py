@@ -114,7 +114,7 @@ def _prepare_into(
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
     ):
         for pair in _accepted_pairs(spec, root, draft, counts, collected, rejects):
-            thumbnails.write(b"".join(image.thumbnail for image in pair.images))
+            thumbnails.write(b"".join(image.picture.thumbnail for image in pair.images))
             records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
     try:
         _check_rejects(spec, counts, max_rejects, out / "rejects.jsonl")
@@ -195,8 +195,8 @@ def _accepted_pairs(
         count.accepted += len(result.taken)
         count.pairs += 1
         collected.groups.append(pair.group_id)
-        collected.hashes.append([image.sha256 for image in pair.images])
-        collected.phashes.append([image.phash for image in pair.images])
+        collected.hashes.append([image.picture.sha256 for image in pair.images])
+        collected.phashes.append([image.picture.phash for image in pair.images])
         collected.splits.append(pair.split)
         yield pair
 
