@@ -35,20 +35,21 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     Raises:
         DataError: no picture of a known format, damaged, animated, or too large.
     """
-    with decoded(source, max_pixels=max_pixels) as image:
+    with opened(source, max_pixels=max_pixels) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
 @contextmanager
-def decoded(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The picture as the file holds it, its pixels read.
+def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The picture as the file holds it, its pixels read at their first use.
 
     Args:
         source: a file, or its content.
         max_pixels: width times height at the most, checked before decoding.
 
     Raises:
-        DataError: no picture of a known format, damaged, animated, or too large.
+        DataError: no picture of a known format, animated, or too large; also where the caller
+            reads its pixels and they are damaged.
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -64,7 +65,6 @@ def decoded(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[I
                 raise DataError(
                     f"expected a single picture, {name} has {image.n_frames} frames: choose one"
                 )
-            image.load()
             yield image
     except FileNotFoundError as error:
         raise DataError(

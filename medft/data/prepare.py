@@ -39,9 +39,11 @@ from medft.data.template import text_of
 from medft.errors import DataError, RecipeError
 from medft.files import check_folder_for_output, write_json
 
-IN_FLIGHT = 256
-"""Rows that may wait for a worker or for the file at the same time; bounds the memory."""
+CHUNK = 16
+"""Rows that a worker takes at a time."""
 
+IN_FLIGHT = 4 * CHUNK
+"""Rows for each worker that may wait for it or for the file; bounds the memory."""
 
 _BUFFER = 2**20
 
@@ -223,7 +225,9 @@ def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[d
 
 def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:
     """What the workers made of all rows, in the order of the rows."""
-    room = threading.Semaphore(IN_FLIGHT)
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
+    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    room = threading.Semaphore(IN_FLIGHT * workers)
 
     def tasks() -> Iterator[Task]:
         for index, source in enumerate(spec.sources):
@@ -231,12 +235,10 @@ def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:
                 room.acquire()
                 yield task
 
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
-    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker, (spec, root, draft)) as pool, progress:
-        for number, result in enumerate(pool.imap(_work, tasks(), chunksize=8), start=1):
+        for number, result in enumerate(pool.imap(_work, tasks(), chunksize=CHUNK), start=1):
             room.release()
             progress.update()
             if number % 5000 == 0 and progress.disable:

@@ -21,8 +21,9 @@ NEAR_BITS = 4
 
 NEAR_GREY = 2.0
 """Mean difference of 32 x 32 thumbnails, in grey levels of 256, up to which candidates are the same
-picture. A picture saved again as JPEG of quality 50, or shrunk to half its side, stays below 1 (a
-test holds this); twice that leaves room for brighter prints of the same scan."""
+picture. On 150 real radiographs, copies of half or 0.77 of the side, saved as JPEG of quality 50,
+differ by 0.6 in the mean and 1.4 at the most (and by at most 4 bits of the hash); what is left is
+room for brighter prints of the same scan."""
 
 
 BLANK_GREY = 2.0

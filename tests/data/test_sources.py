@@ -117,7 +117,7 @@ def test_what_is_stored_is_what_datasets_reads(export, tmp_path):
         assert (row["width"], row["height"]) == ([40], [30])
         image = row["images"][0]
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(content))))
-        grey = image.convert("L").resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)
+        grey = image.convert("L").resize((32, 32), Image.Resampling.HAMMING, reducing_gap=3.0)
         assert perceptual_hash(grey) == row["phash"][0]
         assert raw["images"][0]["path"] in ("0.png", "1.png")
 
