@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import medft
-from medft.errors import BaseModelError
+from medft.errors import BaseModelError, RunError
 from medft.files import write_json
-from medft.provenance import masked
-from medft.recipe import LoraSection
+from medft.provenance import folder_sha256, masked
+from medft.recipe import LoraSection, ModelSection
+from medft.runs import read_record
 
 NOTES_FILE = "medft.json"
 
@@ -229,6 +230,41 @@ def is_untrained(weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether an adapter does nothing: all its lora_B are zero, as they are before training."""
     last = [weight for name, weight in weights.items() if "lora_B" in name]
     return bool(last) and not any(weight.any() for weight in last)
+
+
+def find_adapter(source: Path) -> Path:
+    """The adapter folder that a path means.
+
+    Raises:
+        RunError: the path is neither a finished run nor an adapter.
+    """
+    if (source / "run.json").is_file():
+        status = read_record(source).get("status")
+        if status != "completed":
+            raise RunError(
+                f"expected a completed run in {source}, its status is {status}: resume it, or "
+                f"give its best_model/ or a checkpoint"
+            )
+        source = source / "adapter"
+    if not (source / "adapter_config.json").is_file():
+        raise RunError(
+            f"expected a run or an adapter folder, {source} holds no adapter_config.json: "
+            f"give the output_dir of a run with lora"
+        )
+    return source
+
+
+def check_same_base(base: ModelSection, notes: dict[str, Any]) -> None:
+    """Refuse a base folder whose files are not those that the adapter was trained on.
+
+    Raises:
+        BaseModelError: the content hash differs.
+    """
+    if "sha256" in notes and folder_sha256(Path(base.base)) != notes["sha256"]:
+        raise BaseModelError(
+            f"expected the base that the adapter was trained on in {base.base}, its files "
+            f"have changed: restore them"
+        )
 
 
 def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def check(file: Path, overrides: list[str]) -> Checked:
     if checkpoint:
         base = identify_base(recipe.model, inputs.config)
         check_same_run(recipe, base, inputs.record, checkpoint, None)
-    return Checked(recipe, inputs, batch_arithmetic(len(inputs.train), arguments))
+    return Checked(recipe, inputs, batch_arithmetic(inputs.rows_per_epoch, arguments))
 
 
 def describe_check(checked: Checked) -> str:

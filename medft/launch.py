@@ -110,8 +110,9 @@ def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
     script = shipped(f"recipes/{kind.script}")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     config = StrictYaml.read(config_file).raw
-    threads = max((os.cpu_count() or 1) // int(config.get("num_processes", 1)), 1)
-    command += ["--config_file", str(config_file), "--num_cpu_threads_per_process", str(threads)]
+    shared = max((os.cpu_count() or 1) // int(config.get("num_processes", 1)), 1)
+    threads = os.environ.get("OMP_NUM_THREADS", str(shared))
+    command += ["--config_file", str(config_file), "--num_cpu_threads_per_process", threads]
     deepspeed = config.get("deepspeed_config") or {}
     if "deepspeed_config_file" in deepspeed:
         path = Path(deepspeed["deepspeed_config_file"])

@@ -9,7 +9,7 @@ import sys
 
 from medft.adapters import attach_adapter
 from medft.base import identify_base
-from medft.decoder.inputs import prepare_inputs
+from medft.decoder.inputs import inference_notes, prepare_inputs
 from medft.decoder.model import load_model
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import run_command
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
             resuming=checkpoint is not None,
             base=base,
             data=inputs.record,
-            batch=batch_arithmetic(len(inputs.train), arguments),
+            batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
         ) as run:
             model = load_model(
                 recipe.model, inputs.family, recipe.quantization, trains_all=recipe.lora is None
@@ -43,7 +43,11 @@ def main(argv: list[str]) -> None:
                 model = attach_adapter(
                     model, recipe.lora, inputs.family.presets, task_type="CAUSAL_LM"
                 )
-            notes = {"family": inputs.family.model_type, **base}
+            notes = {
+                "family": inputs.family.model_type,
+                **base,
+                **inference_notes(recipe.model, recipe.data, recipe.quantization),
+            }
             run.train(DecoderTrainer(model, arguments, inputs, notes), checkpoint)
 
 

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             resuming=checkpoint is not None,
             base=base,
             data=inputs.record,
-            batch=batch_arithmetic(len(inputs.train), arguments),
+            batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
         ) as run:
             model = load_model(
                 recipe.model, image_size=recipe.data.image_size, trains_all=recipe.lora is None
@@ -44,7 +44,13 @@ def main(argv: list[str]) -> None:
             if recipe.lora:
                 model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
                 train_scale_and_bias(model)
-            notes = {"family": "siglip", "image_size": recipe.data.image_size, **base}
+            notes = {
+                "family": "siglip",
+                **base,
+                "image_size": recipe.data.image_size,
+                "max_length": recipe.data.max_length,
+                "dtype": recipe.model.dtype,
+            }
             trainer = SiglipTrainer(model, arguments, inputs, recipe.contrastive, notes)
             run.train(trainer, checkpoint)
 

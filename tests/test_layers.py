@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "medft"
 # Parts in the order in which they may be used; parts on one line do not use each other.
 ORDER = [
     ["errors"],
-    ["files", "strict_yaml"],
+    ["files", "strict_yaml", "pages"],
+    ["metrics"],
     ["recipe_keys"],
     ["recipe"],
     ["checkpoints", "callbacks"],
@@ -18,7 +19,8 @@ ORDER = [
     ["runs", "launch"],
     ["arguments", "adapters", "base", "data"],
     ["decoder", "siglip"],
-    ["export", "check"],
+    ["inference", "evaluation_report"],
+    ["evaluation", "predict", "export", "check"],
     ["demo"],
     ["cli"],
 ]

@@ -32,6 +32,7 @@ _FEATURES = Features(
     {
         "id": Value("string"),
         "group_id": Value("string"),
+        "source": Value("string"),
         "images": List(Image(decode=False)),
         "messages": Value("string"),
         "fields": Value("string"),
@@ -158,8 +159,8 @@ def load_rows(path: Path, *, split: str) -> Dataset:
     """The rows of a chat JSONL, or of one split of pairs.parquet, checked.
 
     Returns:
-        A dataset with the columns id, group_id, images (bytes or path), messages (JSON) and fields
-        (JSON); read a row's messages with `messages_of`.
+        A dataset with the columns id, group_id, source, images (bytes or path), messages (JSON) and
+        fields (JSON); read a row's messages with `messages_of`.
 
     Raises:
         DataError: the file is missing, empty or not of this kind, or rows of it are bad.
@@ -199,9 +200,15 @@ def fingerprint(path: Path, rows: Dataset) -> dict[str, Any]:
     return {"path": str(path), "sha256": file_sha256(path), "rows": len(rows)}
 
 
-def describe_counts(counts: dict[str, int]) -> str:
-    """A line such as "rows kept 200, rows dropped 3"."""
-    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
+def describe_counts(counts: dict[str, Any]) -> str:
+    """A line such as "rows kept 200, rows dropped 3, images a row 1: 190, 2: 10"."""
+    return "; ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in counts.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {count}" for name, count in value.items())
+    return " = ".join(map(repr, value)) if isinstance(value, list) else str(value)
 
 
 def _pairs_dataset(path: Path, split: str) -> Dataset:
@@ -210,7 +217,7 @@ def _pairs_dataset(path: Path, split: str) -> Dataset:
     chosen = [index for index, name in enumerate(splits) if name == split]
     if not chosen:
         return _NO_ROWS
-    columns = ["id", "group_id", "images", "text", "question", "fields"]
+    columns = ["id", "group_id", "source", "images", "text", "question", "fields"]
     dataset = Dataset.from_parquet(str(path), columns=columns)
     dataset = dataset.cast_column("images", List(Image(decode=False))).select(chosen)
     messages = []
@@ -275,6 +282,7 @@ def _checked_row(line: str, number: int, folder: Path, existing: dict[str, bool]
     return {
         "id": name,
         "group_id": name if group is None else str(group),
+        "source": str(row.get("source") or ""),
         "images": images,
         "messages": json.dumps(messages, ensure_ascii=False),
         "fields": json.dumps(fields, ensure_ascii=False),

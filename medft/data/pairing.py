@@ -5,6 +5,7 @@ Runs in worker processes, each with a file of its own for pictures.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,15 +21,18 @@ from medft.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpooledImage:
-    """A picture whose bytes wait in a worker's file until the row is written."""
+    """A picture whose bytes wait in a file until the row is written."""
 
     file: str
-    """Name of the worker's file in the draft folder."""
+    """Name of a worker's file in the draft folder, or path of the picture's own, kept as it is."""
 
     offset: int
     length: int
     picture: StoredImage
     """What is known of it; its content is left in the file."""
+
+    modified: int | None = None
+    """When the picture's own file was written, in ns since the epoch; None for a worker's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +55,9 @@ class Pair:
         pictures = [image.picture for image in self.images]
         return {
             "id": self.id,
-            "images": [[i.file, i.offset, i.length, i.picture.name] for i in self.images],
+            "images": [
+                [i.picture.name, i.file, i.offset, i.length, i.modified] for i in self.images
+            ],
             "width": [picture.width for picture in pictures],
             "height": [picture.height for picture in pictures],
             "sha256": [picture.sha256 for picture in pictures],
@@ -179,7 +185,7 @@ class Maker:
         if isinstance(value, dict):  # the layout of datasets.Image
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return self._stored(value, None, column)
+            return self._spooled(self._stored(value, None, column))
         name = text_of(value)
         if not name:
             raise Rejected("no_image", f"{column} is empty")
@@ -192,21 +198,35 @@ class Maker:
             if path not in self._cache:
                 if len(self._cache) == self.CACHED_PICTURES:
                     self._cache.clear()
-                self._cache[path] = self._stored(path.read_bytes(), path.name, name)
+                self._cache[path] = self._from_file(path, name)
             return self._cache[path]
         except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
             reason = getattr(error, "strerror", None) or "not a path"
             raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
 
-    def _stored(self, content: bytes, name: str | None, shown: str) -> SpooledImage:
+    def _from_file(self, path: Path, shown: str) -> SpooledImage:
+        with path.open("rb") as file:
+            modified = os.fstat(file.fileno()).st_mtime_ns
+            content = file.read()
+        stored = self._stored(content, path.name, shown)
+        if stored.content != content:
+            return self._spooled(stored)
+        return SpooledImage(
+            file=str(path),
+            offset=0,
+            length=len(content),
+            picture=replace(stored, content=b""),
+            modified=modified,
+        )
+
+    def _stored(self, content: bytes, name: str | None, shown: str) -> StoredImage:
         limits = self.limits
         try:
-            stored = store_picture(
+            return store_picture(
                 content, name=name, max_pixels=limits.max_pixels, max_side=limits.max_side
             )
         except DataError as error:
             raise Rejected("bad_image", f"{shown}: {error}") from error
-        return self._spooled(stored)
 
     def _spooled(self, stored: StoredImage) -> SpooledImage:
         offset = self.spool.tell()

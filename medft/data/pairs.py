@@ -111,19 +111,19 @@ def store_image(
 
 def _stored(content: bytes, image: Image.Image, name: str | None) -> StoredImage:
     width, height = image.size
-    thumbnail = _thumbnail(image)
+    small = thumbnail(image)
     return StoredImage(
         content=content,
         name=name,
         width=width,
         height=height,
         sha256=hashlib.sha256(content).hexdigest(),
-        phash=perceptual_hash(thumbnail),
-        thumbnail=thumbnail.tobytes(),
+        phash=perceptual_hash(small),
+        thumbnail=small.tobytes(),
     )
 
 
-def _thumbnail(image: Image.Image) -> Image.Image:
+def thumbnail(image: Image.Image) -> Image.Image:
     """32 x 32 grey values, smoothed so that a copy of another size has nearly the same.
 
     A JPEG whose pixels were not read yet is decoded at a fraction of its size: all of the file is

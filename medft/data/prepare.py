@@ -204,23 +204,37 @@ def _accepted_pairs(
 
 
 def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of pairs.parquet, their pictures read back from the workers' files."""
+    """The rows of pairs.parquet, their pictures read back from where they wait."""
     with ExitStack() as stack, (draft / "records.jsonl").open(encoding="utf-8") as records:
-        files: dict[str, BinaryIO] = {}
+        spools: dict[str, BinaryIO] = {}
 
-        def picture(name: str, offset: int, length: int) -> bytes:
-            if name not in files:
-                files[name] = stack.enter_context((draft / name).open("rb"))
-            files[name].seek(offset)
-            return files[name].read(length)
+        def picture(file: str, offset: int, length: int, modified: int | None) -> bytes:
+            if modified is not None:
+                return _unchanged(Path(file), length, modified)
+            if file not in spools:
+                spools[file] = stack.enter_context((draft / file).open("rb"))
+            spools[file].seek(offset)
+            return spools[file].read(length)
 
         for line, group, split in zip(records, groups, splits, strict=True):
             record = json.loads(line)
-            images = [
-                {"bytes": picture(file, offset, length), "path": name}
-                for file, offset, length, name in record["images"]
-            ]
+            images = [{"bytes": picture(*place), "path": name} for name, *place in record["images"]]
             yield {**record, "images": images, "group_id": group, "split": split}
+
+
+def _unchanged(path: Path, length: int, modified: int) -> bytes:
+    """The content of a picture's own file, unless it was written to since it was hashed."""
+    try:
+        with path.open("rb") as file:
+            content = file.read()
+            if len(content) == length and os.fstat(file.fileno()).st_mtime_ns == modified:
+                return content
+    except OSError:
+        pass
+    raise DataError(
+        f"expected the pictures to stay as they are until pairs.parquet is written, {path} was "
+        f"changed meanwhile: prepare again"
+    )
 
 
 def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:

@@ -3,77 +3,25 @@
 One self-contained page; pictures are thumbnails inside it.
 """
 
-import base64
 import hashlib
 import heapq
 import html
-import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from medft.data.images import open_image
 from medft.data.pairs import read_pairs, read_rows
+from medft.pages import inline, page, table, thumbnail_of
 
 SHOWN_PAIRS = 12
 """Pairs on the contact sheet of a source, drawn by their ids."""
 
 SHOWN_REJECTS = 5
 """Examples of each reason."""
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b2733; background: #f6f7f9; margin: 0 }
-main { max-width: 68rem; margin: 0 auto; padding: 2rem 1rem 4rem }
-h1 { font-size: 1.8rem; margin: 0 } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem }
-p.note { color: #5a6b7b; margin: .3rem 0 }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .8rem }
-figure { margin: 0; padding: .5rem; background: #fff }
-figure { border: 1px solid #dde3e9; border-radius: 6px }
-figure img { width: 100%; height: 9rem; object-fit: contain; background: #000; display: block }
-figcaption { font-size: .82rem; margin-top: .4rem; overflow-wrap: anywhere }
-figcaption b { display: block; color: #5a6b7b; font-weight: 500 }
-img.curves { width: 100%; background: #fff; border: 1px solid #dde3e9; border-radius: 6px }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; background: #fff }
-th, td { text-align: left; padding: .35rem .8rem; border: 1px solid #dde3e9; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-.warning { background: #fff4d6; border: 1px solid #ecd48a }
-.warning { border-radius: 6px; padding: .5rem .8rem }
-"""
-
-
-def page(title: str, note: str, sections: Iterable[str]) -> str:
-    """A whole HTML page in the style of medft's reports."""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><main><h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>
-{"".join(sections)}</main></body></html>
-"""
-
-
-def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """An HTML table; whole numbers stand to the right."""
-
-    def cell(value: Any) -> str:
-        kind = ' class="n"' if isinstance(value, int) else ""
-        shown = f"{value:,}" if isinstance(value, int) else str(value)
-        return f"<td{kind}>{html.escape(shown)}</td>"
-
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>'
-
-
-def inline(picture: bytes, kind: str = "png") -> str:
-    """A picture as the address of an img tag."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], target: Path) -> None:
@@ -196,14 +144,10 @@ def _measures(facts: _Facts, source: str) -> str:
 
 
 def _figure(row: dict[str, Any]) -> str:
-    image = open_image(row["images"][0]["bytes"])
-    image.thumbnail((240, 240), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, format="JPEG", quality=80)
+    picture = inline(thumbnail_of(open_image(row["images"][0]["bytes"])), "jpeg")
     more = f" (1 of {len(row['images'])} images)" if len(row["images"]) > 1 else ""
     question = f"<b>{html.escape(row['question'][:160])}</b>" if row["question"] else ""
     text = html.escape(row["text"][:240] + more)
-    picture = inline(stream.getvalue(), "jpeg")
     return f'<figure><img src="{picture}" alt=""><figcaption>{question}{text}</figcaption></figure>'
 
 

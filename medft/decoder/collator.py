@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import BaseImageProcessor, ProcessorMixin
 from transformers.models.mllama.image_processing_pil_mllama import (
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
@@ -68,15 +68,15 @@ class ConversationEncoder:
             DataError: the template refuses the conversation, or tokens run across the end of
                 a prompt.
         """
-        text = self._render(messages, name)
+        text = self.render(messages, name)
         input_ids = self._tokens(text)
         labels = [IGNORED] * len(input_ids)
         prompt_length = len(input_ids)
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._tokens(self._render(messages[:index], name, prompt=True))
-            ended = self._tokens(self._render(messages[: index + 1], name))
+            prompt = self._tokens(self.render(messages[:index], name, prompt=True))
+            ended = self._tokens(self.render(messages[: index + 1], name))
             start, stop = len(prompt), len(ended)
             if input_ids[:start] != prompt or input_ids[:stop] != ended:
                 raise DataError(
@@ -87,7 +87,17 @@ class ConversationEncoder:
             prompt_length = min(prompt_length, start)
         return EncodedRow(text, input_ids, labels, prompt_length)
 
-    def _render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
+    def render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
+        """The conversation as the base's chat template writes it.
+
+        Args:
+            messages: turns with part lists.
+            name: of the row, for messages.
+            prompt: end where the assistant's next turn begins.
+
+        Raises:
+            DataError: the template refuses it.
+        """
         try:
             return self.processor.apply_chat_template(
                 messages,
@@ -176,24 +186,25 @@ class DecoderCollator:
             images = [open_image(image_source(image)) for image in row["images"]]
         except DataError as error:
             raise DataError(f"row {row['id']}: {error}") from error
-        return [self._limited(image) for image in images]
-
-    def _limited(self, image: Image.Image) -> Image.Image:
-        """The picture, shrunk so that the processor lays it on at most max_image_tiles tiles.
-
-        The processor keeps its own limit of tiles, since the base's ids of tile arrangements
-        and its padding are counted with it.
-        """
         processor = self.encoder.processor.image_processor
-        limit, tile = self.max_image_tiles, processor.size["height"]
-        canvas = get_optimal_tiled_canvas(
-            image.height, image.width, processor.max_image_tiles, tile
-        )
-        if canvas[0] * canvas[1] <= limit * tile * tile:
-            return image
-        canvas = get_optimal_tiled_canvas(image.height, image.width, limit, tile)
-        height, width = get_image_size_fit_to_canvas(image.height, image.width, *canvas, tile)
-        return image.resize((int(width), int(height)), Image.Resampling(processor.resample))
+        return [limit_tiles(image, processor, self.max_image_tiles) for image in images]
+
+
+def limit_tiles(
+    image: Image.Image, processor: BaseImageProcessor, max_image_tiles: int
+) -> Image.Image:
+    """The picture, shrunk so that the processor lays it on at most max_image_tiles tiles.
+
+    The processor keeps its own limit of tiles, since the base's ids of tile arrangements and its
+    padding are counted with it.
+    """
+    tile = processor.size["height"]
+    canvas = get_optimal_tiled_canvas(image.height, image.width, processor.max_image_tiles, tile)
+    if canvas[0] * canvas[1] <= max_image_tiles * tile * tile:
+        return image
+    canvas = get_optimal_tiled_canvas(image.height, image.width, max_image_tiles, tile)
+    height, width = get_image_size_fit_to_canvas(image.height, image.width, *canvas, tile)
+    return image.resize((int(width), int(height)), Image.Resampling(processor.resample))
 
 
 def check_labels(labels: Tensor, head_rows: int, names: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Everything that a decoder run can know and check before the base's weights are loaded."""
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from transformers import (
 from medft.adapters import ALL_WEIGHTS, plan_adapter, target_modules
 from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
+from medft.data.tokens import length_percentiles
 from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator, mark_trained
 from medft.decoder.families import Family, family_of
+from medft.decoder.sampler import ImageCountSampler
 from medft.errors import BaseModelError, DataError, Findings
-from medft.recipe import DecoderDataSection, LoraSection, ModelSection
+from medft.recipe import DecoderDataSection, LoraSection, ModelSection, QuantizationSection
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +41,16 @@ class DecoderInputs:
 
     train: Dataset
     validation: Dataset | None
+    sampler: ImageCountSampler | None
+    """The order of training rows, where they differ in their numbers of images."""
+
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Training rows of an epoch, with those that come twice."""
+        return len(self.train if self.sampler is None else self.sampler)
 
     def examples(self, num_rows: int = 3) -> list[str]:
         """The first rows as text, what is trained between >>> and <<<."""
@@ -84,11 +95,15 @@ def prepare_inputs(
     record: dict[str, Any] = {}
     for split, (path, rows) in files.items():
         with findings.gather():
-            kept[split], counts, image_counts = _measured(rows, encoder, data, head_rows)
-            _check_one_image_count(split, image_counts, arguments)
+            kept[split], counts = _measured(rows, encoder, data, head_rows)
+            if split == "validation":
+                _check_one_image_count(counts["images_a_row"], arguments)
             record[split] = {**fingerprint(path, rows), **counts}
             logger.info("%s: %s", split, describe_counts(counts))
     findings.raise_any()
+    sampler = _sampler(kept["train"], arguments)
+    if sampler is not None:
+        logger.info("train: %s rows come twice an epoch, to fill batches", sampler.repeats)
     return DecoderInputs(
         config=config,
         family=family,
@@ -102,8 +117,21 @@ def prepare_inputs(
         adapter_plan=plan,
         train=kept["train"],
         validation=kept.get("validation"),
+        sampler=sampler,
         record=record,
     )
+
+
+def inference_notes(
+    model: ModelSection, data: DecoderDataSection, quantization: QuantizationSection | None
+) -> dict[str, Any]:
+    """What a trained adapter's user must do as training did, for medft.json."""
+    return {
+        "dtype": model.dtype,
+        "quantization": quantization and quantization.model_dump(),
+        "max_length": data.max_length,
+        "max_image_tiles": data.max_image_tiles,
+    }
 
 
 def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:
@@ -117,16 +145,17 @@ def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:
 
 def _measured(
     rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection, head_rows: int
-) -> tuple[Dataset, dict[str, int], set[int]]:
-    """The rows that fit, how many were kept, cut and dropped, and how many images rows have.
+) -> tuple[Dataset, dict[str, Any]]:
+    """The rows that fit, and what is known of them: lengths, images, how many are cut or dropped.
 
     Raises:
         DataError: a row cannot be encoded, or its prompt is too long and `too_long` is error.
     """
-    names = ("rows_kept", "rows_dropped", "answers_cut", "longest_row", "tokens_trained")
-    counts = dict.fromkeys(names, 0)
+    names = ("rows_kept", "rows_dropped", "answers_cut", "tokens_cut", "tokens_trained")
+    counts: dict[str, Any] = dict.fromkeys(names, 0)
     keep: list[int] = []
-    image_counts: set[int] = set()
+    lengths: list[int] = []
+    image_counts: Counter[int] = Counter()
     problems: list[str] = []
     for index, row in enumerate(rows.select_columns(["id", "messages", "images"])):
         try:
@@ -139,7 +168,7 @@ def _measured(
             i for i, token in enumerate(encoded.input_ids) if token == encoder.image_token_id
         ]
         needed = max(encoded.prompt_length, *positions, 0) + 1
-        counts["longest_row"] = max(counts["longest_row"], len(encoded.input_ids))
+        lengths.append(len(encoded.input_ids))
         if needed > data.max_length:
             counts["rows_dropped"] += 1
             if data.too_long == "error":
@@ -150,8 +179,9 @@ def _measured(
                 )
             continue
         keep.append(index)
-        image_counts.add(len(row["images"]))
+        image_counts[len(row["images"])] += 1
         counts["answers_cut"] += len(encoded.input_ids) > data.max_length
+        counts["tokens_cut"] += max(len(encoded.input_ids) - data.max_length, 0)
         labels = encoded.labels[: data.max_length]
         counts["tokens_trained"] += sum(label != IGNORED for label in labels)
     if problems:
@@ -164,7 +194,9 @@ def _measured(
             f"{len(rows)} are longer: raise it"
         )
     counts["rows_kept"] = len(keep)
-    return (rows if len(keep) == len(rows) else rows.select(keep)), counts, image_counts
+    counts["tokens_a_row"] = length_percentiles(lengths)
+    counts["images_a_row"] = {str(count): image_counts[count] for count in sorted(image_counts)}
+    return (rows if len(keep) == len(rows) else rows.select(keep)), counts
 
 
 def _check_special_tokens(
@@ -186,11 +218,18 @@ def _check_special_tokens(
         )
 
 
-def _check_one_image_count(split: str, counts: set[int], arguments: TrainingArguments) -> None:
-    key = "per_device_train_batch_size" if split == "train" else "per_device_eval_batch_size"
-    if len(counts) > 1 and getattr(arguments, key) > 1:
+def _sampler(train: Dataset, arguments: TrainingArguments) -> ImageCountSampler | None:
+    image_counts = [len(images) for images in train["images"]]
+    if len(set(image_counts)) == 1 or arguments.per_device_train_batch_size == 1:
+        return None
+    round_size = arguments.per_device_train_batch_size * arguments.world_size
+    return ImageCountSampler(image_counts, round_size=round_size, seed=arguments.seed)
+
+
+def _check_one_image_count(counts: dict[str, int], arguments: TrainingArguments) -> None:
+    if len(counts) > 1 and arguments.per_device_eval_batch_size > 1:
         raise DataError(
-            f"expected rows with equally many images in {split}, got rows with "
-            f"{' and '.join(map(str, sorted(counts)))}, which would see each other's images in one "
-            f"batch: write train.{key}: 1"
+            f"expected rows with equally many images in validation, got rows with "
+            f"{' and '.join(counts)}, which would see each other's images in one batch: write "
+            f"train.per_device_eval_batch_size: 1"
         )

@@ -11,13 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedModel
+from torch.utils.data import Sampler
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
 from medft.decoder.inputs import DecoderInputs
+from medft.decoder.sampler import ImageCountSampler
 
 METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
 """Figures that may choose best_model/, and whether more is better."""
@@ -58,10 +68,16 @@ class DecoderTrainer(SFTTrainer):
             processing_class=inputs.processor,
             compute_metrics=_validation_metrics,
         )
+        if inputs.sampler is not None:
+            self.add_callback(_EpochOfSampler(inputs.sampler))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = float32[name].to(parameter.device)
         self._notes = notes
+        self._sampler = inputs.sampler
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return self._sampler or super()._get_train_sampler(train_dataset)
 
     def prediction_step(
         self,
@@ -89,6 +105,18 @@ class DecoderTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_notes(Path(output_dir or self.args.output_dir), self._notes)
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler its epoch, also where Accelerate's wrappers hide it from Trainer."""
+
+    def __init__(self, sampler: ImageCountSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:

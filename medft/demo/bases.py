@@ -27,6 +27,7 @@ from transformers import (
     SiglipProcessor,
     SiglipTokenizer,
 )
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 DECODER_VOCABULARY = 512
 """Rows of the tiny decoder's head; the image token's id is this number."""
@@ -217,16 +218,28 @@ def decoder_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_decoder(folder: Path, *, seed: int, tile: int = 56, width: int = 64) -> Path:
-    """A Mllama base of about half a million parameters, saved as `from_pretrained` reads it.
+def build_decoder(
+    folder: Path,
+    *,
+    seed: int,
+    tile: int = 56,
+    max_tiles: int = 4,
+    width: int = 64,
+    layers: int = 4,
+    corpus: Iterable[str] = (),
+) -> Path:
+    """A random Mllama base of half a million parameters or more, as `from_pretrained` reads it.
 
     Args:
         folder: created; must not exist.
         seed: of the drawn weights.
-        tile: side of a square tile in pixels, a multiple of 14; up to four tiles an image.
+        tile: side of a square tile in pixels, a multiple of 14.
+        max_tiles: of an image.
         width: hidden width of tower and language model, a multiple of 64 (one NF4 block).
+        layers: of the language model; every second one attends to the image.
+        corpus: sentences whose words should become single tokens.
     """
-    tokenizer = decoder_tokenizer(tokenizer_corpus())
+    tokenizer = decoder_tokenizer([*tokenizer_corpus(), *corpus])
     token = tokenizer.convert_tokens_to_ids
     config = MllamaConfig(
         vision_config={
@@ -237,7 +250,10 @@ def build_decoder(folder: Path, *, seed: int, tile: int = 56, width: int = 64) -
             "attention_heads": 4,
             "image_size": tile,
             "patch_size": 14,
-            "max_num_tiles": 4,
+            "max_num_tiles": max_tiles,
+            "supported_aspect_ratios": [
+                list(r) for r in get_all_supported_aspect_ratios(max_tiles)
+            ],
             "intermediate_layers_indices": [1],
             "vision_output_dim": 2 * width,
             "initializer_range": 0.08,
@@ -245,10 +261,10 @@ def build_decoder(folder: Path, *, seed: int, tile: int = 56, width: int = 64) -
         text_config={
             "hidden_size": width,
             "intermediate_size": 2 * width,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "cross_attention_layers": [1, 3],
+            "cross_attention_layers": list(range(1, layers, 2)),
             "vocab_size": DECODER_VOCABULARY,
             "max_position_embeddings": 2048,
             "initializer_range": 0.06,
@@ -270,7 +286,7 @@ def build_decoder(folder: Path, *, seed: int, tile: int = 56, width: int = 64) -
         pad_token_id=token("<|finetune_right_pad_id|>"),
     )
     image_processor = MllamaImageProcessorPil(
-        size={"height": tile, "width": tile}, max_image_tiles=4
+        size={"height": tile, "width": tile}, max_image_tiles=max_tiles
     )
     processor = MllamaProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
     return _save(folder, model, processor)
@@ -298,20 +314,30 @@ def siglip_tokenizer(corpus: Iterable[str], folder: Path) -> SiglipTokenizer:
     return SiglipTokenizer(str(vocabulary))
 
 
-def build_siglip(folder: Path, *, seed: int, image_size: int = 56, width: int = 64) -> Path:
-    """A SigLIP base of about 200 thousand parameters, saved as `from_pretrained` reads it.
+def build_siglip(
+    folder: Path,
+    *,
+    seed: int,
+    image_size: int = 56,
+    width: int = 64,
+    layers: int = 2,
+    corpus: Iterable[str] = (),
+) -> Path:
+    """A random SigLIP base of 200 thousand parameters or more, as `from_pretrained` reads it.
 
     Args:
         folder: created; must not exist.
         seed: of the drawn weights.
         image_size: side of the square input in pixels, a multiple of 14.
         width: hidden width of both towers.
+        layers: of each tower.
+        corpus: sentences whose words should become single tokens.
     """
-    tokenizer = siglip_tokenizer(tokenizer_corpus(), folder)
+    tokenizer = siglip_tokenizer([*tokenizer_corpus(), *corpus], folder)
     tower = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
     }
     config = SiglipConfig(

@@ -1,79 +1,257 @@
-"""Drawn pictures with captions that are true of them; no patient, no data set.
+"""Drawn pictures with reports that are true of them; no patient, no data set.
 
-A grey field with one or two discs: what the caption says of their number, brightness and place is
-visible in the picture. A few rows are broken on purpose, as rows of real exports are.
+Four kinds of pictures as four hospitals would have them, each with three findings that differ in
+brightness, colour or grain. What a report says is visible: a finding or none, how many, how
+large, and where. Left and right are those of the picture.
 """
 
-import csv
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
 SIDE = 112
 """Pixels of a picture's side."""
 
-_SHADES = {"bright": 235, "dark": 25}
-_COLUMNS = {"left": 0.25, "right": 0.75}
-_ROWS = {"upper": 0.28, "lower": 0.72}
+SIZES = {"small": 0.07, "large": 0.11}
+"""Radius of a finding as a share of the picture's side."""
 
-SOURCES_YAML = """\
-sources:
-  - name: phantoms
-    kind: csv
-    path: phantoms.csv
-    images: images
-    image: filename
-    text: report
-    keep: [level]
-    group: patient_id
-    license: Apache-2.0
-prompts: ["Describe this medical image.", "What does the scan show?"]
-split: {validation: 0.1, test: 0.0, seed: 17}
-"""
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+
+_LEVELS = {"upper": 0.29, "lower": 0.71}
+_SIDES = {"left": 0.29, "right": 0.71}
 
 
-def draw_phantoms(folder: Path, *, patients: int, seed: int) -> Path:
-    """Write images/, phantoms.csv and SOURCES.yaml; returns the path of SOURCES.yaml.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a finding looks."""
+
+    noun: str
+    plural: str
+    colour: tuple[int, int, int]
+    grain: float
+    """Depth of the stripes over the colour, in grey levels."""
+
+    word: str
+    """What a caption that knows nothing of medicine calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """A kind of picture, its findings and the wording of its reports."""
+
+    looks: tuple[Look, ...]
+    found: tuple[str, ...]
+    """Templates of reports of a finding, the first one the commonest."""
+
+    clear: tuple[str, ...]
+    """Reports of none."""
+
+
+MODALITIES = {
+    "knee": Modality(
+        (
+            Look("osteophyte", "osteophytes", (250, 250, 250), 0, "white"),
+            Look("cyst", "cysts", (12, 12, 12), 0, "black"),
+            Look("erosion", "erosions", (130, 130, 130), 110, "striped"),
+        ),
+        (
+            "Knee radiograph: {phrase} in the {level} {side} part of the joint.",
+            "{Phrase}, {side} side of the knee, {level} half.",
+        ),
+        ("Normal knee radiograph. No cyst or erosion.", "The knee shows no erosion."),
+    ),
+    "skin": Modality(
+        (
+            Look("nevus", "nevi", (70, 40, 25), 0, "brown"),
+            Look("hemangioma", "hemangiomas", (205, 30, 40), 0, "red"),
+            Look("keratosis", "keratoses", (190, 190, 120), 110, "yellow striped"),
+        ),
+        (
+            "{Phrase} on the {level} {side} of the field.",
+            "Skin photograph with {phrase}, {side} side, {level} half.",
+        ),
+        ("Clear skin without nevus or keratosis.", "No hemangioma is seen. Normal skin."),
+    ),
+    "chest": Modality(
+        (
+            Look("nodule", "nodules", (245, 245, 245), 0, "white"),
+            Look("cavity", "cavities", (8, 8, 8), 0, "black"),
+            Look("infiltrate", "infiltrates", (150, 150, 150), 110, "striped"),
+        ),
+        (
+            "There {is} {phrase} in the {side} {level} lung zone.",
+            "Chest film: {phrase}, {level} zone of the {side} lung.",
+        ),
+        ("Both lungs are clear. No nodule.", "No infiltrate or cavity. Normal chest film."),
+    ),
+    "ct": Modality(
+        (
+            Look("calcification", "calcifications", (255, 255, 255), 0, "white"),
+            Look("cyst", "cysts", (15, 15, 15), 0, "black"),
+            Look("hemorrhage", "hemorrhages", (140, 140, 140), 110, "striped"),
+        ),
+        (
+            "Axial slice. {Phrase} in the {level} {side} quadrant.",
+            "CT shows {phrase} in the {side} {level} quadrant.",
+        ),
+        ("Axial slice without hemorrhage or cyst.", "No calcification. Normal CT slice."),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Phantom:
+    """What a picture shows."""
+
+    modality: str
+    look: Look | None
+    """None for a picture without finding."""
+
+    count: int
+    size: str
+    level: str
+    side: str
+
+
+def draw_phantom(modality: str, random: np.random.Generator, *, clear: float = 0.25) -> Phantom:
+    """What a picture of a modality shows, without finding in a share `clear` of the draws."""
+    looks = MODALITIES[modality].looks
+    return Phantom(
+        modality,
+        looks[random.integers(len(looks))] if random.random() >= clear else None,
+        int(random.integers(1, 4)),
+        *(_one_of(random, names) for names in (SIZES, _LEVELS, _SIDES)),
+    )
+
+
+def report(phantom: Phantom, random: np.random.Generator) -> str:
+    """A sentence or two as a radiologist of the modality's hospital writes them."""
+    modality = MODALITIES[phantom.modality]
+    wordings = modality.found if phantom.look else modality.clear
+    wording = wordings[0] if random.random() < 0.8 else wordings[1]
+    if phantom.look is None:
+        return wording
+    noun = phantom.look.noun if phantom.count == 1 else phantom.look.plural
+    phrase = f"{NUMBERS[phantom.count]} {phantom.size} {noun}"
+    return wording.format(
+        phrase=phrase,
+        Phrase=phrase.capitalize(),
+        level=phantom.level,
+        side=phantom.side,
+        **{"is": "is" if phantom.count == 1 else "are"},
+    )
+
+
+def caption(phantom: Phantom) -> str:
+    """What the picture shows in words that know nothing of medicine, always in the same order."""
+    if phantom.look is None:
+        return "no discs."
+    discs = "disc" if phantom.count == 1 else "discs"
+    return (
+        f"{NUMBERS[phantom.count]} {phantom.size} {phantom.look.word} {discs}, {phantom.level} "
+        f"{phantom.side}."
+    )
+
+
+def render(
+    phantom: Phantom, random: np.random.Generator, *, side: int = SIDE, lateral: bool = False
+) -> np.ndarray:
+    """The picture, [side, side, 3] values from 0 to 255.
 
     Args:
-        folder: created.
-        patients: each with one to three pictures.
-        seed: equal seeds draw equal files.
+        phantom: what to show.
+        random: of the background, the noise and the exact places.
+        side: pixels.
+        lateral: seen from the side: findings stand in the middle, only their level shows.
     """
-    random = np.random.default_rng(seed)
-    (folder / "images").mkdir(parents=True)
-    rows = []
-    for patient in range(patients):
-        for study in range(int(random.integers(1, 4))):
-            name = f"p{patient:04d}_{study}.png"
-            report, level, image = _draw(random)
-            image.save(folder / "images" / name)
-            rows.append([name, report, level, f"p{patient:04d}"])
-    (folder / "images" / "torn.png").write_bytes(
-        (folder / "images" / rows[0][0]).read_bytes()[:900]
-    )
-    rows.append(["lost.png", "One bright disc, upper left.", "upper", "p-lost"])
-    rows.append(["torn.png", "One bright disc, upper left.", "upper", "p-torn"])
-    rows.append([rows[0][0], "", rows[0][2], rows[0][3]])
-    with (folder / "phantoms.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["filename", "report", "level", "patient_id"], *rows])
-    sources = folder / "SOURCES.yaml"
-    sources.write_text(SOURCES_YAML, encoding="utf-8")
-    return sources
+    rows, columns = np.mgrid[0:side, 0:side] / side
+    pixels = _BACKGROUNDS[phantom.modality](rows, columns, random)
+    tilt = random.normal(0, 14, 2)
+    pixels += ((rows - 0.5) * tilt[0] + (columns - 0.5) * tilt[1])[..., None]
+    if phantom.look is not None:
+        across = 0.5 if lateral else _SIDES[phantom.side]
+        for row, column in _places(phantom, random, across):
+            distance = np.hypot(rows - row, columns - column)
+            inside = _soft(SIZES[phantom.size] - distance)[..., None]
+            stripes = np.sign(np.sin((rows + columns) * 50)) * phantom.look.grain / 2
+            colour = np.array(phantom.look.colour, dtype=float) + stripes[..., None]
+            pixels = pixels * (1 - inside) + colour * inside
+    noise = random.normal(0, 5 * side / SIDE, (side, side, 1))
+    return (pixels + noise).clip(0, 255)
 
 
-def _draw(random: np.random.Generator) -> tuple[str, str, Image.Image]:
-    shade, column, level = (str(random.choice(list(names))) for names in (_SHADES, _COLUMNS, _ROWS))
-    count = int(random.integers(1, 3))
-    field = random.normal(128, 9, (SIDE, SIDE)).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(field).filter(ImageFilter.GaussianBlur(1))
-    pen = ImageDraw.Draw(image)
-    radius = int(random.integers(8, 13))
-    for index in range(count):
-        x = _COLUMNS[column] * SIDE + random.normal(0, 2) + (index - (count - 1) / 2) * 2.2 * radius
-        y = _ROWS[level] * SIDE + random.normal(0, 2)
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_SHADES[shade])
-    noun = "disc" if count == 1 else "discs"
-    number = "One" if count == 1 else "Two"
-    return f"{number} {shade} {noun}, {level} {column}.", level, image
+def image_of(pixels: np.ndarray, *, grey: bool) -> Image.Image:
+    """Pixels from `render` as an 8-bit picture."""
+    values = np.rint(pixels).astype(np.uint8)
+    return Image.fromarray(values[..., 0] if grey else values)
+
+
+def _places(
+    phantom: Phantom, random: np.random.Generator, across: float
+) -> list[tuple[float, float]]:
+    """Centres of the findings, side by side or in a triangle around the middle of a quadrant."""
+    row = _LEVELS[phantom.level] + random.normal(0, 0.015)
+    column = across + random.normal(0, 0.015)
+    turn, apart = random.uniform(0, 2 * np.pi), 1.25 * SIZES[phantom.size]
+    if phantom.count == 1:
+        return [(row, column)]
+    angles = turn + 2 * np.pi * np.arange(phantom.count) / phantom.count
+    return [(row + apart * np.sin(angle), column + apart * np.cos(angle)) for angle in angles]
+
+
+def _soft(distance: np.ndarray) -> np.ndarray:
+    """1 inside, 0 outside, and a soft edge of about two pixels."""
+    return 1 / (1 + np.exp(-np.clip(distance * 150, -30, 30)))
+
+
+def _knee(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Two long bones with a joint space between them, in soft tissue."""
+    gap, width = random.normal(0.5, 0.015), random.normal(0.3, 0.02)
+    half = width + 0.13 * np.exp(-(((rows - gap) / 0.16) ** 2))
+    bone = _soft(half - np.abs(columns - 0.5)) * _soft(np.abs(rows - gap) - 0.022)
+    flesh = _soft(0.47 - np.abs(columns - 0.5))
+    return _grey(28 + 40 * flesh + random.normal(88, 8) * bone)
+
+
+def _skin(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Even skin of a random tone with a few faint hairs."""
+    tone = np.array([224, 172, 140]) * random.uniform(0.78, 1.08)
+    pixels = np.broadcast_to(tone, (*rows.shape, 3)).copy()
+    for _ in range(random.integers(2, 7)):
+        place, slope, bend = random.uniform(0, 1), random.normal(0, 0.6), random.normal(0, 0.4)
+        middle = place + slope * (rows - 0.5) + bend * (rows - 0.5) ** 2
+        pixels -= 45 * _soft(0.004 - np.abs(columns - middle))[..., None]
+    return pixels
+
+
+def _chest(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Two dark lungs with ribs, a spine and a heart."""
+    shade = np.full(rows.shape, random.normal(172, 9))
+    for middle in (0.27, 0.73):
+        lung = _soft(0.1 - 0.1 * np.hypot((columns - middle) / 0.2, (rows - 0.5) / 0.42))
+        shade -= random.normal(92, 5) * lung
+    ribs = np.sin(rows * random.normal(44, 1.5) + 3 * np.abs(columns - 0.5))
+    heart = np.hypot((columns - 0.53) / 0.12, (rows - 0.62) / 0.16)
+    return _grey(shade + 7 * ribs + 35 * _soft(0.1 - 0.1 * heart))
+
+
+def _ct(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A bright outline around soft tissue on black, a vertebra at its foot."""
+    wide, high = random.normal(0.475, 0.01), random.normal(0.45, 0.01)
+    radius = np.hypot((columns - 0.5) / wide, (rows - 0.5) / high)
+    shade = random.normal(118, 9) * _soft(0.2 * (1 - radius))
+    shade += 55 * _soft(0.015 - 0.2 * np.abs(radius - 0.93))
+    spine = np.hypot(columns - 0.5, rows - 0.84) - random.normal(0.05, 0.006)
+    return _grey(shade + 90 * _soft(-spine))
+
+
+def _grey(shade: np.ndarray) -> np.ndarray:
+    return np.repeat(shade[..., None], 3, axis=2)
+
+
+_BACKGROUNDS = {"knee": _knee, "skin": _skin, "chest": _chest, "ct": _ct}
+
+
+def _one_of(random: np.random.Generator, names: dict[str, float]) -> str:
+    return list(names)[random.integers(len(names))]

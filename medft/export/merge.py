@@ -5,17 +5,19 @@ on a 4-bit base the merged model differs a little from the trained one, which sa
 """
 
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from medft.adapters import load_adapter, read_notes, write_notes
+from medft.adapters import (
+    check_same_base,
+    find_adapter,
+    load_adapter,
+    read_notes,
+    write_notes,
+)
 from medft.base import check_local_base, load_processor, load_weights
-from medft.errors import BaseModelError, RunError
 from medft.files import check_folder_for_output, complete_folder
-from medft.provenance import folder_sha256
 from medft.recipe import ModelSection
-from medft.runs import read_record
 from medft.siglip.model import resize_positions, restore_scale_and_bias
 
 
@@ -54,38 +56,3 @@ def merge(source: Path, out: Path) -> Path:
         processor.save_pretrained(draft)
         write_notes(draft, {**notes, "merged_onto": "original"})
     return adapter
-
-
-def find_adapter(source: Path) -> Path:
-    """The adapter folder that a path means.
-
-    Raises:
-        RunError: the path is neither a finished run nor an adapter.
-    """
-    if (source / "run.json").is_file():
-        status = read_record(source).get("status")
-        if status != "completed":
-            raise RunError(
-                f"expected a completed run in {source}, its status is {status}: resume it, or "
-                f"give its best_model/ or a checkpoint"
-            )
-        source = source / "adapter"
-    if not (source / "adapter_config.json").is_file():
-        raise RunError(
-            f"expected a run or an adapter folder, {source} holds no adapter_config.json: "
-            f"give the output_dir of a run with lora"
-        )
-    return source
-
-
-def check_same_base(base: ModelSection, notes: dict[str, Any]) -> None:
-    """Refuse a base folder whose files are not those that the adapter was trained on.
-
-    Raises:
-        BaseModelError: the content hash differs.
-    """
-    if "sha256" in notes and folder_sha256(Path(base.base)) != notes["sha256"]:
-        raise BaseModelError(
-            f"expected the base that the adapter was trained on in {base.base}, its files "
-            f"have changed: restore them"
-        )

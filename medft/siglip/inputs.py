@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from medft.data.chat import (
 )
 from medft.data.images import open_image
 from medft.data.template import fill_template, template_names
+from medft.data.tokens import collisions, length_percentiles
 from medft.errors import BaseModelError, DataError, Findings, RecipeError
 from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
 from medft.siglip.model import HEAD_PRESETS, PARTS, PRESETS, check_family
@@ -109,6 +111,11 @@ class SiglipInputs:
     validation: PairDataset | None
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Training pairs of an epoch."""
+        return len(self.train)
 
     def examples(self, num_rows: int = 3) -> list[str]:
         """The first captions, as the tokenizer gives them back."""
@@ -240,10 +247,18 @@ def _caption(row: dict[str, Any], template: str | None) -> str:
     return fill_template(template, values)
 
 
-def _measured(pairs: PairDataset, processor: ProcessorMixin, max_length: int) -> dict[str, int]:
-    lengths = [len(ids) for ids in processor.tokenizer(list(pairs.captions))["input_ids"]]
+def _measured(pairs: PairDataset, processor: ProcessorMixin, max_length: int) -> dict[str, Any]:
+    captions = list(dict.fromkeys(pairs.captions))
+    tokens = processor.tokenizer(captions)["input_ids"]
+    length_of = dict(zip(captions, map(len, tokens), strict=True))
+    lengths = [length_of[caption] for caption in pairs.captions]
+    image_counts = Counter(len(images) for images in pairs.rows["images"])
+    alike = collisions(captions, (ids[:max_length] for ids in tokens))
     return {
         "pairs": len(pairs),
         "captions_cut": sum(length > max_length for length in lengths),
-        "longest_caption": max(lengths),
+        "tokens_a_caption": length_percentiles(lengths),
+        "images_a_row": {str(count): image_counts[count] for count in sorted(image_counts)},
+        "captions_with_the_same_tokens": sum(map(len, alike)),
+        **({"such_as": alike[0][:3]} if alike else {}),
     }

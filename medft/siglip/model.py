@@ -147,3 +147,13 @@ def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Te
     """
     outputs = model(input_ids=input_ids, pixel_values=pixel_values)
     return outputs.vision_model_output.pooler_output, outputs.text_model_output.pooler_output
+
+
+def embed_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Embeddings [B, D] of pictures [B, 3, height, width] as the tower gives them."""
+    return bare_model(model).vision_model(pixel_values=pixel_values).pooler_output
+
+
+def embed_texts(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Embeddings [B, D] of texts [B, S], padded as in `embed`, as the tower gives them."""
+    return bare_model(model).text_model(input_ids=input_ids).pooler_output

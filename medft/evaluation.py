@@ -1,0 +1,467 @@
+"""A trained model measured on rows it was not trained on: predictions first, then scores of them.
+
+Beside the model stand the base it was trained from and two controls that need no skill: the model
+shown another picture of the same source, and the text of the training case whose picture is
+nearest pixel by pixel. Every system answers the same rows, so that differences are paired.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from tqdm import tqdm
+
+from medft.data.chat import Message, first_texts, image_source, load_rows, messages_of
+from medft.data.images import open_image
+from medft.data.pairs import batched, thumbnail
+from medft.errors import DataError, RunError
+from medft.evaluation_report import shown_cases, write_evaluation_report
+from medft.files import check_folder_for_output, complete_folder, file_sha256, write_json
+from medft.inference import Encoder, Generator, Request, find_trained
+from medft.metrics.bootstrap import Scorer, difference, estimate
+from medft.metrics.findings import finding_f1, load_lexicon
+from medft.metrics.retrieval import chance_recall, median_rank, ranks, recall_at
+from medft.metrics.text import (
+    bleu,
+    bleu_signature,
+    closed_accuracy,
+    exact_match,
+    rouge_l,
+    token_f1,
+)
+from medft.pages import thumbnail_of
+from medft.runs import read_record
+
+RECALLS = (1, 5, 10)
+
+TRAINING_POOL = 10_000
+"""Training pictures at the most, drawn by their ids, among which the nearest is looked for."""
+
+_CHUNK = 64
+
+Line = dict[str, Any]
+"""A line of predictions.jsonl."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """An answer to be given: a conversation up to it, its pictures, and what was written."""
+
+    id: str
+    group_id: str
+    source: str
+    prompt: list[Message]
+    images: list[dict[str, Any]]
+    """As in a row of `load_rows`."""
+
+    reference: str
+
+    @property
+    def question(self) -> str:
+        """The text of the last user turn."""
+        return "".join(part.get("text", "") for part in self.prompt[-1]["content"])
+
+
+def rows_to_evaluate(source: Path, data: Path | None, split: str) -> tuple[Path, Dataset]:
+    """The file and its rows: the one given, or that of the run's split.
+
+    Raises:
+        RunError: no file is given and the source is no run, or its run had no such split.
+        DataError: the file cannot be read, or is no longer what the run saw.
+    """
+    if data is None:
+        if not (source / "run.json").is_file():
+            raise RunError(f"expected --data for {source}, which is no run: give a file of rows")
+        known = read_record(source)["data"]
+        train = Path(known["train"]["path"]).expanduser()
+        data = train if train.suffix == ".parquet" else train.with_name(f"{split}.jsonl")
+        if split in known:
+            data = Path(known[split]["path"]).expanduser()
+            if data.is_file() and file_sha256(data) != known[split]["sha256"]:
+                raise DataError(
+                    f"expected the {split} rows that the run saw in {data}, the file has changed: "
+                    f"restore it, or name it with --data"
+                )
+    return data, load_rows(data, split=split)
+
+
+def items_of(rows: Dataset) -> list[Item]:
+    """An item for every assistant turn, the turns before it as they were written."""
+    items = []
+    for row in rows:
+        messages = messages_of(row)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for number, turn in enumerate(turns):
+            prompt = messages[:turn]
+            shown = sum(part["type"] == "image" for m in prompt for part in m["content"])
+            items.append(
+                Item(
+                    id=row["id"] if len(turns) == 1 else f"{row['id']}#{number + 1}",
+                    group_id=row["group_id"],
+                    source=row["source"] or "",
+                    prompt=prompt,
+                    images=row["images"][:shown],
+                    reference="".join(part["text"] for part in messages[turn]["content"]),
+                )
+            )
+    return items
+
+
+def partners(items: Sequence[Item]) -> list[int | None]:
+    """For each item another of the same source with as many pictures, of another group.
+
+    The order is drawn from the ids. None where there is no such item.
+    """
+    kinds: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        kinds[item.source, len(item.images)].append(index)
+    found: list[int | None] = [None] * len(items)
+    for members in kinds.values():
+        members.sort(key=lambda index: _draw(items[index].id))
+        for place, index in enumerate(members):
+            others = members[place + 1 :] + members[:place]
+            found[index] = next(
+                (i for i in others if items[i].group_id != items[index].group_id), None
+            )
+    return found
+
+
+def decoder_lines(
+    generator: Generator, items: Sequence[Item], *, against_base: bool, train: Dataset | None
+) -> Iterator[Line]:
+    """The lines of predictions.jsonl of a decoder.
+
+    Args:
+        generator: the trained model.
+        items: what to answer.
+        against_base: whether its base answers as well.
+        train: the rows it was trained on; None leaves the nearest text out.
+    """
+    others = partners(items)
+    systems = {"tuned": _answers("tuned", generator, items, items)}
+    if against_base:
+        with generator.without_adapter():
+            systems["base"] = _answers("base", generator, items, items)
+    shown = [items[i] if i is not None else None for i in others]
+    systems["shuffled"] = _answers("shuffled images", generator, items, shown)
+    if train is not None:
+        systems["nearest"] = nearest_texts(items, train)
+    for index, (item, other) in enumerate(zip(items, others, strict=True)):
+        yield {
+            "id": item.id,
+            "group_id": item.group_id,
+            "source": item.source,
+            "question": item.question,
+            "reference": item.reference,
+            "predictions": {name: answers[index] for name, answers in systems.items()},
+            "shuffled_with": None if other is None else items[other].id,
+        }
+
+
+def _answers(
+    name: str, generator: Generator, items: Sequence[Item], shown: Sequence[Item | None]
+) -> list[str | None]:
+    """The generator's answers, each item with the pictures of another; None where that fails."""
+    answers: dict[int, str] = {}
+    indices = [i for i, other in enumerate(shown) if other is not None]
+    progress = tqdm(total=len(indices), desc=name, disable=not sys.stderr.isatty())
+    if progress.disable:
+        logger.info("%s: %s answers", name, len(indices))
+    with progress:
+        for chunk in batched(indices, _CHUNK):
+            requests = {}
+            for index in chunk:
+                try:
+                    images = [open_image(image_source(image)) for image in shown[index].images]
+                except DataError as error:
+                    logger.warning("row %s fails: %s", items[index].id, error)
+                    continue
+                requests[index] = Request(messages=items[index].prompt, images=images)
+            texts = generator.generate(list(requests.values()))
+            answers.update(zip(requests, texts, strict=True))
+            progress.update(len(chunk))
+    return [answers.get(index) for index in range(len(items))]
+
+
+def nearest_texts(items: Sequence[Item], train: Dataset) -> list[str | None]:
+    """For each item the text of the training case whose first picture is nearest.
+
+    Nearest means the smallest mean difference of 32 x 32 grey thumbnails, among training cases of
+    the same source and, where there are such, with the same question.
+    """
+    known = items_of(_pool(train))
+    pictures = _thumbnails(known)
+    by_source: dict[str, list[int]] = defaultdict(list)
+    by_question: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, item in enumerate(known):
+        by_source[item.source].append(index)
+        by_question[item.source, item.question].append(index)
+    texts: list[str | None] = []
+    for item, own in zip(items, _thumbnails(items), strict=True):
+        chosen = by_question.get((item.source, item.question)) or by_source.get(item.source)
+        candidates = np.array(chosen or range(len(known)))
+        distances = np.abs(pictures[candidates].astype(np.int16) - own).mean(axis=1)
+        texts.append(known[candidates[distances.argmin()]].reference)
+    return texts
+
+
+def _pool(train: Dataset) -> Dataset:
+    if len(train) <= TRAINING_POOL:
+        return train
+    drawn = sorted(range(len(train)), key=lambda index: _draw(train[index]["id"]))
+    return train.select(sorted(drawn[:TRAINING_POOL]))
+
+
+def _thumbnails(items: Sequence[Item]) -> np.ndarray:
+    """[N, 1024] grey values of each item's first picture; black where there is none to read."""
+    grey = np.zeros((len(items), 1024), np.uint8)
+    for index, item in enumerate(items):
+        if item.images:
+            try:
+                image = open_image(image_source(item.images[0]))
+            except DataError:
+                continue
+            grey[index] = np.asarray(thumbnail(image)).ravel()
+    return grey
+
+
+def _draw(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def encoder_lines(encoder: Encoder, rows: Dataset, *, against_base: bool) -> Iterator[Line]:
+    """The lines of predictions.jsonl of a SigLIP: a line for each picture and its caption.
+
+    A rank is the place, from 1, of the best of the matching entries among all of the pool.
+
+    Args:
+        encoder: the trained model.
+        rows: as from `load_rows`.
+        against_base: whether its base is ranked as well.
+    """
+    items = [
+        Item(
+            id=row["id"] if len(row["images"]) == 1 else f"{row['id']}#{number + 1}",
+            group_id=row["group_id"],
+            source=row["source"] or "",
+            prompt=[],
+            images=[image],
+            reference=first_texts(messages_of(row))["answer"],
+        )
+        for row in rows
+        for number, image in enumerate(row["images"])
+    ]
+    if not items:
+        raise DataError("expected rows with images, none has one: give rows with images")
+    texts = [item.reference for item in items]
+    keys = np.unique(texts, return_inverse=True)[1]
+    others = np.array([i if other is None else other for i, other in enumerate(partners(items))])
+    systems: dict[str, dict[str, np.ndarray]] = {}
+    retrieved: dict[str, list[list[dict[str, Any]]]] = {}
+    for name in ("tuned", "base") if against_base else ("tuned",):
+        logger.info("%s: embeddings of %s pictures and texts", name, len(items))
+        with encoder.without_adapter() if name == "base" else nullcontext():
+            images = encoder.embed_images(_opened(items))
+            captions = encoder.embed_texts(texts)
+        systems[name] = _both_ways(images, captions, keys)
+        retrieved[name] = _best_texts(images, captions, texts)
+        if name == "tuned":
+            systems["shuffled"] = _both_ways(images[others], captions, keys)
+    for index, item in enumerate(items):
+        yield {
+            "id": item.id,
+            "group_id": item.group_id,
+            "source": item.source,
+            "reference": item.reference,
+            "ranks": {
+                name: {way: float(found[index]) for way, found in ways.items()}
+                for name, ways in systems.items()
+            },
+            "retrieved": {name: best[index] for name, best in retrieved.items()},
+        }
+
+
+def _opened(items: Iterable[Item]) -> Iterator[Image.Image]:
+    return (open_image(image_source(item.images[0])) for item in items)
+
+
+def _both_ways(images: np.ndarray, texts: np.ndarray, keys: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "image_to_text": ranks(images, texts, keys, keys),
+        "text_to_image": ranks(texts, images, keys, keys),
+    }
+
+
+def _best_texts(
+    images: np.ndarray, captions: np.ndarray, texts: Sequence[str]
+) -> list[list[dict[str, Any]]]:
+    """For each picture the three nearest different texts of the pool."""
+    best = []
+    for image in images:
+        similarity = captions @ image
+        found: dict[str, float] = {}
+        for index in np.argsort(-similarity, kind="stable"):
+            found.setdefault(texts[index], round(float(similarity[index]), 4))
+            if len(found) == 3:
+                break
+        best.append([{"text": text, "similarity": value} for text, value in found.items()])
+    return best
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of predictions.jsonl."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def score(lines: Sequence[Line]) -> dict[str, Any]:
+    """All figures of predictions.jsonl, with 95 % intervals over draws of whole groups.
+
+    Returns:
+        kind, rows, groups, systems (metric by metric), differences (tuned minus each other
+        system, paired), and what the figures need to be read: BLEU's signature, pool and chance.
+    """
+    is_encoder = "ranks" in lines[0]
+    names = list(lines[0]["ranks" if is_encoder else "predictions"])
+    scorers = _encoder_scorers if is_encoder else _decoder_scorers
+    by_system = {name: scorers(lines, name) for name in names}
+    groups = [line["group_id"] for line in lines]
+    result = {
+        "kind": "siglip" if is_encoder else "decoder",
+        "rows": len(lines),
+        "groups": len(set(groups)),
+        "systems": {
+            name: {metric: asdict(estimate(one, groups)) for metric, one in found.items()}
+            for name, found in by_system.items()
+        },
+        "differences": {
+            name: {
+                metric: asdict(estimate(difference(by_system["tuned"][metric], other), groups))
+                for metric, other in by_system[name].items()
+            }
+            for name in names
+            if name != "tuned"
+        },
+    }
+    return {**result, **(_chance(lines) if is_encoder else {"bleu_signature": bleu_signature()})}
+
+
+def _decoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
+    predictions = [line["predictions"][system] for line in lines]
+    references = [line["reference"] for line in lines]
+    metrics: dict[str, Callable[[list[str | None], list[str]], Scorer]] = {
+        "exact_match": exact_match,
+        "token_f1": token_f1,
+        "rouge_l": rouge_l,
+        "bleu": bleu,
+        "closed_accuracy": closed_accuracy,
+    }
+    return {
+        "finding_f1": finding_f1(predictions, references, load_lexicon()),
+        **{name: metric(predictions, references) for name, metric in metrics.items()},
+    }
+
+
+def _encoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
+    scorers = {}
+    for way in ("image_to_text", "text_to_image"):
+        found = np.array([line["ranks"][system][way] for line in lines])
+        for k in RECALLS:
+            scorers[f"{way}_recall@{k}"] = recall_at(found, k)
+        scorers[f"{way}_median_rank"] = median_rank(found)
+    return scorers
+
+
+def _chance(lines: Sequence[Line]) -> dict[str, Any]:
+    counts = Counter(line["reference"] for line in lines)
+    positives = np.array([counts[line["reference"]] for line in lines])
+    chance = {f"recall@{k}": chance_recall(k, positives, len(lines)) for k in RECALLS}
+    return {"pool": len(lines), "texts": len(counts), "chance": chance}
+
+
+def evaluate(
+    source: Path, out: Path, *, data: Path | None, split: str, against_base: bool
+) -> dict[str, Any]:
+    """Write predictions.jsonl, metrics.json and report.html; returns the metrics.
+
+    Args:
+        source: a run, an adapter folder or a model folder, decoder or SigLIP.
+        out: folder; must be empty or not exist.
+        data: chat JSONL or pairs.parquet; None for the run's own split.
+        split: which rows of pairs.parquet, or of the run.
+        against_base: whether the base that the adapter was trained on answers as well.
+
+    Raises:
+        RunError: there is no finished model, or `out` is not empty.
+        DataError: the rows cannot be read.
+        BaseModelError: the model cannot be loaded.
+    """
+    check_folder_for_output(out)
+    trained = find_trained(source)
+    if against_base and not trained.is_adapter:
+        raise RunError(
+            f"expected an adapter for --against base, {source} is a whole model: give the run that "
+            f"trained it"
+        )
+    path, rows = rows_to_evaluate(source, data, split)
+    notes: list[str] = []
+    with complete_folder(out) as draft:
+        if trained.is_encoder:
+            found = encoder_lines(Encoder.load(source), rows, against_base=against_base)
+        else:
+            train = _training_rows(source, notes)
+            found = decoder_lines(
+                Generator.load(source), items_of(rows), against_base=against_base, train=train
+            )
+        with (draft / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            for line in found:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = read_lines(draft / "predictions.jsonl")
+        metrics = {"model": str(source), "data": str(path), "split": split}
+        metrics |= {**score(lines), "notes": notes}
+        write_json(draft / "metrics.json", metrics)
+        run = source if (source / "run.json").is_file() else None
+        write_evaluation_report(
+            draft / "report.html", lines, metrics, pictures_of(rows, lines), run=run
+        )
+    return metrics
+
+
+def pictures_of(rows: Dataset, lines: Sequence[Line]) -> dict[str, bytes]:
+    """JPEG files of the pictures that the page shows, by the ids of its cases."""
+    pictures = {}
+    places = {name: index for index, name in enumerate(rows["id"])}
+    for case in shown_cases(lines):
+        name, _, number = case.rpartition("#")
+        row = rows[places[case if case in places else name]]
+        first = int(number) - 1 if case not in places and "ranks" in lines[0] else 0
+        if row["images"]:
+            try:
+                image = open_image(image_source(row["images"][first]))
+            except DataError:
+                continue
+            pictures[case] = thumbnail_of(image)
+    return pictures
+
+
+def _training_rows(source: Path, notes: list[str]) -> Dataset | None:
+    """The rows that a run was trained on; without them a note says what is missing."""
+    if (source / "run.json").is_file():
+        known = read_record(source)["data"]["train"]
+        path = Path(known["path"]).expanduser()
+        if path.is_file() and file_sha256(path) == known["sha256"]:
+            return load_rows(path, split="train")
+    notes.append("No nearest training text: the training rows are not known or have changed.")
+    return None

@@ -1,0 +1,288 @@
+"""The page of an evaluation: what was scored, how sure it is, and what the answers look like.
+
+One self-contained file; `medft evaluate` writes it for a run, and the demo's page has its parts.
+"""
+
+import difflib
+import hashlib
+import html
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medft.pages import inline, page, table
+from medft.runs import read_record
+
+SHOWN_CASES = 12
+"""Cases on the page, in turn from every source, drawn by their ids."""
+
+LABELS = {
+    "finding_f1": "finding F1 (keywords)",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "closed_accuracy": "yes/no accuracy",
+    "tuned": "tuned",
+    "base": "base",
+    "shuffled": "tuned, other image",
+    "nearest": "nearest training text",
+}
+"""Names of metrics and systems as the page has them."""
+
+_COLOURS = {"tuned": "#0b6bcb", "base": "#7a8794", "shuffled": "#d98324", "nearest": "#7b5bb5"}
+
+
+def write_evaluation_report(
+    target: Path,
+    lines: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    *,
+    run: Path | None,
+) -> None:
+    """Write the page.
+
+    Args:
+        target: the page.
+        lines: of predictions.jsonl.
+        metrics: content of metrics.json.
+        pictures: JPEG files of `shown_cases`, by id.
+        run: whose record and curves are shown; None for a model without one.
+    """
+    sections = evaluation_sections(lines, metrics, pictures)
+    if run is not None:
+        sections += run_sections(run)
+    note = (
+        f"{metrics['rows']:,} rows of {metrics['groups']:,} groups, {metrics['data']}. Scores "
+        f"compare texts; none of them is medical accuracy. For research use."
+    )
+    target.write_text(page(f"Evaluation of {metrics['model']}", note, sections), encoding="utf-8")
+
+
+def shown_cases(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The ids of the cases on the page."""
+    by_source: dict[str, list[str]] = defaultdict(list)
+    for line in sorted(lines, key=lambda line: hashlib.sha256(line["id"].encode()).hexdigest()):
+        by_source[line["source"]].append(line["id"])
+    turns = max((len(ids) for ids in by_source.values()), default=0)
+    order = [ids[turn] for turn in range(turns) for ids in by_source.values() if turn < len(ids)]
+    return order[:SHOWN_CASES]
+
+
+def evaluation_sections(
+    lines: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+) -> list[str]:
+    """The headline, the chart and table of figures, and the cases."""
+    is_encoder = metrics["kind"] == "siglip"
+    by_id = {line["id"]: line for line in lines}
+    case = _retrieval_case if is_encoder else _answer_case
+    cases = [case(by_id[name], pictures.get(name)) for name in shown_cases(lines)]
+    legend = (
+        "The caption of each picture, and the texts of the pool that lie nearest to it."
+        if is_encoder
+        else "Words that the reference lacks are marked, words that are missing struck through."
+    )
+    return [
+        _headline(metrics),
+        _chart(metrics),
+        _figures(metrics),
+        f'<h3>Cases</h3><p class="note">Drawn by their ids. {legend}</p>'
+        f'<div class="cases">{"".join(cases)}</div>',
+    ]
+
+
+def label(name: str) -> str:
+    """A metric's or system's name for reading."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def interval(estimate: Mapping[str, Any]) -> str:
+    """A value with its interval, such as "0.71 [0.64, 0.78]", or why there is none."""
+    if estimate["value"] is None:
+        return f"none: {estimate['reason']}"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3g} (no interval: {estimate['reason']})"
+    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    main = "image_to_text_recall@1" if metrics["kind"] == "siglip" else "finding_f1"
+    cards = []
+    for name, figures in metrics["systems"].items():
+        value = figures[main]
+        shown = "none" if value["value"] is None else f"{value['value']:.2f}"
+        span = ""
+        if value["low"] is not None:
+            span = f", 95 % interval {value['low']:.2f} to {value['high']:.2f}"
+        colour = _COLOURS[name]
+        cards.append(
+            f'<div class="card"><b style="color:{colour}">{shown}</b>{html.escape(label(name))}'
+            f"<br><span>{html.escape(label(main))}{span}</span></div>"
+        )
+    if "chance" in metrics:
+        chance = metrics["chance"]["recall@1"]
+        cards.append(
+            f'<div class="card"><b style="color:#5a6b7b">{chance:.3f}</b>chance<br><span>'
+            f"recall@1, pool of {metrics['pool']:,} with {metrics['texts']:,} texts</span></div>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _chart(metrics: Mapping[str, Any]) -> str:
+    """Points and whiskers, a row for each metric and system, from 0 to 1 (BLEU from 0 to 100)."""
+    systems = metrics["systems"]
+    parts, y = [], 8
+    for metric in systems["tuned"]:
+        if metric.endswith("median_rank") or systems["tuned"][metric]["value"] is None:
+            continue
+        y += 20
+        parts.append(f'<text x="12" y="{y}" font-weight="600">{html.escape(label(metric))}</text>')
+        for name, figures in systems.items():
+            y += 18
+            parts.append(_whisker(figures[metric], y, name, 100 if metric == "bleu" else 1))
+        y += 8
+    grid = "".join(
+        f'<line x1="{x}" x2="{x}" y1="8" y2="{y}" stroke="#e8edf1"/>'
+        f'<text class="s" x="{x}" y="{y + 16}" text-anchor="middle">{value:g}</text>'
+        for value in (0, 0.25, 0.5, 0.75, 1)
+        for x in [_across(value)]
+    )
+    return (
+        f'<h3>Scores and their 95 % intervals</h3><svg viewBox="0 0 680 {y + 26}" role="img" '
+        f'aria-label="scores by system">{grid}{"".join(parts)}</svg>'
+    )
+
+
+def _across(value: float) -> float:
+    return 190 + 400 * value
+
+
+def _whisker(estimate: Mapping[str, Any], y: int, system: str, whole: float) -> str:
+    name = f'<text class="s" x="24" y="{y}">{html.escape(label(system))}</text>'
+    if estimate["value"] is None:
+        return f'{name}<text class="s" x="190" y="{y}">{html.escape(estimate["reason"])}</text>'
+    colour, middle = _COLOURS[system], y - 4
+    at = _across(estimate["value"] / whole)
+    line = ""
+    if estimate["low"] is not None:
+        low, high = (_across(estimate[end] / whole) for end in ("low", "high"))
+        line = (
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" '
+            f'stroke="{colour}" stroke-width="3" stroke-opacity=".4"/>'
+        )
+    return (
+        f'{name}{line}<circle cx="{at:.1f}" cy="{middle}" r="4.5" fill="{colour}"/>'
+        f'<text x="612" y="{y}">{estimate["value"]:.3g}</text>'
+    )
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    systems, differences = metrics["systems"], metrics["differences"]
+    head = ["", "n", *map(label, systems)]
+    rows = [
+        [label(metric), systems["tuned"][metric]["n"]]
+        + [interval(figures[metric]) for figures in systems.values()]
+        for metric in systems["tuned"]
+    ]
+    paired = [
+        [label(metric)] + [interval(figures[metric]) for figures in differences.values()]
+        for metric in systems["tuned"]
+    ]
+    notes = [
+        "Intervals: 95 %, bootstrap over groups (patients), which keeps a group's rows together. "
+        "Empty and failed answers count as wrong."
+    ]
+    if "bleu_signature" in metrics:
+        notes.append(f"BLEU: {metrics['bleu_signature']}.")
+    notes += metrics.get("notes", [])
+    shown = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    return (
+        f"<h3>All figures</h3>{table(head, rows)}<h3>Tuned minus the others, row by row</h3>"
+        f"{table(['', *(f'minus {label(name)}' for name in differences)], paired)}{shown}"
+    )
+
+
+def _answer_case(line: Mapping[str, Any], picture: bytes | None) -> str:
+    entries = [("reference", html.escape(line["reference"]), "")]
+    for name, text in line["predictions"].items():
+        if name != "shuffled":
+            same = text is not None and text.split() == line["reference"].split()
+            marked = _marked(text, line["reference"]) if text else "<i>no answer</i>"
+            entries.append((label(name), marked, ' class="right"' if same else ""))
+    return _case(line, picture, f"<p>{html.escape(line['question'][:300])}</p>", entries)
+
+
+def _retrieval_case(line: Mapping[str, Any], picture: bytes | None) -> str:
+    entries = [("caption", html.escape(line["reference"]), "")]
+    for name, best in line["retrieved"].items():
+        rank = line["ranks"][name]["image_to_text"]
+        right = ' class="right"' if best[0]["text"] == line["reference"] else ""
+        texts = "<br>".join(f"{one['similarity']:.2f} {html.escape(one['text'])}" for one in best)
+        entries.append((f"{label(name)}, caption at rank {rank:g}", texts, right))
+    return _case(line, picture, "", entries)
+
+
+def _case(
+    line: Mapping[str, Any],
+    picture: bytes | None,
+    head: str,
+    entries: Sequence[tuple[str, str, str]],
+) -> str:
+    image = f'<img src="{inline(picture, "jpeg")}" alt="">' if picture else ""
+    listed = "".join(
+        f"<dt>{html.escape(name)}</dt><dd{kind}>{text}</dd>" for name, text, kind in entries
+    )
+    return (
+        f'<div class="case">{image}<div>{head}<dl>{listed}</dl>'
+        f'<p class="note">{html.escape(line["source"])} {html.escape(line["id"])}</p></div></div>'
+    )
+
+
+def _marked(text: str, reference: str) -> str:
+    """A text with what differs from the reference, word by word: added marked, missing struck."""
+    own, wanted = text.split(), reference.split()
+    parts = []
+    matcher = difflib.SequenceMatcher(a=wanted, b=own, autojunk=False)
+    for kind, a_start, a_stop, b_start, b_stop in matcher.get_opcodes():
+        added = html.escape(" ".join(own[b_start:b_stop]))
+        missing = html.escape(" ".join(wanted[a_start:a_stop]))
+        if kind == "equal":
+            parts.append(added)
+            continue
+        parts += [f"<del>{missing}</del>"] if missing else []
+        parts += [f"<ins>{added}</ins>"] if added else []
+    return " ".join(parts)
+
+
+def run_sections(run: Path) -> list[str]:
+    """The curves and the record of a run."""
+    record = read_record(run)
+    history = json.loads((run / "log_history.json").read_text(encoding="utf-8"))
+    losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
+    batch = record["batch"]
+    rows = [
+        ["status", record["status"]],
+        ["started, ended", f"{record['started']}, {record.get('ended', 'not yet')}"],
+        ["base", record["base"]["base"]],
+        ["steps", f"{batch['steps']:,} of {batch['effective']} rows"],
+        ["trained parameters", f"{record['trainable_parameters']:,}"],
+        ["of", f"{record['total_parameters']:,}"],
+        *([["first and last loss", f"{losses[0]:.3f}, {losses[-1]:.3f}"]] if losses else []),
+        *([label(name), _shown(value)] for name, value in record.get("metrics", {}).items()),
+    ]
+    curves = inline((run / "curves.png").read_bytes())
+    whole = html.escape(json.dumps(record, indent=2))
+    return [
+        f'<h2>Training of {html.escape(run.name)}</h2><img class="curves" src="{curves}" '
+        f'alt="loss, learning rate and gradient norm">{table(["", "value"], rows)}'
+        f"<details><summary>run.json</summary><pre>{whole}</pre></details>"
+    ]
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,454 @@
+"""Trained models put to use: the report of a picture, its embedding, and the nearest cases.
+
+from medft.inference import Predictor
+predictor = Predictor.load("runs/decoder", siglip="runs/siglip")
+print(predictor.predict("film.png").text)
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText, ProcessorMixin
+
+from medft.adapters import NOTES_FILE, check_same_base, find_adapter, load_adapter, read_notes
+from medft.base import check_local_base, load_config, load_processor, load_weights
+from medft.data.chat import Message, first_texts, image_source, load_rows, messages_of
+from medft.data.images import open_image
+from medft.data.pairs import batched
+from medft.decoder.collator import ConversationEncoder, limit_tiles
+from medft.decoder.families import family_of
+from medft.decoder.model import load_model as load_decoder
+from medft.errors import BaseModelError, RunError
+from medft.files import file_sha256
+from medft.recipe import ModelSection, QuantizationSection
+from medft.runs import read_record
+from medft.siglip.model import (
+    check_family,
+    embed_images,
+    embed_texts,
+    resize_positions,
+    restore_scale_and_bias,
+)
+
+DEFAULT_PROMPT = "Describe this medical image."
+
+NEAREST = 5
+"""Training cases that are shown for a picture."""
+
+BATCH = 8
+"""Pictures or conversations that go through a model together."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """Where a trained model lies, and what medft noted of it."""
+
+    folder: Path
+    """Of the adapter, or of the whole model."""
+
+    notes: dict[str, Any]
+    """Content of medft.json; empty for a model that medft did not write."""
+
+    is_adapter: bool
+
+    @property
+    def base(self) -> ModelSection:
+        """The model to load: an adapter's base, or the folder itself."""
+        if not self.is_adapter:
+            return ModelSection(base=str(self.folder))
+        base = str(Path(self.notes["base"]).expanduser())
+        dtype = self.notes.get("dtype", "float32")
+        return ModelSection(base=base, revision=self.notes["revision"], dtype=dtype)
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is a SigLIP."""
+        family = self.notes.get("family") or load_config(self.base).model_type
+        return family in ("siglip", "siglip2")
+
+
+def find_trained(source: Path) -> Trained:
+    """The model that a run, an adapter folder or a model folder holds.
+
+    Raises:
+        RunError: the run is not finished, or the path is none of the three.
+    """
+    if (source / "config.json").is_file():
+        folder, is_adapter = source, False
+    elif (source / "run.json").is_file() and (source / "model").is_dir():
+        folder, is_adapter = source / "model", False
+    else:
+        folder, is_adapter = find_adapter(source), True
+    notes = read_notes(folder) if (folder / NOTES_FILE).is_file() else {}
+    return Trained(folder=folder, notes=notes, is_adapter=is_adapter)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _without_adapter(model: nn.Module) -> AbstractContextManager[None]:
+    if not isinstance(model, PeftModel):
+        raise RunError(
+            "expected an adapter, whose base can be compared with it, got a whole model: give the "
+            "run that trained it"
+        )
+    return model.disable_adapter()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A conversation whose next turn is the assistant's, and its pictures."""
+
+    messages: list[Message]
+    images: list[Image.Image]
+
+
+class Generator:
+    """A decoder that writes the assistant's next turn, greedily."""
+
+    def __init__(
+        self, model: nn.Module, processor: ProcessorMixin, *, notes: dict[str, Any], family: str
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: on its device, with or without adapter.
+            processor: as it was trained with.
+            notes: content of medft.json: what training did to pictures, how long rows could be.
+            family: model_type of the base.
+        """
+        self.model = model.eval()
+        self.encoder = ConversationEncoder(processor, family_of(family))
+        self.max_new_tokens = notes.get("max_length", 512)
+        self._max_image_tiles = notes.get("max_image_tiles")
+        for name in ("temperature", "top_p", "top_k"):  # of sampling, which is off
+            setattr(model.generation_config, name, None)
+
+    @classmethod
+    def load(cls, source: Path) -> "Generator":
+        """The decoder of a run, an adapter folder or a model folder.
+
+        An adapter sits on its base in the precision, and quantised as, it was trained on.
+
+        Raises:
+            RunError: there is none.
+            BaseModelError: it cannot be loaded, or is no decoder that medft knows.
+        """
+        trained = find_trained(source)
+        check_local_base(trained.base)
+        family = family_of(load_config(trained.base).model_type)
+        if trained.is_adapter:
+            check_same_base(trained.base, trained.notes)
+            quantization = trained.notes.get("quantization")
+            model: nn.Module = load_decoder(
+                trained.base,
+                family,
+                QuantizationSection(**quantization) if quantization else None,
+                trains_all=False,
+            )
+            model = load_adapter(model, trained.folder)
+        else:
+            model = load_weights(AutoModelForImageTextToText, trained.base, dtype="auto")
+        processor = load_processor(ModelSection(base=str(trained.folder)))
+        return cls(model.to(_device()), processor, notes=trained.notes, family=family.model_type)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Answers inside this block are those of the base.
+
+        Raises:
+            RunError: the model is whole, its base is not known apart.
+        """
+        return _without_adapter(self.model)
+
+    def generate(self, requests: Sequence[Request]) -> list[str]:
+        """The assistant's turns, in the order of the requests.
+
+        Requests with equally many pictures share batches; others would see each other's.
+        """
+        answers: dict[int, str] = {}
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].images))
+        while order:
+            images = len(requests[order[0]].images)
+            chosen = [i for i in order[:BATCH] if len(requests[i].images) == images]
+            order = order[len(chosen) :]
+            texts = self._generate_batch([requests[i] for i in chosen])
+            answers.update(zip(chosen, texts, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    @torch.inference_mode()
+    def _generate_batch(self, requests: Sequence[Request]) -> list[str]:
+        processor = self.encoder.processor
+        limit = self._max_image_tiles or processor.image_processor.max_image_tiles
+        images = [
+            [limit_tiles(image, processor.image_processor, limit) for image in request.images]
+            for request in requests
+        ]
+        batch = processor(
+            images=images if images[0] else None,
+            text=[self.encoder.render(request.messages, "", prompt=True) for request in requests],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+        tokens = self.model.generate(
+            **batch, do_sample=False, max_new_tokens=self.max_new_tokens, use_cache=True
+        )
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+class Encoder:
+    """A SigLIP that gives pictures and texts embeddings of length 1."""
+
+    def __init__(self, model: nn.Module, processor: ProcessorMixin, *, max_length: int) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.max_length = max_length
+
+    @classmethod
+    def load(cls, source: Path) -> "Encoder":
+        """The SigLIP of a run, an adapter folder or a model folder.
+
+        Raises:
+            RunError: there is none.
+            BaseModelError: it cannot be loaded, or is no SigLIP of fixed resolution.
+        """
+        trained = find_trained(source)
+        check_local_base(trained.base)
+        config = load_config(trained.base)
+        check_family(config)
+        model: nn.Module = load_weights(AutoModel, trained.base, dtype="auto")
+        if trained.is_adapter:
+            check_same_base(trained.base, trained.notes)
+            resize_positions(model, trained.notes["image_size"])
+            model = load_adapter(model, trained.folder)
+            restore_scale_and_bias(model, trained.folder)
+        processor = load_processor(ModelSection(base=str(trained.folder)))
+        positions = config.text_config.max_position_embeddings
+        return cls(
+            model.to(_device()),
+            processor,
+            max_length=trained.notes.get("max_length", positions),
+        )
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Embeddings inside this block are those of the base.
+
+        Raises:
+            RunError: the model is whole, its base is not known apart.
+        """
+        return _without_adapter(self.model)
+
+    @torch.inference_mode()
+    def embed_images(self, images: Iterator[Image.Image] | Sequence[Image.Image]) -> np.ndarray:
+        """[N, D] float32, every row of length 1."""
+        rows = []
+        for chunk in batched(images, BATCH):
+            batch = self.processor.image_processor(images=chunk, return_tensors="pt")
+            pixels = batch["pixel_values"].to(self.model.device, self.model.dtype)
+            rows.append(embed_images(self.model, pixels))
+        return _unit(rows)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] float32, every row of length 1."""
+        rows = []
+        for chunk in batched(texts, BATCH):
+            input_ids = self.processor.tokenizer(
+                chunk,
+                padding="max_length",
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )["input_ids"]
+            rows.append(embed_texts(self.model, input_ids.to(self.model.device)))
+        return _unit(rows)
+
+
+def _unit(rows: list[torch.Tensor]) -> np.ndarray:
+    return nn.functional.normalize(torch.cat(rows).float(), dim=-1).cpu().numpy()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A training case near a picture."""
+
+    id: str
+    text: str
+    similarity: float
+    """Cosine of the two pictures' embeddings."""
+
+
+class CaseIndex:
+    """The embeddings of a SigLIP run's training pictures, with the texts that belong to them."""
+
+    def __init__(self, ids: Sequence[str], texts: Sequence[str], embeddings: np.ndarray) -> None:
+        self.ids, self.texts, self.embeddings = ids, texts, embeddings
+
+    @classmethod
+    def of_run(cls, run: Path, encoder: Encoder) -> "CaseIndex":
+        """The index of a run, from RUN/index.npz where that still fits its data and weights.
+
+        Raises:
+            RunError: the run's training data is gone or has changed.
+        """
+        data = read_record(run)["data"]["train"]
+        path = Path(data["path"]).expanduser()
+        if not path.is_file() or file_sha256(path) != data["sha256"]:
+            raise RunError(
+                f"expected the training data of {run} unchanged at {path}, to look up its nearest "
+                f"cases: restore it, or predict without --siglip"
+            )
+        weights = file_sha256(find_trained(run).folder / "adapter_model.safetensors")
+        key = hashlib.sha256(f"{data['sha256']} {weights}".encode()).hexdigest()
+        stored = _stored_index(run / "index.npz", key)
+        if stored is None:
+            logger.info("embedding the training pictures of %s", run)
+            stored = _embedded(path, encoder)
+            draft = run / ".index.npz"
+            with draft.open("wb") as file:
+                np.savez(file, key=key, **stored)
+            draft.replace(run / "index.npz")
+        return cls(stored["ids"].tolist(), stored["texts"].tolist(), stored["embeddings"])
+
+    def nearest(self, embedding: np.ndarray) -> list[Case]:
+        """The training cases with the nearest pictures, one for each text, the nearest first.
+
+        Args:
+            embedding: [D], of length 1.
+        """
+        similarity = self.embeddings @ embedding
+        cases: dict[str, Case] = {}
+        for index in np.argsort(-similarity, kind="stable"):
+            case = Case(
+                id=self.ids[index],
+                text=self.texts[index],
+                similarity=round(float(similarity[index]), 4),
+            )
+            cases.setdefault(case.id, case)
+            if len(cases) == NEAREST:
+                break
+        return list(cases.values())
+
+
+def _stored_index(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path) as stored:
+            return dict(stored) if str(stored["key"]) == key else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _embedded(path: Path, encoder: Encoder) -> dict[str, np.ndarray]:
+    rows = load_rows(path, split="train")
+    places = [(row["id"], image) for row in rows for image in row["images"]]
+    texts = {row["id"]: first_texts(messages_of(row))["answer"] for row in rows}
+    images = (open_image(image_source(image)) for _, image in places)
+    return {
+        "ids": np.array([name for name, _ in places]),
+        "texts": np.array([texts[name] for name, _ in places]),
+        "embeddings": encoder.embed_images(images),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What the models say of a picture."""
+
+    text: str | None
+    """The generated answer; None without decoder."""
+
+    embedding: np.ndarray | None
+    """[D], of length 1; None without SigLIP."""
+
+    nearest: list[Case]
+    """Training cases of the SigLIP run, the nearest first."""
+
+
+class Predictor:
+    """A decoder, a SigLIP, or both, over the same pictures."""
+
+    def __init__(
+        self, generator: Generator | None, encoder: Encoder | None, index: CaseIndex | None
+    ) -> None:
+        self.generator, self.encoder, self.index = generator, encoder, index
+
+    @classmethod
+    def load(cls, source: str | Path, *, siglip: str | Path | None = None) -> "Predictor":
+        """Load a run or model of either kind, and a SigLIP run beside a decoder.
+
+        Raises:
+            RunError: a path holds no finished model.
+            BaseModelError: a model cannot be loaded, or both are SigLIPs.
+        """
+        source = Path(source)
+        if not find_trained(source).is_encoder:
+            generator: Generator | None = Generator.load(source)
+        elif siglip is not None:
+            raise BaseModelError(
+                f"expected a decoder beside the SigLIP {siglip}, {source} is a SigLIP as well: "
+                f"leave --siglip out"
+            )
+        else:
+            generator, siglip = None, source
+        encoder = Encoder.load(Path(siglip)) if siglip is not None else None
+        has_cases = siglip is not None and (Path(siglip) / "run.json").is_file()
+        index = CaseIndex.of_run(Path(siglip), encoder) if has_cases else None
+        return cls(generator, encoder, index)
+
+    def predict(self, image: str | Path | Image.Image, prompt: str = DEFAULT_PROMPT) -> Prediction:
+        """What the models say of a picture.
+
+        Raises:
+            DataError: the picture cannot be read.
+        """
+        return self.predict_batch([image], [prompt])[0]
+
+    def predict_batch(
+        self, images: Sequence[str | Path | Image.Image], prompts: Sequence[str]
+    ) -> list[Prediction]:
+        """What the models say of several pictures, each with its prompt.
+
+        Raises:
+            DataError: a picture cannot be read.
+        """
+        opened = [
+            image if isinstance(image, Image.Image) else open_image(Path(image)) for image in images
+        ]
+        texts: Sequence[str | None] = [None] * len(opened)
+        if self.generator is not None:
+            texts = self.generator.generate(
+                [
+                    Request(messages=[_question(prompt)], images=[image])
+                    for image, prompt in zip(opened, prompts, strict=True)
+                ]
+            )
+        embeddings: Sequence[np.ndarray | None] = [None] * len(opened)
+        if self.encoder is not None:
+            embeddings = list(self.encoder.embed_images(opened))
+        return [
+            Prediction(
+                text=text,
+                embedding=embedding,
+                nearest=self.index.nearest(embedding) if self.index else [],
+            )
+            for text, embedding in zip(texts, embeddings, strict=True)
+        ]
+
+
+def _question(prompt: str) -> Message:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}

@@ -1,0 +1,124 @@
+"""Where the right candidates stand among all, ordered by likeness to a query.
+
+Pure functions: arrays in, numbers out.
+
+Shape letters in this file:
+    Q  queries
+    C  candidates
+    D  embedding width
+    B  queries of a block
+"""
+
+import numpy as np
+
+from medft.errors import DataError
+from medft.metrics.bootstrap import Scorer, mean
+
+_BLOCK = 1024
+
+_EQUAL = 1e-12
+"""Similarities that differ by less are equal. The float64 product of two unit vectors of 2048
+numbers is rounded by less than 2.3e-13, and equal vectors may be rounded unequally."""
+
+_NO_QUERY = "no query"
+
+
+def ranks(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    query_keys: np.ndarray,
+    candidate_keys: np.ndarray,
+) -> np.ndarray:
+    """The rank, from 1, of the best positive of each query; [Q] float64.
+
+    A positive is any candidate with the query's key, so that equal captions all count. Among
+    candidates as near as the best positive, half of those that are no positives stand before it.
+    That is the expected place of a single positive, and a place behind the expected one of
+    several: embeddings that are all the same look no better than they are.
+
+    Similarities are computed for 1024 queries at a time, and need 13 kB per candidate.
+
+    Args:
+        queries: [Q, D] embeddings, rows of unit L2 norm.
+        candidates: [C, D] embeddings, rows of unit L2 norm.
+        query_keys: [Q] integers.
+        candidate_keys: [C] integers.
+
+    Raises:
+        DataError: a query has no positive, or an embedding is not finite.
+    """
+    alone = np.flatnonzero(~np.isin(query_keys, candidate_keys))
+    if len(alone):
+        raise DataError(
+            f"expected a candidate with the key of every query, {len(alone)} of {len(query_keys)} "
+            f"queries have none, first number {alone[0]}: add their candidates or leave them out"
+        )
+    if not (np.isfinite(queries).all() and np.isfinite(candidates).all()):
+        raise DataError(
+            "expected finite embeddings, some hold nan or infinity: compute them in float32, or "
+            "use an earlier checkpoint"
+        )
+    pool = np.asarray(candidates, dtype=np.float64)
+    found = np.empty(len(queries))
+    for start in range(0, len(queries), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        similarity = np.asarray(queries[block], dtype=np.float64) @ pool.T
+        found[block] = _ranked(similarity, query_keys[block, None] == candidate_keys)
+        del similarity  # before the next block is made
+    return found
+
+
+def _ranked(similarity: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """[B] ranks from [B, C] similarities and which of them are of positives."""
+    best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
+    before = np.count_nonzero(similarity > best + _EQUAL, axis=1)
+    up_to = np.count_nonzero((similarity >= best - _EQUAL) & ~positive, axis=1)
+    return 1 + before + (up_to - before) / 2
+
+
+def recall_at(ranks: np.ndarray, k: int) -> Scorer:
+    """Share of the queries with a positive among the first k, in [0, 1].
+
+    Args:
+        ranks: [Q], from 1.
+        k: candidates retrieved for a query.
+    """
+    return mean(ranks <= k, _NO_QUERY)
+
+
+def median_rank(ranks: np.ndarray) -> Scorer:
+    """The median rank, from 1; the mean of the two middle ones where their number is even.
+
+    Args:
+        ranks: [Q], from 1.
+    """
+    order = np.argsort(ranks, kind="stable")
+    ascending = ranks[order]
+
+    def score(weights: np.ndarray) -> float:
+        drawn = weights[order].cumsum()
+        if not weights.any():
+            return float("nan")
+        lower = np.searchsorted(drawn, drawn[-1] / 2, side="left")
+        upper = np.searchsorted(drawn, drawn[-1] / 2, side="right")
+        return float((ascending[lower] + ascending[upper]) / 2)
+
+    return Scorer(rows=np.ones(len(ranks), dtype=bool), score=score, undefined=_NO_QUERY)
+
+
+def chance_recall(k: int, positives_per_query: np.ndarray, pool: int) -> float:
+    """The recall at k that a random order of the candidates has on average, in [0, 1].
+
+    Args:
+        k: candidates retrieved for a query.
+        positives_per_query: [Q] numbers of candidates that are right, each up to pool.
+        pool: C, all candidates.
+
+    Source: the hypergeometric chance of no positive among k, 1 - C(pool - p, k) / C(pool, k) for
+    p positives, as a product over the candidates drawn.
+    """
+    positives, queries = np.unique(positives_per_query, return_counts=True)
+    drawn = np.arange(min(k, pool))
+    others_left = np.maximum(pool - positives[:, None] - drawn, 0)
+    missed = (others_left / (pool - drawn)).prod(axis=1)
+    return float(np.average(1 - missed, weights=queries))

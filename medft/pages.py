@@ -1,0 +1,87 @@
+"""What medft's HTML pages are made of: one style, tables, pictures inside the page."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from PIL import Image
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b2733; background: #f6f7f9; margin: 0 }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1rem 4rem }
+h1 { font-size: 1.8rem; margin: 0 } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem }
+p.note { color: #5a6b7b; margin: .3rem 0 }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .8rem }
+figure { margin: 0; padding: .5rem; background: #fff }
+figure { border: 1px solid #dde3e9; border-radius: 6px }
+figure img { width: 100%; height: 9rem; object-fit: contain; background: #000; display: block }
+figcaption { font-size: .82rem; margin-top: .4rem; overflow-wrap: anywhere }
+figcaption b { display: block; color: #5a6b7b; font-weight: 500 }
+img.curves { width: 100%; background: #fff; border: 1px solid #dde3e9; border-radius: 6px }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; background: #fff }
+th, td { text-align: left; padding: .35rem .8rem; border: 1px solid #dde3e9; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+img.curves { display: block }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem }
+.card { background: #fff; border: 1px solid #dde3e9; border-radius: 8px; padding: .8rem 1rem }
+.card b { display: block; font-size: 1.9rem; line-height: 1.2; color: #0b6bcb }
+.card span { color: #5a6b7b; font-size: .85rem }
+.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem }
+.case { display: flex; gap: .8rem; background: #fff; border: 1px solid #dde3e9 }
+.case { border-radius: 8px; padding: .6rem; font-size: .86rem; align-items: flex-start }
+.case > img { width: 7rem; flex: none; background: #000; border-radius: 4px }
+.case dl { margin: 0; overflow-wrap: anywhere } .case dt { color: #5a6b7b; font-size: .76rem }
+.case dd { margin: 0 0 .35rem } .case p { margin: 0 0 .35rem; color: #5a6b7b }
+ins { background: #ffd9d6; text-decoration: none; border-radius: 3px; padding: 0 .15em }
+del { color: #a33; opacity: .75 } dd.right { color: #14703a }
+svg { width: 100%; height: auto; background: #fff; border: 1px solid #dde3e9; border-radius: 8px }
+svg text { font: 13px system-ui, sans-serif; fill: #1b2733 } svg text.s { fill: #5a6b7b }
+details { margin: .6rem 0 } summary { cursor: pointer; color: #0b6bcb }
+pre { background: #fff; border: 1px solid #dde3e9; padding: .8rem; overflow-x: auto }
+pre { font-size: .78rem }
+@media (max-width: 30rem) { .cases { grid-template-columns: 1fr } }
+@media (max-width: 30rem) { .case > img { width: 5.5rem } }
+.warning { background: #fff4d6; border: 1px solid #ecd48a }
+.warning { border-radius: 6px; padding: .5rem .8rem }
+"""
+
+
+def page(title: str, note: str, sections: Iterable[str]) -> str:
+    """A whole HTML page in the style of medft's reports."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
+<body><main><h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>
+{"".join(sections)}</main></body></html>
+"""
+
+
+def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    """An HTML table; whole numbers stand to the right."""
+
+    def cell(value: Any) -> str:
+        kind = ' class="n"' if isinstance(value, int) else ""
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        return f"<td{kind}>{html.escape(shown)}</td>"
+
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>'
+
+
+def inline(picture: bytes, kind: str = "png") -> str:
+    """A picture as the address of an img tag."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def thumbnail_of(image: Image.Image) -> bytes:
+    """A JPEG of an RGB picture, at most 240 pixels wide and high."""
+    small = image.copy()
+    small.thumbnail((240, 240), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, format="JPEG", quality=80)
+    return stream.getvalue()
