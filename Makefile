@@ -22,5 +22,5 @@ check: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,deepspeed]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,deepspeed,dicom]"
 	touch $@

@@ -69,6 +69,34 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--config_file", type=Path, help="of accelerate; default: a single device")
     train.set_defaults(command=_train)
 
+    evaluate = commands.add_parser(
+        "evaluate", help="predictions of a model on held-out rows, their scores, and a page of both"
+    )
+    evaluate.add_argument("source", type=Path, metavar="RUN|MODEL")
+    evaluate.add_argument(
+        "--data", type=Path, metavar="FILE", help="chat JSONL or pairs.parquet; default: the run's"
+    )
+    evaluate.add_argument("--split", choices=["train", "validation", "test"], default="validation")
+    evaluate.add_argument("--against", choices=["base"], help="score the adapter's base as well")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    evaluate.set_defaults(command=_evaluate)
+
+    predict = commands.add_parser("predict", help="reports, embeddings and nearest training cases")
+    predict.add_argument("source", type=Path, metavar="RUN|MODEL")
+    predict.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE|FOLDER|TABLE")
+    predict.add_argument("--prompt", metavar="TEXT", help="for pictures without a question")
+    predict.add_argument(
+        "--siglip", type=Path, metavar="RUN", help="adds embeddings and nearest training cases"
+    )
+    predict.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".jsonl or .csv, continued if there",
+    )
+    predict.set_defaults(command=_predict)
+
     merge = commands.add_parser("merge", help="fold an adapter into its base")
     merge.add_argument("source", type=Path, metavar="RUN|ADAPTER")
     merge.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -152,6 +180,41 @@ def _train(arguments: argparse.Namespace) -> int:
     with process_set_up(quiet=True):
         check(arguments.recipe, arguments.overrides)
     return train(arguments.recipe, arguments.overrides, arguments.config_file)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from medft.evaluation import evaluate
+    from medft.evaluation_report import describe
+    from medft.launch import process_set_up
+
+    with process_set_up():
+        metrics = evaluate(
+            arguments.source,
+            arguments.out,
+            data=arguments.data,
+            split=arguments.split,
+            against_base=arguments.against == "base",
+        )
+    _say(describe(metrics))
+    _say(str(arguments.out / "report.html"))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from medft.launch import process_set_up
+    from medft.predict import predict_files
+
+    with process_set_up():
+        counts = predict_files(
+            arguments.source,
+            arguments.inputs,
+            arguments.out,
+            prompt=arguments.prompt,
+            siglip=arguments.siglip,
+        )
+    _say(
+        f"{arguments.out}: {counts['written']} written ({counts['failed']} of them failed, see "
+        f"error), {counts['kept']} kept from before"
+    )
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -270,15 +270,15 @@ def encoder_lines(encoder: Encoder, rows: Dataset, *, against_base: bool) -> Ite
     others = np.array([i if other is None else other for i, other in enumerate(partners(items))])
     systems: dict[str, dict[str, np.ndarray]] = {}
     retrieved: dict[str, list[list[dict[str, Any]]]] = {}
-    for name in ("tuned", "base") if against_base else ("tuned",):
+    for name in ("base", "tuned") if against_base else ("tuned",):
         logger.info("%s: embeddings of %s pictures and texts", name, len(items))
         with encoder.without_adapter() if name == "base" else nullcontext():
             images = encoder.embed_images(_opened(items))
             captions = encoder.embed_texts(texts)
         systems[name] = _both_ways(images, captions, keys)
         retrieved[name] = _best_texts(images, captions, texts)
-        if name == "tuned":
-            systems["shuffled"] = _both_ways(images[others], captions, keys)
+    systems["shuffled"] = _both_ways(images[others], captions, keys)
+    systems = {"tuned": systems.pop("tuned"), **systems}
     for index, item in enumerate(items):
         yield {
             "id": item.id,

@@ -89,10 +89,10 @@ def evaluation_sections(
     )
     return [
         _headline(metrics),
+        f'<p class="note">Cases drawn by their ids. {legend}</p>'
+        f'<div class="cases">{"".join(cases)}</div>',
         _chart(metrics),
         _figures(metrics),
-        f'<h3>Cases</h3><p class="note">Drawn by their ids. {legend}</p>'
-        f'<div class="cases">{"".join(cases)}</div>',
     ]
 
 
@@ -108,6 +108,17 @@ def interval(estimate: Mapping[str, Any]) -> str:
     if estimate["low"] is None:
         return f"{estimate['value']:.3g} (no interval: {estimate['reason']})"
     return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+    """The figures as lines of text: each metric, n, and every system's value and interval."""
+    systems = metrics["systems"]
+    lines = [f"{metrics['rows']} rows of {metrics['groups']} groups, {metrics['data']}"]
+    for metric, tuned in systems["tuned"].items():
+        values = ", ".join(f"{label(name)} {interval(f[metric])}" for name, f in systems.items())
+        lines.append(f"{label(metric)} (n {tuned['n']}): {values}")
+    lines += [f"chance {name}: {value:.3g}" for name, value in metrics.get("chance", {}).items()]
+    return "\n".join([*lines, *metrics["notes"]])
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
@@ -153,8 +164,9 @@ def _chart(metrics: Mapping[str, Any]) -> str:
         for x in [_across(value)]
     )
     return (
-        f'<h3>Scores and their 95 % intervals</h3><svg viewBox="0 0 680 {y + 26}" role="img" '
-        f'aria-label="scores by system">{grid}{"".join(parts)}</svg>'
+        f'<h3>Scores and their 95 % intervals</h3><div class="scroll"><svg '
+        f'viewBox="0 0 680 {y + 26}" role="img" aria-label="scores by system">'
+        f"{grid}{''.join(parts)}</svg></div>"
     )
 
 
@@ -244,10 +256,15 @@ def _case(
 
 
 def _marked(text: str, reference: str) -> str:
-    """A text with what differs from the reference, word by word: added marked, missing struck."""
+    """A text with what differs from the reference, word by word: added marked, missing struck.
+
+    A text that has little in common with the reference is marked as a whole.
+    """
     own, wanted = text.split(), reference.split()
     parts = []
     matcher = difflib.SequenceMatcher(a=wanted, b=own, autojunk=False)
+    if matcher.ratio() < 0.5:
+        return f"<ins>{html.escape(text)}</ins>"
     for kind, a_start, a_stop, b_start, b_stop in matcher.get_opcodes():
         added = html.escape(" ".join(own[b_start:b_stop]))
         missing = html.escape(" ".join(wanted[a_start:a_stop]))

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -202,6 +203,7 @@ class Generator:
             add_special_tokens=False,
             padding=True,
             padding_side="left",
+            max_length=None,
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
         tokens = self.model.generate(
@@ -349,7 +351,7 @@ def _stored_index(path: Path, key: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as stored:
             return dict(stored) if str(stored["key"]) == key else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, BadZipFile):
         return None
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,8 @@ def process_set_up(*, seed: int | None = None, quiet: bool = False) -> Iterator[
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     level = logging.WARNING if quiet else logging.INFO
     logging.getLogger("medft").setLevel(level if is_first else logging.ERROR)
+    # one library's words to another, not to the user
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()

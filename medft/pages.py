@@ -13,7 +13,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b2733; background: #f6f7f9
 main { max-width: 68rem; margin: 0 auto; padding: 2rem 1rem 4rem }
 h1 { font-size: 1.8rem; margin: 0 } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem }
-p.note { color: #5a6b7b; margin: .3rem 0 }
+p.note { color: #5a6b7b; margin: .3rem 0; overflow-wrap: anywhere }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .8rem }
 figure { margin: 0; padding: .5rem; background: #fff }
 figure { border: 1px solid #dde3e9; border-radius: 6px }
@@ -26,7 +26,7 @@ table { border-collapse: collapse; background: #fff }
 th, td { text-align: left; padding: .35rem .8rem; border: 1px solid #dde3e9; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
 img.curves { display: block }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem }
 .card { background: #fff; border: 1px solid #dde3e9; border-radius: 8px; padding: .8rem 1rem }
 .card b { display: block; font-size: 1.9rem; line-height: 1.2; color: #0b6bcb }
 .card span { color: #5a6b7b; font-size: .85rem }
@@ -38,11 +38,13 @@ img.curves { display: block }
 .case dd { margin: 0 0 .35rem } .case p { margin: 0 0 .35rem; color: #5a6b7b }
 ins { background: #ffd9d6; text-decoration: none; border-radius: 3px; padding: 0 .15em }
 del { color: #a33; opacity: .75 } dd.right { color: #14703a }
-svg { width: 100%; height: auto; background: #fff; border: 1px solid #dde3e9; border-radius: 8px }
+svg { width: 100%; min-width: 34rem; max-width: 52rem; height: auto; display: block }
+svg { background: #fff; border: 1px solid #dde3e9; border-radius: 8px }
 svg text { font: 13px system-ui, sans-serif; fill: #1b2733 } svg text.s { fill: #5a6b7b }
 details { margin: .6rem 0 } summary { cursor: pointer; color: #0b6bcb }
 pre { background: #fff; border: 1px solid #dde3e9; padding: .8rem; overflow-x: auto }
 pre { font-size: .78rem }
+@media (max-width: 30rem) { td { white-space: nowrap } }
 @media (max-width: 30rem) { .cases { grid-template-columns: 1fr } }
 @media (max-width: 30rem) { .case > img { width: 5.5rem } }
 .warning { background: #fff4d6; border: 1px solid #ecd48a }
@@ -76,6 +78,13 @@ def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
 def inline(picture: bytes, kind: str = "png") -> str:
     """A picture as the address of an img tag."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def figure(picture: str, head: str, text: str) -> str:
+    """A picture, from `inline`, with a line above its text."""
+    above = f"<b>{html.escape(head)}</b>" if head else ""
+    caption = f"<figcaption>{above}{html.escape(text)}</figcaption>"
+    return f'<figure><img src="{picture}" alt="">{caption}</figure>'
 
 
 def thumbnail_of(image: Image.Image) -> bytes:

@@ -28,13 +28,18 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Prepared drawn data: pairs.parquet and chat/."""
+    """Prepared drawn data, knee radiographs only: pairs.parquet and chat/."""
     from medft.data.chat import write_chat
     from medft.data.prepare import prepare
-    from medft.demo.phantoms import draw_phantoms
+    from medft.demo.exports import write_exports
 
     folder = tmp_path_factory.mktemp("data")
-    prepare(draw_phantoms(folder / "raw", patients=18, seed=3), folder, max_rejects=0.5)
+    sources = write_exports(folder / "raw", pairs=144, seed=3)
+    spec = yaml.safe_load(sources.read_text())
+    spec["sources"] = spec["sources"][:1]
+    spec["split"]["validation"] = 0.15
+    sources.write_text(yaml.safe_dump(spec))
+    prepare(sources, folder)
     write_chat(folder / "pairs.parquet", folder / "chat")
     return folder
 
@@ -69,6 +74,26 @@ def sections(bases, data):
         return recipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def runs(sections, tmp_path_factory, start_script, output_of):
+    """A finished run of each kind and one on a 4-bit base, trained side by side."""
+    folder = tmp_path_factory.mktemp("runs")
+    processes = []
+    for name, kind, changes in (
+        ("decoder", "decoder", []),
+        ("nf4", "decoder", ["quantization={bits: 4}"]),
+        ("siglip", "siglip", []),
+    ):
+        recipe = sections(kind)
+        recipe["train"] |= {"output_dir": str(folder / name), "max_steps": 8, "learning_rate": 2e-3}
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        processes.append(start_script(kind, file, *changes))
+    for process in processes:
+        output_of(process)
+    return folder
 
 
 @pytest.fixture

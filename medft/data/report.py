@@ -15,7 +15,7 @@ import numpy as np
 
 from medft.data.images import open_image
 from medft.data.pairs import read_pairs, read_rows
-from medft.pages import inline, page, table, thumbnail_of
+from medft.pages import figure, inline, page, table, thumbnail_of
 
 SHOWN_PAIRS = 12
 """Pairs on the contact sheet of a source, drawn by their ids."""
@@ -146,9 +146,7 @@ def _measures(facts: _Facts, source: str) -> str:
 def _figure(row: dict[str, Any]) -> str:
     picture = inline(thumbnail_of(open_image(row["images"][0]["bytes"])), "jpeg")
     more = f" (1 of {len(row['images'])} images)" if len(row["images"]) > 1 else ""
-    question = f"<b>{html.escape(row['question'][:160])}</b>" if row["question"] else ""
-    text = html.escape(row["text"][:240] + more)
-    return f'<figure><img src="{picture}" alt=""><figcaption>{question}{text}</figcaption></figure>'
+    return figure(picture, (row["question"] or "")[:160], row["text"][:240] + more)
 
 
 def _rejects(path: Path) -> str:

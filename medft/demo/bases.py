@@ -321,6 +321,7 @@ def build_siglip(
     image_size: int = 56,
     width: int = 64,
     layers: int = 2,
+    positions: int = 64,
     corpus: Iterable[str] = (),
 ) -> Path:
     """A random SigLIP base of 200 thousand parameters or more, as `from_pretrained` reads it.
@@ -331,6 +332,7 @@ def build_siglip(
         image_size: side of the square input in pixels, a multiple of 14.
         width: hidden width of both towers.
         layers: of each tower.
+        positions: tokens of a text, with padding.
         corpus: sentences whose words should become single tokens.
     """
     tokenizer = siglip_tokenizer([*tokenizer_corpus(), *corpus], folder)
@@ -345,7 +347,7 @@ def build_siglip(
         text_config={
             **tower,
             "vocab_size": tokenizer.vocab_size,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": positions,
             "projection_size": width,
             "bos_token_id": None,
             "eos_token_id": 1,

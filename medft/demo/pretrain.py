@@ -38,8 +38,11 @@ PICTURE = 56
 """Side of the bases' pictures in pixels."""
 
 PICTURES = 10_000
+POSITIONS = 32
+"""Tokens of a text of the tiny SigLIP, half of the released ones: reports are short."""
+
 DECODER_STEPS = 720
-SIGLIP_STEPS = 440
+SIGLIP_STEPS = 320
 PROMPT = "Name what you see."
 
 logger = logging.getLogger(__name__)
@@ -144,7 +147,14 @@ def pretrain_siglip(
     random = np.random.default_rng(seed)
     reports = _reports(random)
     images, captions = _drawn(random, pictures)
-    build_siglip(folder, seed=seed, width=128, layers=4, corpus=[*reports, *captions])
+    build_siglip(
+        folder,
+        seed=seed,
+        width=128,
+        layers=4,
+        positions=POSITIONS,
+        corpus=[*reports, *captions],
+    )
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -155,7 +165,7 @@ def pretrain_siglip(
         nn.init.normal_(embedding.weight, std=1.0)
     pixels = _normalised(images, processor)
     input_ids = processor.tokenizer(
-        captions, padding="max_length", max_length=64, truncation=True, return_tensors="pt"
+        captions, padding="max_length", max_length=POSITIONS, truncation=True, return_tensors="pt"
     )["input_ids"]
 
     def loss(step: int) -> Tensor:

@@ -1,74 +1,99 @@
-"""The demo's page: data, curves and records of its runs, in one file without links."""
+"""The demo's page: what ran, what was learnt and what it looks like, in one file without links."""
 
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medft.data.pairs import read_pairs
-from medft.data.report import inline, page, table
-from medft.runs import read_record
+from medft.data.chat import load_rows
+from medft.data.images import open_image
+from medft.data.pairs import read_rows
+from medft.evaluation import pictures_of, read_lines
+from medft.evaluation_report import evaluation_sections, run_sections
+from medft.pages import figure, inline, page, table, thumbnail_of
+
+SHOWN_PAIRS = 4
+"""Pairs of each source on the page."""
+
+TITLES = {
+    "decoder": "The decoder writes reports",
+    "siglip": "SigLIP finds the text of a picture, and the picture of a text",
+}
 
 
-def write_report(out: Path, summary: dict[str, Any], *, seconds: float) -> Path:
+def write_demo_report(
+    out: Path,
+    summary: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+) -> Path:
     """Write report.html into the demo's folder; returns its path.
 
     Args:
-        out: the demo's folder, its runs finished.
+        out: the demo's folder, everything in its place.
         summary: of the prepared data.
-        seconds: that the demo took.
+        metrics: of both models, by kind.
+        seconds: that each step took.
     """
-    sections = [_data_section(out, summary)]
-    sections += [_run_section(out / kind) for kind in ("siglip", "decoder")]
     note = (
-        f"Drawn pictures, tiny random base models, {seconds:.0f} seconds on this computer. "
-        f"Nothing here is a medical result; medft is for research use."
+        f"Drawn pictures and tiny models, {sum(seconds.values()):.0f} seconds on this computer. "
+        f"Scores compare texts; nothing here is a medical result. For research use."
     )
+    sections = []
+    for kind, title in TITLES.items():
+        sections.append(f"<h2>{title}</h2>")
+        rows = load_rows(out / "data" / "chat" / "validation.jsonl", split="validation")
+        lines = read_lines(out / "evaluation" / kind / "predictions.jsonl")
+        sections += evaluation_sections(lines, metrics[kind], pictures_of(rows, lines))
+    sections += [_new_pictures(out), _data(out, summary), _steps(seconds)]
+    for kind in TITLES:
+        sections += run_sections(out / kind)
     report = out / "report.html"
     report.write_text(page("medft demo", note, sections), encoding="utf-8")
     return report
 
 
-def _data_section(out: Path, summary: dict[str, Any]) -> str:
-    rows = []
+def _steps(seconds: Mapping[str, float]) -> str:
+    rows = [[name, f"{spent:.1f} s"] for name, spent in seconds.items()]
+    return f"<h2>What ran</h2>{table(['step', 'time'], rows)}"
+
+
+def _new_pictures(out: Path) -> str:
+    figures = []
+    with (out / "predictions.jsonl").open(encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            picture = inline(thumbnail_of(open_image(Path(line["image"]))), "jpeg")
+            near = line["nearest"][0]
+            text = f"{line['text']} (nearest case, {near['similarity']:.2f}: {near['text']})"
+            figures.append(figure(picture, "", text))
+    return (
+        '<h2>New pictures</h2><p class="note">What medft predict writes for pictures that no table '
+        "names: the merged decoder's report, and SigLIP's nearest training case.</p>"
+        f'<div class="pairs">{"".join(figures)}</div>'
+    )
+
+
+def _data(out: Path, summary: Mapping[str, Any]) -> str:
+    rows, places, first = [], [], 0
     for name, counts in summary["sources"].items():
         reasons = ", ".join(f"{reason} {count}" for reason, count in counts["reasons"].items())
-        rows.append([name, counts["read"], counts["accepted"], counts["rejected"], reasons])
-    splits = ", ".join(f"{split} {count}" for split, count in summary["splits"].items())
-    figures = []
-    for row, _ in zip(read_pairs(out / "data" / "pairs.parquet"), range(12), strict=False):
-        picture = inline(row["images"][0]["bytes"])
-        text = html.escape(row["text"])
-        figures.append(
-            f'<figure><img src="{picture}" alt=""><figcaption>{text}</figcaption></figure>'
-        )
-    head = ["source", "rows read", "accepted", "rejected", "reasons"]
-    return (
-        f"<h2>Data</h2>{table(head, rows)}<p class='note'>{splits}; "
-        f"{summary['groups']} groups, none in two splits.</p>"
-        f'<h2>Pairs</h2><div class="pairs">{"".join(figures)}</div>'
-    )
-
-
-def _run_section(run: Path) -> str:
-    record = read_record(run)
-    history = json.loads((run / "log_history.json").read_text(encoding="utf-8"))
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    batch = record["batch"]
-    rows = [
-        ["status", record["status"]],
-        ["first and last logged loss", f"{losses[0]:.3f}, {losses[-1]:.3f}"],
-        *([name, _figure(value)] for name, value in record["metrics"].items()),
-        ["trained parameters", f"{record['trainable_parameters']:,}"],
-        ["of", f"{record['total_parameters']:,}"],
-        ["steps", f"{batch['steps']} of {batch['effective']} rows"],
+        numbers = [counts[key] for key in ("read", "accepted", "rejected", "pairs")]
+        rows.append([name, *numbers, reasons])
+        places += range(first, first + SHOWN_PAIRS)
+        first += counts["pairs"]
+    figures = [
+        figure(inline(thumbnail_of(open_image(image["bytes"])), "jpeg"), row["source"], row["text"])
+        for row in read_rows(out / "data" / "pairs.parquet", places)
+        for image in row["images"][:1]
     ]
-    curves = inline((run / "curves.png").read_bytes())
+    with (out / "data" / "rejects.jsonl").open(encoding="utf-8") as file:
+        rejects = [list(json.loads(line).values()) for line in file]
+    splits = ", ".join(f"{split} {count}" for split, count in summary["splits"].items())
+    head = ["source", "rows read", "accepted", "rejected", "pairs", "reasons"]
     return (
-        f'<h2>{run.name}</h2><img class="curves" src="{curves}" alt="curves of {run.name}">'
-        f"{table(['figure', 'value'], rows)}"
+        f"<h2>Data</h2>{table(head, rows)}<p class='note'>{html.escape(splits)}; "
+        f"{summary['groups']:,} patients, none in two splits.</p>"
+        f'<div class="pairs">{"".join(figures)}</div><h3>Rejected rows</h3>'
+        f"{table(['source', 'row', 'reason', 'detail'], rejects)}"
     )
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from medft.demo.phantoms import draw_phantoms
+from medft.demo.exports import write_exports
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def contents(out):
 
 
 def test_killed_at_20_moments_and_repeated(tmp_path):
-    sources = draw_phantoms(tmp_path / "raw", patients=150, seed=4)
+    sources = write_exports(tmp_path / "raw", pairs=400, seed=4)
     began = time.monotonic()
     assert start(sources, tmp_path / "whole").wait() == 0
     duration = time.monotonic() - began

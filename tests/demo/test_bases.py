@@ -4,7 +4,6 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from medft.demo.bases import build_decoder, build_siglip
-from medft.demo.phantoms import draw_phantoms
 from medft.files import file_sha256
 
 
@@ -67,16 +66,3 @@ def test_a_seed_draws_the_same_base_and_another_seed_another(tmp_path):
     build_decoder(tmp_path / "again", seed=1)
     assert file_sha256(tmp_path / "again" / "model.safetensors") == first[0]
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_phantoms_are_drawn_from_their_seed(tmp_path):
-    files = {}
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        draw_phantoms(tmp_path / name, patients=4, seed=seed)
-        files[name] = {
-            path.relative_to(tmp_path / name): path.read_bytes()
-            for path in (tmp_path / name).rglob("*")
-            if path.is_file()
-        }
-    assert files["a"] == files["b"]
-    assert files["a"] != files["c"]

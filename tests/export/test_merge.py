@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -16,26 +15,6 @@ from medft.errors import BaseModelError, RunError
 from medft.export.merge import merge
 from medft.recipe import ModelSection, QuantizationSection
 from medft.siglip.model import resize_positions
-
-
-@pytest.fixture(scope="module")
-def runs(sections, tmp_path_factory, start_script, output_of):
-    """A finished run of each kind and one on a 4-bit base, trained side by side."""
-    folder = tmp_path_factory.mktemp("runs")
-    processes = []
-    for name, kind, changes in (
-        ("decoder", "decoder", []),
-        ("nf4", "decoder", ["quantization={bits: 4}"]),
-        ("siglip", "siglip", []),
-    ):
-        recipe = sections(kind)
-        recipe["train"] |= {"output_dir": str(folder / name), "max_steps": 8}
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(recipe))
-        processes.append(start_script(kind, file, *changes))
-    for process in processes:
-        output_of(process)
-    return folder
 
 
 def decoder_logits(model, bases):
@@ -162,7 +141,8 @@ def test_siglip_with_scale_and_bias_survives_merging(runs, bases, tmp_path):
 def test_a_run_directory_is_complete_and_keeps_no_pickle_in_its_results(runs, bases):
     for name, kind in (("decoder", "decoder"), ("nf4", "decoder"), ("siglip", "siglip")):
         run = runs / name
-        assert {path.name for path in run.iterdir()} == {
+        names = {path.name for path in run.iterdir()} - {"index.npz"}  # kept by medft predict
+        assert names == {
             "adapter", "best_model", "checkpoint-8", "curves.png", "log_history.json",
             "recipe.yaml", "run.json",
         }  # fmt: skip

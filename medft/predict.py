@@ -1,0 +1,225 @@
+"""Predictions for pictures, folders and tables into a file that a stopped run goes on with."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image
+from tqdm import tqdm
+
+from medft.data.dicom import open_dicom
+from medft.data.images import MAX_PIXELS, open_image
+from medft.data.pairs import batched
+from medft.data.tables import Rejected, table_rows
+from medft.data.template import text_of
+from medft.errors import DataError, RunError
+from medft.inference import BATCH, DEFAULT_PROMPT, Prediction, Predictor
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
+"""Endings of the files that are taken from a folder."""
+
+TABLES = (".csv", ".json", ".jsonl", ".parquet")
+"""Endings of tables: column `image` with paths relative to the table, and `question` if any."""
+
+COLUMNS = ("image", "prompt", "model", "siglip", "text", "nearest", "embedding", "error")
+"""Keys of a line of a .jsonl file."""
+
+CSV_COLUMNS = (
+    *("image", "prompt", "model", "siglip", "text"),
+    *("nearest_id", "nearest_text", "nearest_similarity", "error"),
+)
+"""Columns of a .csv file, which has the nearest case only and no embedding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A picture and what is asked about it."""
+
+    image: Path
+    prompt: str
+
+
+def entries_of(inputs: Sequence[Path], prompt: str | None) -> list[Entry]:
+    """The pictures that files, folders and tables name, each once with a prompt.
+
+    Args:
+        inputs: in the order of the command line; folders are searched in the order of names.
+        prompt: for pictures without a question of their own.
+
+    Raises:
+        DataError: a path does not exist, a folder holds no picture, a table lacks `image`.
+    """
+    found: dict[Entry, None] = {}
+    for path in inputs:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+            if not inside:
+                raise DataError(
+                    f"expected pictures in the folder {path}, found none that ends in "
+                    f"{', '.join(PICTURES)}: check the path"
+                )
+            found.update(dict.fromkeys(Entry(p, prompt or DEFAULT_PROMPT) for p in inside))
+        elif not path.is_file():
+            raise DataError(f"expected a picture, folder or table at {path}: check the path")
+        elif path.suffix.lower() in TABLES:
+            found.update(dict.fromkeys(_entries_of_table(path, prompt)))
+        else:
+            found[Entry(path, prompt or DEFAULT_PROMPT)] = None
+    return list(found)
+
+
+def _entries_of_table(table: Path, prompt: str | None) -> Iterator[Entry]:
+    for number, row in enumerate(table_rows(table.suffix.lower()[1:], table), start=1):
+        if isinstance(row, Rejected):
+            raise DataError(f"{table}, row {number}: {row.detail}: correct the table")
+        name = row.get("image")
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(
+                f"expected a column image with paths in {table}, row {number} has none (columns "
+                f"{', '.join(row)}): rename the column or fill it"
+            )
+        question = text_of(row.get("question"))
+        yield Entry(table.parent / name.strip(), question or prompt or DEFAULT_PROMPT)
+
+
+def predict_files(
+    source: Path, inputs: Sequence[Path], out: Path, *, prompt: str | None, siglip: Path | None
+) -> dict[str, int]:
+    """Write a line or row for each picture; what an earlier, stopped run wrote is kept.
+
+    Args:
+        source: a run or model, decoder or SigLIP.
+        inputs: pictures, folders and tables.
+        out: a .jsonl or .csv file.
+        prompt: for pictures without a question of their own.
+        siglip: a SigLIP run beside a decoder: embeddings and nearest training cases.
+
+    Returns:
+        How many were `written`, `kept` from before, and `failed` among those written.
+
+    Raises:
+        DataError: the inputs are wrong.
+        RunError: `out` ends in something else, or holds predictions of other models.
+    """
+    if out.suffix not in (".jsonl", ".csv"):
+        raise RunError(f"expected --out to end in .jsonl or .csv, got {out}: rename it")
+    entries = entries_of(inputs, prompt)
+    head = {"model": str(source), "siglip": "" if siglip is None else str(siglip)}
+    kept = _kept_rows(out, head)
+    done = {(row["image"], row["prompt"]) for row in kept}
+    left = [entry for entry in entries if (str(entry.image), entry.prompt) not in done]
+    counts = {"written": 0, "kept": len(kept), "failed": 0}
+    if not left:
+        return counts
+    predictor = Predictor.load(source, siglip=siglip)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _rewrite(out, kept)
+    progress = tqdm(total=len(left), desc="pictures", disable=not sys.stderr.isatty())
+    with out.open("a", encoding="utf-8", newline="") as file, closing(progress):
+        write = _writer(out, file)
+        for chunk in batched(left, BATCH):
+            for row in _predicted(predictor, chunk):
+                write({**row, **head})
+                counts["written"] += 1
+                counts["failed"] += row["error"] is not None
+            file.flush()
+            progress.update(len(chunk))
+    return counts
+
+
+def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
+    pictures: dict[int, Image.Image] = {}
+    errors: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        try:
+            pictures[index] = _opened(entry.image)
+        except DataError as error:
+            errors[index] = str(error)
+        except Rejected as verdict:
+            errors[index] = verdict.detail
+    predictions: dict[int, Prediction] = {}
+    if pictures:
+        prompts = [entries[index].prompt for index in pictures]
+        found = predictor.predict_batch(list(pictures.values()), prompts)
+        predictions = dict(zip(pictures, found, strict=True))
+    nothing = Prediction(text=None, embedding=None, nearest=[])
+    for index, entry in enumerate(entries):
+        prediction = predictions.get(index, nothing)
+        embedding = prediction.embedding
+        yield {
+            "image": str(entry.image),
+            "prompt": entry.prompt,
+            "text": prediction.text,
+            "nearest": [asdict(case) for case in prediction.nearest],
+            "embedding": None if embedding is None else [round(float(x), 6) for x in embedding],
+            "error": errors.get(index),
+        }
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.suffix.lower() == ".dcm":
+        return next(iter(open_dicom(path, max_pixels=MAX_PIXELS, every_frame=False)))
+    return open_image(path)
+
+
+def _writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
+    """Writes a row as a line of JSON, or the part of it that a table holds."""
+    if out.suffix == ".jsonl":
+        return lambda row: file.write(
+            json.dumps({name: row[name] for name in COLUMNS}, ensure_ascii=False) + "\n"
+        )
+    table = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+
+    def write(row: dict[str, Any]) -> None:
+        nearest = row["nearest"][0] if row.get("nearest") else {}
+        table.writerow(row | {f"nearest_{name}": value for name, value in nearest.items()})
+
+    return write
+
+
+def _kept_rows(out: Path, head: dict[str, str]) -> list[dict[str, Any]]:
+    """The whole rows of an earlier run's file; a last one that was torn is left out.
+
+    Raises:
+        RunError: it is another file, or of other models.
+    """
+    if not out.exists():
+        return []
+    with out.open(encoding="utf-8", newline="") as file:
+        content = file.read()
+    content = content[: content.rfind("\n") + 1]
+    try:
+        if out.suffix == ".jsonl":
+            rows = [json.loads(line) for line in content.splitlines() if line]
+        else:
+            table = csv.DictReader(content.splitlines(keepends=True))
+            rows = [row for row in table if row["error"] is not None]  # torn: columns are missing
+        models = {(row["model"], row["siglip"]) for row in rows}
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise RunError(
+            f"expected predictions in {out}, it holds something else: choose another --out"
+        ) from error
+    if models - {(head["model"], head["siglip"])}:
+        raise RunError(
+            f"expected predictions of {' and '.join(filter(None, head.values()))} in {out}, it "
+            f"holds those of {' and '.join(filter(None, min(models)))}: choose another --out"
+        )
+    return rows
+
+
+def _rewrite(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The file with its whole rows, or a new one with its heading."""
+    draft = out.with_name(f".{out.name}.draft")
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        if out.suffix == ".csv":
+            csv.DictWriter(file, CSV_COLUMNS).writeheader()
+            csv.DictWriter(file, CSV_COLUMNS).writerows(rows)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(draft, out)

@@ -1,0 +1,109 @@
+"""Predictions for files, folders and tables; a stopped run goes on; a bad picture is a row."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from medft.errors import DataError, RunError
+from medft.inference import DEFAULT_PROMPT
+from medft.predict import CSV_COLUMNS, entries_of, predict_files
+
+
+@pytest.fixture(scope="module")
+def knees(data):
+    return data / "raw" / "knee" / "images"
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_files_folders_and_tables_name_each_picture_once(knees, tmp_path):
+    table = tmp_path / "cases.csv"
+    table.write_text(f"image,question\n{knees / '0001.png'},Left?\n{knees / '0002.png'},\n")
+    found = entries_of([knees / "0000.png", table, knees], None)
+    asked = {(entry.image.name, entry.prompt) for entry in found}
+    assert ("0001.png", "Left?") in asked
+    assert ("0002.png", DEFAULT_PROMPT) in asked
+    assert len(found) == len(asked) == len(list(knees.iterdir())) + 1
+    assert {entry.prompt for entry in entries_of([knees], "What?")} == {"What?"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "none.png", "expected a picture, folder or table"),
+        (lambda folder: folder / "empty", "found none"),
+        (lambda folder: folder / "other.csv", "expected a column image"),
+    ],
+)
+def test_inputs_that_name_no_picture_are_refused(make, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.csv").write_text("file\na.png\n")
+    with pytest.raises(DataError, match=message):
+        entries_of([make(tmp_path)], None)
+
+
+def test_a_stopped_run_goes_on_and_ends_as_a_whole_one(runs, knees, tmp_path):
+    inputs = sorted(knees.glob("000*.png"))
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    counts = predict_files(runs / "decoder", inputs, whole, prompt=None, siglip=runs / "siglip")
+    assert counts == {"written": len(inputs), "kept": 0, "failed": 0}
+    lines = whole.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:4]) + lines[4][:50])  # killed while it wrote
+    counts = predict_files(runs / "decoder", inputs, out, prompt=None, siglip=runs / "siglip")
+    assert counts == {"written": len(inputs) - 4, "kept": 4, "failed": 0}
+    texts = [{**row, "embedding": None} for row in read(out)]
+    assert texts == [{**row, "embedding": None} for row in read(whole)]
+    first = read(whole)[0]
+    assert first["image"] == str(inputs[0])
+    assert isinstance(first["text"], str)
+    assert len(first["embedding"]) == 64
+    assert len(first["nearest"]) == 5
+    with pytest.raises(RunError, match="expected predictions of"):
+        predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
+    assert len(read(out)) == len(inputs)
+
+
+def test_a_picture_that_cannot_be_read_is_a_row_with_its_error(runs, knees, tmp_path):
+    out = tmp_path / "out.csv"
+    inputs = [knees / "0000.png", knees / "torn.png", knees / "0001.png"]
+    counts = predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
+    assert counts == {"written": 3, "kept": 0, "failed": 1}
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == CSV_COLUMNS
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert "torn.png" in rows[1]["error"]
+    assert float(rows[0]["nearest_similarity"]) > 0
+    content = out.read_bytes()
+    out.write_bytes(content[: content.rfind(b"0001.png") + 20])
+    counts = predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
+    assert counts == {"written": 1, "kept": 2, "failed": 0}
+    assert out.read_bytes() == content
+
+
+def test_only_torn_pictures_give_only_errors(runs, knees, tmp_path):
+    counts = predict_files(
+        runs / "siglip", [knees / "torn.png"], tmp_path / "o.jsonl", prompt=None, siglip=None
+    )
+    assert counts == {"written": 1, "kept": 0, "failed": 1}
+
+
+def test_wrong_input_is_one_sentence(runs, knees, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"my": "notes"}\n')
+    for words, message in (
+        ((runs / "siglip", knees, "--out", tmp_path / "a.txt"), "to end in .jsonl or .csv"),
+        ((runs / "siglip", knees, "--out", tmp_path / "mine.jsonl"), "holds something else"),
+        ((tmp_path, knees, "--out", tmp_path / "a.csv"), "expected a run or an adapter folder"),
+    ):
+        command = [sys.executable, "-m", "medft.cli", "predict", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "mine.jsonl").read_text() == '{"my": "notes"}\n'
+    assert not (tmp_path / "a.csv").exists()
