@@ -1,5 +1,6 @@
 """Tiny bases and drawn data, made once; every test is offline."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +43,21 @@ def data(tmp_path_factory):
     prepare(sources, folder)
     write_chat(folder / "pairs.parquet", folder / "chat")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_rows(data):
+    """A chat file whose rows have no, one and two images: 5, 15 and 7 of them."""
+    lines = (data / "chat" / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:27]]
+    for row in rows[:5]:
+        row["images"], row["messages"][0]["content"][:1] = [], []
+    for row in rows[20:]:
+        row["images"] *= 2
+        row["messages"][0]["content"][:0] = [{"type": "image"}]
+    file = data / "chat" / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 @pytest.fixture(scope="session")

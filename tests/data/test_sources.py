@@ -12,6 +12,7 @@ from PIL import Image
 from medft.data.pairs import perceptual_hash, read_pairs
 from medft.data.prepare import prepare
 from medft.data.sources import load_sources
+from medft.data.splits import join_groups
 from medft.errors import DataError, RecipeError
 
 
@@ -257,3 +258,21 @@ def test_templates_take_names_only(export, tmp_path, template):
     )
     with pytest.raises((RecipeError, DataError)):
         prepare(sources, tmp_path / "out")
+
+
+def test_a_picture_that_changes_while_it_is_prepared_is_an_error(export, tmp_path, monkeypatch):
+    """Pictures that are stored as they came are read twice; they must be what was hashed."""
+    from medft.data import prepare as prepare_module
+
+    sources = export(b"file,report\n0.png,first\n1.png,second\n", YAML % "")
+
+    def join_late(*arguments):
+        (tmp_path / "images" / "1.png").write_bytes((tmp_path / "images" / "2.png").read_bytes())
+        return join_groups(*arguments)
+
+    monkeypatch.setattr(prepare_module, "join_groups", join_late)
+    with pytest.raises(DataError, match=r"1\.png was changed meanwhile"):
+        prepare(sources, tmp_path / "out")
+    assert not (tmp_path / "out" / "pairs.parquet").exists()
+    monkeypatch.undo()
+    assert prepare(sources, tmp_path / "out")["pairs"] == 2

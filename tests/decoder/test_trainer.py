@@ -18,7 +18,7 @@ from medft.decoder.families import MLLAMA
 from medft.decoder.inputs import prepare_inputs
 from medft.decoder.model import load_model
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
-from medft.errors import RecipeError
+from medft.errors import MedftError, RecipeError
 from medft.recipe import DecoderRecipe
 
 
@@ -238,3 +238,47 @@ def test_without_lora_every_weight_is_trained_in_float32(sections, write_recipe)
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all("embedding" in name for name in still), still  # of tile arrangements unseen here
+
+
+def orders(made, **options):
+    """The ids of the batches that a training takes, in its order."""
+    seen, collate = [], made.data_collator
+
+    def noted(rows):
+        seen.append([row["id"] for row in rows])
+        return collate(rows)
+
+    made.data_collator = noted
+    made.train(**options)
+    return seen
+
+
+def test_rows_of_different_image_counts_train_in_batches_of_their_own(trainer, mixed_rows):
+    made = trainer(
+        [f"data.train={mixed_rows}", "data.validation=null"], num_train_epochs=1, max_steps=-1
+    )
+    rows = {row["id"]: len(row["images"]) for row in made.train_dataset}
+    seen = orders(made)
+    counts = [{rows[name] for name in batch} for batch in seen]
+    assert all(len(count) == 1 for count in counts)
+    assert {next(iter(count)) for count in counts} == {0, 1, 2}
+    assert {name for batch in seen for name in batch} == set(rows)
+    assert sum(map(len, seen)) == 6 + 15 + 9 == made._sampler.repeats + len(rows)
+
+
+def test_mixed_rows_resume_in_the_middle_of_an_epoch(trainer, mixed_rows):
+    train = {"max_steps": 16, "save_strategy": "steps", "save_steps": 13}
+    whole = trainer([f"data.train={mixed_rows}", "data.validation=null"], **train)
+    order = orders(whole)
+    assert order[:3] != order[10:13]  # ten rounds an epoch, each epoch in an order of its own
+    again = trainer([f"data.train={mixed_rows}", "data.validation=null"], **train)
+    checkpoint = f"{whole.args.output_dir}/checkpoint-13"
+    assert orders(again, resume_from_checkpoint=checkpoint) == order[13:]
+
+
+def test_validation_rows_of_different_image_counts_need_batches_of_one(trainer, mixed_rows):
+    changes = [f"data.validation={mixed_rows}"]
+    with pytest.raises(MedftError, match="per_device_eval_batch_size: 1"):
+        trainer(changes)
+    made = trainer([*changes, "train.per_device_eval_batch_size=1"])
+    assert math.isfinite(made.evaluate()["eval_loss"])

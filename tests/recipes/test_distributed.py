@@ -51,9 +51,14 @@ def losses(file):
     return [entry["loss"] for entry in history if "loss" in entry], run
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(recipe):
+@pytest.mark.parametrize("rows", ["one image", "mixed"])
+def test_two_processes_train_as_one_with_twice_the_batch(recipe, rows, mixed_rows):
     words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612"]
     two = recipe("decoder", per_device_train_batch_size=3)
+    if rows == "mixed":
+        content = yaml.safe_load(two.read_text())
+        content["data"]["train"] = str(mixed_rows)
+        two.write_text(yaml.safe_dump(content))
     finish([*words, script("decoder"), str(two)])
     first, run = losses(two)
     record = json.loads((run / "run.json").read_text())
