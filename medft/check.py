@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medft.base import identify_base
+from medft.data.chat import describe_counts
 from medft.decoder import inputs as decoder_inputs
 from medft.decoder.inputs import DecoderInputs
 from medft.decoder.trainer import decoder_arguments
@@ -54,9 +55,12 @@ def check(file: Path, overrides: list[str]) -> Checked:
 
 
 def describe_check(checked: Checked) -> str:
-    """What a check found, for reading: the resolved recipe, targets, examples and arithmetic."""
+    """What a check found, for reading: the resolved recipe, rows, targets, examples, arithmetic."""
     recipe, inputs, batch = checked.recipe, checked.inputs, checked.batch
     lines = [recipe.dump()]
+    for split, known in inputs.record.items():
+        counts = {name: count for name, count in known.items() if name not in ("path", "sha256")}
+        lines.append(f"{split}: {describe_counts(counts)}")
     lines += [f"adapters: {inputs.adapter_plan}"]
     lines += [f"example: {example}" for example in inputs.examples()]
     lines += [

@@ -168,7 +168,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from medft.check import check, describe_check
     from medft.launch import process_set_up
 
-    with process_set_up():
+    with process_set_up(quiet=True):
         checked = check(arguments.recipe, arguments.overrides)
         _say(describe_check(checked))
 

@@ -220,9 +220,9 @@ def _check_special_tokens(
 
 def _sampler(train: Dataset, arguments: TrainingArguments) -> ImageCountSampler | None:
     image_counts = [len(images) for images in train["images"]]
-    if len(set(image_counts)) == 1 or arguments.per_device_train_batch_size == 1:
-        return None
     round_size = arguments.per_device_train_batch_size * arguments.world_size
+    if len(set(image_counts)) == 1 or round_size == 1:
+        return None
     return ImageCountSampler(image_counts, round_size=round_size, seed=arguments.seed)
 
 

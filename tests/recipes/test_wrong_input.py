@@ -1,6 +1,7 @@
 """Wrong input is one clear sentence and exit code 2, by each of the three ways to start a run."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -148,26 +149,39 @@ def test_a_good_recipe_is_shown_whole(sections, write_recipe, capfd):
     assert start("check", "decoder", [str(file), "train.gradient_accumulation_steps=2"]) == 0
     printed = capfd.readouterr().out
     assert "adapters: 28 language; " in printed
+    for figures in (r"tokens a row median: \d+, p95: \d+, p99: \d+, longest: \d+", "answers cut 0"):
+        assert re.search(f"train: .*{figures}", printed)
+    assert re.search(r"validation: .*images a row 1: \d+", printed)
     assert ">>>" in printed
     assert "3 per device x 2 accumulation x 1 devices = 6 rows a step" in printed
     assert "adam_beta2: 0.95" in printed
     assert not (file.parent / "run").exists()
 
 
-def test_mixed_image_counts_are_refused_for_batches_and_taken_alone(
+def test_mixed_image_counts_are_shown_and_fill_rounds_of_their_own(
+    sections, write_recipe, mixed_rows, capfd
+):
+    file = write_recipe(sections("decoder"))
+    assert start("check", "decoder", [str(file), f"data.train={mixed_rows}"]) == 0
+    printed = capfd.readouterr().out
+    assert "images a row 0: 5, 1: 15, 2: 7" in printed
+    assert "10 an epoch" in printed  # 6 + 15 + 9 rows in batches of three
+
+
+def test_captions_that_siglips_tokenizer_cannot_tell_apart_are_shown(
     sections, write_recipe, data, tmp_path, capfd
 ):
     image = next((data / "chat" / "images").iterdir())
-    mixed = lines(
-        tmp_path / "mixed.jsonl",
-        {"images": [str(image)], "messages": [QUESTION, ANSWER]},
-        {"images": [], "messages": [QUESTION, ANSWER]},
-    )
-    file = write_recipe(sections("decoder"))
-    assert start("check", "decoder", [str(file), f"data.train={mixed}"]) == 2
-    assert "per_device_train_batch_size: 1" in capfd.readouterr().err
-    words = [str(file), f"data.train={mixed}", "train.per_device_train_batch_size=1"]
-    assert start("check", "decoder", words) == 0
+    rows = [
+        {"images": [str(image)], "messages": [QUESTION, {"role": "assistant", "content": text}]}
+        for text in ("HER2+ seen.", "HER2- seen.", "A cyst.")
+    ]
+    path = lines(tmp_path / "x.jsonl", *rows)
+    file = write_recipe(sections("siglip"))
+    words = [str(file), f"data.train={path}", "data.validation=null"]
+    assert start("check", "siglip", words) == 0
+    printed = capfd.readouterr().out
+    assert "captions with the same tokens 2; such as 'HER2+ seen.' = 'HER2- seen.'" in printed
 
 
 @pytest.mark.parametrize("text", ["<|image|>", "<|image|><|image|>"])
@@ -183,9 +197,7 @@ def test_image_tokens_hidden_in_text_are_found(
     assert "row r8: expected one image token for each of its 0 images" in capfd.readouterr().err
 
 
-def test_long_prompts_are_an_error_or_dropped_and_counted(
-    sections, write_recipe, tmp_path, capfd, caplog
-):
+def test_long_prompts_are_an_error_or_dropped_and_counted(sections, write_recipe, tmp_path, capfd):
     long = [{"role": "user", "content": "why " * 90}, ANSWER]
     rows = [
         {"id": "long", "images": [], "messages": long},
@@ -197,4 +209,4 @@ def test_long_prompts_are_an_error_or_dropped_and_counted(
     assert start("check", "decoder", words) == 2
     assert "row long: expected a prompt below data.max_length (96)" in capfd.readouterr().err
     assert start("check", "decoder", [*words, "data.too_long=drop"]) == 0
-    assert "train: rows kept 1, rows dropped 1" in caplog.text
+    assert "train: rows 2; rows kept 1; rows dropped 1" in capfd.readouterr().out
