@@ -21,7 +21,7 @@ from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
 
-from medft.data.chat import Message, first_texts, image_source, load_rows, messages_of
+from medft.data.chat import Message, image_source, load_rows, messages_of
 from medft.data.images import open_image
 from medft.data.pairs import batched, thumbnail
 from medft.errors import DataError, RunError
@@ -220,7 +220,8 @@ def nearest_texts(items: Sequence[Item], train: Dataset) -> list[str | None]:
 def _pool(train: Dataset) -> Dataset:
     if len(train) <= TRAINING_POOL:
         return train
-    drawn = sorted(range(len(train)), key=lambda index: _draw(train[index]["id"]))
+    ids = train["id"]
+    drawn = sorted(range(len(train)), key=lambda index: _draw(ids[index]))
     return train.select(sorted(drawn[:TRAINING_POOL]))
 
 
@@ -258,7 +259,7 @@ def encoder_lines(encoder: Encoder, rows: Dataset, *, against_base: bool) -> Ite
             source=row["source"] or "",
             prompt=[],
             images=[image],
-            reference=first_texts(messages_of(row))["answer"],
+            reference=encoder.caption_of(row),
         )
         for row in rows
         for number, image in enumerate(row["images"])

@@ -23,16 +23,18 @@ from transformers import AutoModel, AutoModelForImageTextToText, ProcessorMixin
 
 from medft.adapters import NOTES_FILE, check_same_base, find_adapter, load_adapter, read_notes
 from medft.base import check_local_base, load_config, load_processor, load_weights
-from medft.data.chat import Message, first_texts, image_source, load_rows, messages_of
+from medft.data.chat import Message, image_source, load_rows
 from medft.data.images import open_image
 from medft.data.pairs import batched
 from medft.decoder.collator import ConversationEncoder, limit_tiles
 from medft.decoder.families import family_of
+from medft.decoder.model import fix_cross_attention
 from medft.decoder.model import load_model as load_decoder
 from medft.errors import BaseModelError, RunError
 from medft.files import file_sha256
 from medft.recipe import ModelSection, QuantizationSection
 from medft.runs import read_record
+from medft.siglip.inputs import caption_of
 from medft.siglip.model import (
     check_family,
     embed_images,
@@ -160,9 +162,12 @@ class Generator:
                 QuantizationSection(**quantization) if quantization else None,
                 trains_all=False,
             )
-            model = load_adapter(model, trained.folder)
         else:
             model = load_weights(AutoModelForImageTextToText, trained.base, dtype="auto")
+        if trained.notes.get("cross_attention_fix"):
+            fix_cross_attention(model, family)
+        if trained.is_adapter:
+            model = load_adapter(model, trained.folder)
         processor = load_processor(ModelSection(base=str(trained.folder)))
         return cls(model.to(_device()), processor, notes=trained.notes, family=family.model_type)
 
@@ -216,10 +221,26 @@ class Generator:
 class Encoder:
     """A SigLIP that gives pictures and texts embeddings of length 1."""
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin, *, max_length: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        *,
+        max_length: int,
+        caption: str | None = None,
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: on its device, with or without adapter.
+            processor: as it was trained with.
+            max_length: tokens that a text is padded or cut to.
+            caption: template that it was trained with, as `data.caption` in a recipe.
+        """
         self.model = model.eval()
         self.processor = processor
         self.max_length = max_length
+        self._caption = caption
 
     @classmethod
     def load(cls, source: Path) -> "Encoder":
@@ -245,7 +266,12 @@ class Encoder:
             model.to(_device()),
             processor,
             max_length=trained.notes.get("max_length", positions),
+            caption=trained.notes.get("caption"),
         )
+
+    def caption_of(self, row: dict[str, Any]) -> str:
+        """The caption of a row of `load_rows`, made as in training."""
+        return caption_of(row, self._caption)
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Embeddings inside this block are those of the base.
@@ -358,7 +384,7 @@ def _stored_index(path: Path, key: str) -> dict[str, np.ndarray] | None:
 def _embedded(path: Path, encoder: Encoder) -> dict[str, np.ndarray]:
     rows = load_rows(path, split="train")
     places = [(row["id"], image) for row in rows for image in row["images"]]
-    texts = {row["id"]: first_texts(messages_of(row))["answer"] for row in rows}
+    texts = {row["id"]: encoder.caption_of(row) for row in rows}
     images = (open_image(image_source(image)) for _, image in places)
     return {
         "ids": np.array([name for name, _ in places]),

@@ -38,7 +38,8 @@ class DecoderModelSection(ModelSection):
     """The base of a decoder."""
 
     cross_attention_fix: bool = False
-    """Mllama: mask the cross-attention output of rows without image."""
+    """Mllama: tokens that may see no image get nothing from cross-attention, so that a row does not
+    depend on its neighbours; noted in medft.json, since it differs from stock inference."""
 
     vision_cache: str | None = None
     """Folder for the frozen tower's outputs."""
@@ -291,9 +292,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 "lora: null trains every weight, which a 4-bit base does not allow: "
                 "write quantization: null, or give lora"
             ]
-        for key in ("cross_attention_fix", "vision_cache"):
-            if getattr(recipe.model, key):
-                return [f"model.{key} is not available in this version: remove it"]
+        if recipe.model.vision_cache:
+            return ["model.vision_cache is not available in this version: remove it"]
     evaluates = recipe.train.get("eval_strategy", "no") != "no"
     if evaluates and recipe.data.validation is None:
         return [

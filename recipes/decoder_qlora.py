@@ -37,7 +37,11 @@ def main(argv: list[str]) -> None:
             batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
         ) as run:
             model = load_model(
-                recipe.model, inputs.family, recipe.quantization, trains_all=recipe.lora is None
+                recipe.model,
+                inputs.family,
+                recipe.quantization,
+                trains_all=recipe.lora is None,
+                cross_attention_fix=recipe.model.cross_attention_fix,
             )
             if recipe.lora:
                 model = attach_adapter(

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
                 "image_size": recipe.data.image_size,
                 "max_length": recipe.data.max_length,
                 "dtype": recipe.model.dtype,
+                "caption": recipe.data.caption,
             }
             trainer = SiglipTrainer(model, arguments, inputs, recipe.contrastive, notes)
             run.train(trainer, checkpoint)

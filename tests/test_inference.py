@@ -10,7 +10,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from medft.data.chat import load_rows
+from medft.data.chat import first_texts, load_rows, messages_of
 from medft.data.images import open_image
 from medft.errors import BaseModelError, RunError
 from medft.export.merge import merge
@@ -161,3 +161,15 @@ def test_three_lines_give_a_report_an_embedding_and_cases(runs, pictures):
     assert [case.id for case in alone.nearest] == [case.id for case in prediction.nearest]
     with pytest.raises(BaseModelError, match="expected a decoder"):
         Predictor.load(runs / "siglip", siglip=runs / "siglip")
+
+
+def test_captions_are_made_as_in_training(runs, data, tmp_path):
+    row = load_rows(data / "chat" / "train.jsonl", split="train")[0]
+    texts = first_texts(messages_of(row))
+    assert Encoder.load(runs / "siglip").caption_of(row) == texts["answer"]
+    adapter = tmp_path / "adapter"
+    shutil.copytree(runs / "siglip" / "adapter", adapter)
+    notes = json.loads((adapter / "medft.json").read_text())
+    (adapter / "medft.json").write_text(json.dumps({**notes, "caption": "{question} {answer}"}))
+    expected = f"{texts['question']} {texts['answer']}"
+    assert Encoder.load(adapter).caption_of(row) == expected

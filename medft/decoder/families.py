@@ -4,10 +4,13 @@ A family is chosen by `model_type` in the base's config.json. Code elsewhere ask
 never tests for a name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+from torch import nn
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
 from medft.errors import BaseModelError
 
@@ -27,6 +30,35 @@ class Family:
 
     template_arguments: Mapping[str, Any]
     """Values that the chat template would otherwise take from the clock."""
+
+    fix_cross_attention: Callable[[nn.Module], None] | None
+    """Makes a loaded model's rows independent of their neighbours, where the stock code mixes them;
+    None for a family without that flaw."""
+
+
+def _mask_output_of_cross_attention(model: nn.Module) -> None:
+    """Make Mllama's tokens that may see no image get nothing from cross-attention.
+
+    Stock code gives such tokens (all of a row without image, and those before its first image) the
+    same small weight on every vision token, also on those that pad the row to the number of images
+    of its neighbours and to four tiles; only the feed-forward part is masked (transformers#39379).
+    """
+    for layer in model.modules():
+        if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+            layer.register_forward_pre_hook(_note_which_tokens_see, with_kwargs=True)
+            layer.cross_attn.register_forward_hook(_mask_output)
+
+
+def _note_which_tokens_see(
+    layer: MllamaCrossAttentionDecoderLayer, arguments: tuple, keywords: dict[str, Any]
+) -> None:
+    # the layer's own forward does not hand this on; a recomputed layer comes by here again
+    layer.cross_attn.tokens_that_see = keywords["full_text_row_masked_out_mask"]
+
+
+def _mask_output(attention: nn.Module, arguments: tuple, output: tuple) -> tuple:
+    mask = attention.tokens_that_see
+    return output if mask is None else (mask[:, 0] * output[0], *output[1:])
 
 
 _MLLAMA_LAYERS = r"model\.language_model\.layers\.\d+"
@@ -61,6 +93,7 @@ MLLAMA = Family(
     # The release writes today's date into conversations without image; it is frozen to the
     # template's own fallback, so that a row has the same tokens tomorrow.
     template_arguments=MappingProxyType({"date_string": "26 Jul 2024"}),
+    fix_cross_attention=_mask_output_of_cross_attention,
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({MLLAMA.model_type: MLLAMA})

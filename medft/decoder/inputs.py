@@ -23,7 +23,13 @@ from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator
 from medft.decoder.families import Family, family_of
 from medft.decoder.sampler import ImageCountSampler
 from medft.errors import BaseModelError, DataError, Findings
-from medft.recipe import DecoderDataSection, LoraSection, ModelSection, QuantizationSection
+from medft.recipe import (
+    DecoderDataSection,
+    DecoderModelSection,
+    LoraSection,
+    ModelSection,
+    QuantizationSection,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +129,12 @@ def prepare_inputs(
 
 
 def inference_notes(
-    model: ModelSection, data: DecoderDataSection, quantization: QuantizationSection | None
+    model: DecoderModelSection, data: DecoderDataSection, quantization: QuantizationSection | None
 ) -> dict[str, Any]:
     """What a trained adapter's user must do as training did, for medft.json."""
     return {
         "dtype": model.dtype,
+        "cross_attention_fix": model.cross_attention_fix,
         "quantization": quantization and quantization.model_dump(),
         "max_length": data.max_length,
         "max_image_tiles": data.max_image_tiles,

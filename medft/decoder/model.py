@@ -22,6 +22,7 @@ def load_model(
     quantization: QuantizationSection | None,
     *,
     trains_all: bool,
+    cross_attention_fix: bool = False,
 ) -> PreTrainedModel:
     """The base with its weights, frozen parts in model.dtype.
 
@@ -30,9 +31,11 @@ def load_model(
         family: of the base.
         quantization: None for none.
         trains_all: full fine-tuning; then all weights are float32.
+        cross_attention_fix: whether rows become independent of their neighbours.
 
     Raises:
-        BaseModelError: it cannot be loaded, or another set of layers became 4-bit than asked for.
+        BaseModelError: it cannot be loaded, its family has no such fix, or another set of layers
+            became 4-bit than asked for.
     """
     dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
     config = quantization and bitsandbytes_config(quantization, family, dtype)
@@ -41,7 +44,23 @@ def load_model(
     )
     if quantization:
         check_quantized(loaded, family, quantization)
+    if cross_attention_fix:
+        fix_cross_attention(loaded, family)
     return loaded
+
+
+def fix_cross_attention(model: nn.Module, family: Family) -> None:
+    """Make a model's rows independent of their neighbours, as `model.cross_attention_fix` asks.
+
+    Raises:
+        BaseModelError: the family has no cross-attention that mixes rows.
+    """
+    if family.fix_cross_attention is None:
+        raise BaseModelError(
+            f"expected model.cross_attention_fix for a family that needs it, {family.model_type} "
+            f"does not mix rows: remove it"
+        )
+    family.fix_cross_attention(model)
 
 
 def bitsandbytes_config(

@@ -220,7 +220,7 @@ def _plan(config: PreTrainedConfig, lora: LoraSection, arguments: TrainingArgume
 
 def _pairs(path: Path, split: str, template: str | None) -> PairDataset:
     rows = load_rows(path, split=split)
-    captions = [_caption(row, template) for row in rows.remove_columns("images")]
+    captions = [caption_of(row, template) for row in rows.remove_columns("images")]
     empty = [row for row, caption in zip(rows["id"], captions, strict=True) if not caption]
     if empty:
         raise DataError(
@@ -233,7 +233,12 @@ def _pairs(path: Path, split: str, template: str | None) -> PairDataset:
     return pairs
 
 
-def _caption(row: dict[str, Any], template: str | None) -> str:
+def caption_of(row: dict[str, Any], template: str | None) -> str:
+    """The caption of a row of `load_rows`: a template over it, or its first assistant text.
+
+    Raises:
+        RecipeError: the template names what the row does not have.
+    """
     texts = first_texts(messages_of(row))
     if template is None:
         return texts["answer"]
