@@ -7,11 +7,13 @@ import difflib
 import hashlib
 import html
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medft.metrics.text import words
 from medft.pages import inline, page, table
 from medft.runs import read_record
 
@@ -122,7 +124,7 @@ def describe(metrics: Mapping[str, Any]) -> str:
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
-    main = "image_to_text_recall@1" if metrics["kind"] == "siglip" else "finding_f1"
+    main = _main_metric(metrics)
     cards = []
     for name, figures in metrics["systems"].items():
         value = figures[main]
@@ -142,6 +144,14 @@ def _headline(metrics: Mapping[str, Any]) -> str:
             f"recall@1, pool of {metrics['pool']:,} with {metrics['texts']:,} texts</span></div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _main_metric(metrics: Mapping[str, Any]) -> str:
+    """What the page shows first: for reports findings, for questions how many are right."""
+    if metrics["kind"] == "siglip":
+        return "image_to_text_recall@1"
+    closed = metrics["systems"]["tuned"]["closed_accuracy"]["n"]
+    return "closed_accuracy" if 3 * closed >= metrics["rows"] else "finding_f1"
 
 
 def _chart(metrics: Mapping[str, Any]) -> str:
@@ -223,8 +233,9 @@ def _answer_case(line: Mapping[str, Any], picture: bytes | None) -> str:
     entries = [("reference", html.escape(line["reference"]), "")]
     for name, text in line["predictions"].items():
         if name != "shuffled":
-            same = text is not None and text.split() == line["reference"].split()
+            same = text is not None and words(text) == words(line["reference"])
             marked = _marked(text, line["reference"]) if text else "<i>no answer</i>"
+            marked = html.escape(text) if same else marked
             entries.append((label(name), marked, ' class="right"' if same else ""))
     return _case(line, picture, f"<p>{html.escape(line['question'][:300])}</p>", entries)
 
@@ -262,9 +273,11 @@ def _marked(text: str, reference: str) -> str:
     """
     own, wanted = text.split(), reference.split()
     parts = []
-    matcher = difflib.SequenceMatcher(a=wanted, b=own, autojunk=False)
+    matcher = difflib.SequenceMatcher(
+        a=[word.casefold() for word in wanted], b=[word.casefold() for word in own], autojunk=False
+    )
     if matcher.ratio() < 0.5:
-        return f"<ins>{html.escape(text)}</ins>"
+        return f"<ins>{html.escape(textwrap.shorten(text, 300, placeholder=' ...'))}</ins>"
     for kind, a_start, a_stop, b_start, b_stop in matcher.get_opcodes():
         added = html.escape(" ".join(own[b_start:b_stop]))
         missing = html.escape(" ".join(wanted[a_start:a_stop]))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,14 @@ def run_demo(out: Path, *, seed: int = SEED) -> Path:
         The path of report.html.
 
     Raises:
-        RunError: the folder is not the demo's, a training failed, or nothing was learnt.
+        RunError: the folder is not the demo's, pydicom is missing, a training failed, or nothing
+            was learnt.
     """
     check_folder_for_output(out, allow_content=(out / MARKER).is_file())
+    if find_spec("pydicom") is None:
+        raise RunError(
+            'expected pydicom for the demo\'s CT slices, it is missing: pip install "medft[dicom]"'
+        )
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)

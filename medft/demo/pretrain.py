@@ -31,6 +31,7 @@ from medft.decoder.collator import IGNORED
 from medft.demo.bases import build_decoder, build_siglip
 from medft.demo.phantoms import MODALITIES, caption, draw_phantom, render, report
 from medft.files import complete_folder
+from medft.launch import process_set_up
 from medft.siglip.loss import match_labels, sigmoid_loss
 from medft.siglip.model import embed
 
@@ -76,12 +77,11 @@ def content_key(seed: int) -> str:
 
 
 def _cached(name: str, seed: int) -> Path:
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = cache_folder() / f"{name}-{content_key(seed)}"
     if not folder.is_dir():
+        torch.set_num_threads(1)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with complete_folder(folder) as draft:
+        with process_set_up(), complete_folder(folder) as draft:
             {"decoder": pretrain_decoder, "siglip": pretrain_siglip}[name](draft, seed=seed)
     return folder
 

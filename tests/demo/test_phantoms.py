@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from medft.data.prepare import prepare
+from medft.demo import chain
 from medft.demo.exports import write_exports
 from medft.demo.phantoms import MODALITIES, SIZES, Phantom, caption, draw_phantom, render, report
+from medft.errors import RunError
 from medft.metrics.findings import load_lexicon, mentions
 
 LEVELS, SIDES = ("upper", "lower"), ("left", "right")
@@ -86,6 +88,13 @@ def test_reports_name_the_finding_as_the_lexicon_knows_it_and_none_where_there_i
                 assert len(found) == 1, report(phantom, random)
                 assert next(iter(found))[1] == phantom.side
                 assert phantom.look.noun not in caption(phantom)
+
+
+def test_without_pydicom_the_demo_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r'pip install "medft\[dicom\]"'):
+        chain.run_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_exports_are_drawn_from_their_seed(tmp_path):
