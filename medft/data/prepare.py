@@ -33,7 +33,13 @@ from medft.data.sources import (
     load_sources,
     source_rows,
 )
-from medft.data.splits import SplitSection, assign_splits, check_no_overlap, join_groups
+from medft.data.splits import (
+    OwnSplitSection,
+    SplitSection,
+    assign_splits,
+    check_no_overlap,
+    join_groups,
+)
 from medft.data.tables import Rejected, Row, takes
 from medft.data.template import text_of
 from medft.errors import DataError, RecipeError
@@ -245,7 +251,7 @@ def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:
 
     def tasks() -> Iterator[Task]:
         for index, source in enumerate(spec.sources):
-            for task in _tasks(index, source, root):
+            for task in _tasks(index, source, root, spec.split):
                 room.acquire()
                 yield task
 
@@ -260,8 +266,10 @@ def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:
             yield result
 
 
-def _tasks(index: int, source: SourceSection, root: Path) -> Iterator[Task]:
-    rows = enumerate(source_rows(source, root), start=1)
+def _tasks(
+    index: int, source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
+) -> Iterator[Task]:
+    rows = enumerate(source_rows(source, root, split), start=1)
     if source.study is None:
         for number, row in rows:
             if isinstance(row, Rejected) or takes(row, source.where):

@@ -154,8 +154,15 @@ def _explain(error: dict[str, Any]) -> str | None:
     return f"unknown key {place}: {nearest(str(key), names)}"
 
 
-def source_rows(source: SourceSection, root: Path) -> Iterator[Row | Rejected]:
+def source_rows(
+    source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
+) -> Iterator[Row | Rejected]:
     """The rows of a source, before `where`.
+
+    Args:
+        source: its section.
+        root: folder of SOURCES.yaml.
+        split: the section of that name; a split of the tables' own has a column or tag.
 
     Raises:
         DataError: the table cannot be read.
@@ -167,8 +174,13 @@ def source_rows(source: SourceSection, root: Path) -> Iterator[Row | Rejected]:
         table=root / source.table if source.table else None,
         join=source.join,
         where=source.where,
-        tags=[name for name in source.columns if name != "text"],
+        tags=[name for name in _columns_read(source, split) if name != "text"],
     )
+
+
+def _columns_read(source: SourceSection, split: SplitSection | OwnSplitSection) -> list[str]:
+    own = [split.column] if isinstance(split, OwnSplitSection) else []
+    return list(dict.fromkeys([*source.columns, *own]))
 
 
 def columns_of(template: str) -> list[str]:
@@ -200,12 +212,11 @@ def check_columns(source: SourceSection, root: Path, split: SplitSection | OwnSp
         DataError: the table cannot be read, has no rows, or lacks a column.
     """
     if source.kind == "dicom":  # tags and columns are checked where the two are joined
-        next(source_rows(source, root), None)
+        next(source_rows(source, root, split), None)
         return
     first = first_row(source.kind, root / source.path)
-    wanted = [*source.columns, *source.image_columns]
-    wanted += [split.column] if isinstance(split, OwnSplitSection) else []
-    missing = [name for name in dict.fromkeys(wanted) if name not in first]
+    wanted = dict.fromkeys([*_columns_read(source, split), *source.image_columns])
+    missing = [name for name in wanted if name not in first]
     if missing:
         raise DataError(
             f"expected the columns {', '.join(missing)} in {root / source.path}, it has "

@@ -196,3 +196,22 @@ def test_sidecar_texts_and_wrong_keywords(tmp_path):
     sources.write_text(text.replace("ViewPosition", "ViewPosition2"))
     with pytest.raises(DataError, match="ViewPosition2 is none"):
         prepare(sources, tmp_path / "out2")
+
+
+def test_a_split_of_ones_own_may_stand_in_a_tag(tmp_path):
+    for index in range(4):
+        split = "hold out" if index == 3 else "learn"
+        pixels = np.random.default_rng(index).integers(0, 4095, (32, 32))
+        write(tmp_path / "files" / f"{index}.dcm", pixels, ViewPosition="PA",
+              PatientID=f"p{index}", StudyDescription=split)  # fmt: skip
+        (tmp_path / "files" / f"{index}.txt").write_text(f"Film {index}.")
+    text = (SOURCES % "").replace("report", "text").replace("group: patient", "group: PatientID")
+    own = "split: {column: StudyDescription, train: [learn], validation: [hold out]}\n"
+    sources = tmp_path / "SOURCES.yaml"
+    lines = [line for line in text.splitlines(keepends=True) if not line.startswith("split")]
+    sources.write_text("".join(lines) + own)
+    summary = prepare(sources, tmp_path / "out")
+    assert summary["splits"] == {"train": 3, "validation": 1}
+    sources.write_text("".join(lines) + own.replace("StudyDescription", "NoSuchTag"))
+    with pytest.raises(DataError, match="NoSuchTag"):
+        prepare(sources, tmp_path / "out2")
