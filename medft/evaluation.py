@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from medft.errors import DataError, RunError
 from medft.evaluation_report import shown_cases, write_evaluation_report
 from medft.files import check_folder_for_output, complete_folder, file_sha256, write_json
 from medft.inference import Encoder, Generator, Request, find_trained
-from medft.metrics.bootstrap import Scorer, difference, estimate
+from medft.metrics.bootstrap import Estimate, Scorer, difference, estimate
 from medft.metrics.findings import finding_f1, load_lexicon
 from medft.metrics.retrieval import chance_recall, median_rank, ranks, recall_at
 from medft.metrics.text import (
@@ -57,14 +57,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """An answer to be given: a conversation up to it, its pictures, and what was written."""
+    """An answer to be given: a conversation up to it, its pictures' places, what was written."""
 
     id: str
     group_id: str
     source: str
     prompt: list[Message]
-    images: list[dict[str, Any]]
-    """As in a row of `load_rows`."""
+    row: int
+    """Of the dataset, whose pictures may be too many to hold."""
+
+    images: range
+    """Which of the row's pictures."""
 
     reference: str
 
@@ -100,7 +103,7 @@ def rows_to_evaluate(source: Path, data: Path | None, split: str) -> tuple[Path,
 def items_of(rows: Dataset) -> list[Item]:
     """An item for every assistant turn, the turns before it as they were written."""
     items = []
-    for row in rows:
+    for index, row in enumerate(rows.remove_columns("images")):
         messages = messages_of(row)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for number, turn in enumerate(turns):
@@ -112,11 +115,27 @@ def items_of(rows: Dataset) -> list[Item]:
                     group_id=row["group_id"],
                     source=row["source"] or "",
                     prompt=prompt,
-                    images=row["images"][:shown],
+                    row=index,
+                    images=range(shown),
                     reference="".join(part["text"] for part in messages[turn]["content"]),
                 )
             )
     return items
+
+
+def open_pictures(rows: Dataset, item: Item) -> list[Image.Image]:
+    """The pictures of an item of a dataset.
+
+    Raises:
+        DataError: one cannot be read; the message names the row.
+    """
+    if not item.images:
+        return []
+    images = rows[item.row]["images"]
+    try:
+        return [open_image(image_source(images[number])) for number in item.images]
+    except DataError as error:
+        raise DataError(f"row {item.id}: {error}") from error
 
 
 def partners(items: Sequence[Item]) -> list[int | None]:
@@ -139,25 +158,26 @@ def partners(items: Sequence[Item]) -> list[int | None]:
 
 
 def decoder_lines(
-    generator: Generator, items: Sequence[Item], *, against_base: bool, train: Dataset | None
+    generator: Generator, rows: Dataset, *, against_base: bool, train: Dataset | None
 ) -> Iterator[Line]:
     """The lines of predictions.jsonl of a decoder.
 
     Args:
         generator: the trained model.
-        items: what to answer.
+        rows: as from `load_rows`; every assistant turn is answered.
         against_base: whether its base answers as well.
         train: the rows it was trained on; None leaves the nearest text out.
     """
+    items = items_of(rows)
     others = partners(items)
-    systems = {"tuned": _answers("tuned", generator, items, items)}
+    systems = {"tuned": _answers("tuned", generator, rows, items, items)}
     if against_base:
         with generator.without_adapter():
-            systems["base"] = _answers("base", generator, items, items)
-    shown = [items[i] if i is not None else None for i in others]
-    systems["shuffled"] = _answers("shuffled images", generator, items, shown)
+            systems["base"] = _answers("base", generator, rows, items, items)
+    shown = [None if other is None else items[other] for other in others]
+    systems["shuffled"] = _answers("shuffled images", generator, rows, items, shown)
     if train is not None:
-        systems["nearest"] = nearest_texts(items, train)
+        systems["nearest"] = nearest_texts(rows, train)
     for index, (item, other) in enumerate(zip(items, others, strict=True)):
         yield {
             "id": item.id,
@@ -166,12 +186,18 @@ def decoder_lines(
             "question": item.question,
             "reference": item.reference,
             "predictions": {name: answers[index] for name, answers in systems.items()},
-            "shuffled_with": None if other is None else items[other].id,
+            "shuffled_with": None
+            if other is None or systems["shuffled"][index] is None
+            else items[other].id,
         }
 
 
 def _answers(
-    name: str, generator: Generator, items: Sequence[Item], shown: Sequence[Item | None]
+    name: str,
+    generator: Generator,
+    rows: Dataset,
+    items: Sequence[Item],
+    shown: Sequence[Item | None],
 ) -> list[str | None]:
     """The generator's answers, each item with the pictures of another; None where that fails."""
     answers: dict[int, str] = {}
@@ -184,9 +210,9 @@ def _answers(
             requests = {}
             for index in chunk:
                 try:
-                    images = [open_image(image_source(image)) for image in shown[index].images]
+                    images = open_pictures(rows, shown[index])
                 except DataError as error:
-                    logger.warning("row %s fails: %s", items[index].id, error)
+                    logger.warning("no answer to %s: %s", items[index].id, error)
                     continue
                 requests[index] = Request(messages=items[index].prompt, images=images)
             texts = generator.generate(list(requests.values()))
@@ -195,21 +221,22 @@ def _answers(
     return [answers.get(index) for index in range(len(items))]
 
 
-def nearest_texts(items: Sequence[Item], train: Dataset) -> list[str | None]:
-    """For each item the text of the training case whose first picture is nearest.
+def nearest_texts(rows: Dataset, train: Dataset) -> list[str | None]:
+    """For each item of the rows the text of the training case whose first picture is nearest.
 
     Nearest means the smallest mean difference of 32 x 32 grey thumbnails, among training cases of
     the same source and, where there are such, with the same question.
     """
-    known = items_of(_pool(train))
-    pictures = _thumbnails(known)
+    items, pool = items_of(rows), _pool(train)
+    known = items_of(pool)
+    pictures = _thumbnails(pool, known)
     by_source: dict[str, list[int]] = defaultdict(list)
     by_question: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, item in enumerate(known):
         by_source[item.source].append(index)
         by_question[item.source, item.question].append(index)
     texts: list[str | None] = []
-    for item, own in zip(items, _thumbnails(items), strict=True):
+    for item, own in zip(items, _thumbnails(rows, items), strict=True):
         chosen = by_question.get((item.source, item.question)) or by_source.get(item.source)
         candidates = np.array(chosen or range(len(known)))
         distances = np.abs(pictures[candidates].astype(np.int16) - own).mean(axis=1)
@@ -225,15 +252,15 @@ def _pool(train: Dataset) -> Dataset:
     return train.select(sorted(drawn[:TRAINING_POOL]))
 
 
-def _thumbnails(items: Sequence[Item]) -> np.ndarray:
+def _thumbnails(rows: Dataset, items: Sequence[Item]) -> np.ndarray:
     """[N, 1024] grey values of each item's first picture; black where there is none to read."""
     grey = np.zeros((len(items), 1024), np.uint8)
     for index, item in enumerate(items):
-        if item.images:
-            try:
-                image = open_image(image_source(item.images[0]))
-            except DataError:
-                continue
+        try:
+            first = open_pictures(rows, item)[:1]
+        except DataError:
+            continue
+        for image in first:
             grey[index] = np.asarray(thumbnail(image)).ravel()
     return grey
 
@@ -252,33 +279,38 @@ def encoder_lines(encoder: Encoder, rows: Dataset, *, against_base: bool) -> Ite
         rows: as from `load_rows`.
         against_base: whether its base is ranked as well.
     """
-    items = [
-        Item(
-            id=row["id"] if len(row["images"]) == 1 else f"{row['id']}#{number + 1}",
-            group_id=row["group_id"],
-            source=row["source"] or "",
-            prompt=[],
-            images=[image],
-            reference=encoder.caption_of(row),
-        )
-        for row in rows
-        for number, image in enumerate(row["images"])
-    ]
+    items = []
+    for index, row in enumerate(rows):
+        caption, count = encoder.caption_of(row), len(row["images"])
+        items += [
+            Item(
+                id=row["id"] if count == 1 else f"{row['id']}#{number + 1}",
+                group_id=row["group_id"],
+                source=row["source"] or "",
+                prompt=[],
+                row=index,
+                images=range(number, number + 1),
+                reference=caption,
+            )
+            for number in range(count)
+        ]
     if not items:
         raise DataError("expected rows with images, none has one: give rows with images")
     texts = [item.reference for item in items]
-    keys = np.unique(texts, return_inverse=True)[1]
-    others = np.array([i if other is None else other for i, other in enumerate(partners(items))])
+    numbers: dict[str, int] = {}
+    keys = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+    others = partners(items)
     systems: dict[str, dict[str, np.ndarray]] = {}
     retrieved: dict[str, list[list[dict[str, Any]]]] = {}
     for name in ("base", "tuned") if against_base else ("tuned",):
         logger.info("%s: embeddings of %s pictures and texts", name, len(items))
         with encoder.without_adapter() if name == "base" else nullcontext():
-            images = encoder.embed_images(_opened(items))
+            images = encoder.embed_images(open_pictures(rows, item)[0] for item in items)
             captions = encoder.embed_texts(texts)
         systems[name] = _both_ways(images, captions, keys)
         retrieved[name] = _best_texts(images, captions, texts)
-    systems["shuffled"] = _both_ways(images[others], captions, keys)
+    shown = [i if other is None else other for i, other in enumerate(others)]
+    systems["shuffled"] = _both_ways(images[shown], captions, keys)
     systems = {"tuned": systems.pop("tuned"), **systems}
     for index, item in enumerate(items):
         yield {
@@ -291,11 +323,8 @@ def encoder_lines(encoder: Encoder, rows: Dataset, *, against_base: bool) -> Ite
                 for name, ways in systems.items()
             },
             "retrieved": {name: best[index] for name, best in retrieved.items()},
+            "shuffled_with": None if others[index] is None else items[others[index]].id,
         }
-
-
-def _opened(items: Iterable[Item]) -> Iterator[Image.Image]:
-    return (open_image(image_source(item.images[0])) for item in items)
 
 
 def _both_ways(images: np.ndarray, texts: np.ndarray, keys: np.ndarray) -> dict[str, np.ndarray]:
@@ -309,15 +338,17 @@ def _best_texts(
     images: np.ndarray, captions: np.ndarray, texts: Sequence[str]
 ) -> list[list[dict[str, Any]]]:
     """For each picture the three nearest different texts of the pool."""
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        first.setdefault(text, index)
+    different, candidates = list(first), captions[list(first.values())]
     best = []
     for image in images:
-        similarity = captions @ image
-        found: dict[str, float] = {}
-        for index in np.argsort(-similarity, kind="stable"):
-            found.setdefault(texts[index], round(float(similarity[index]), 4))
-            if len(found) == 3:
-                break
-        best.append([{"text": text, "similarity": value} for text, value in found.items()])
+        similarity = candidates @ image
+        nearest = np.argsort(-similarity, kind="stable")[:3]
+        best.append(
+            [{"text": different[i], "similarity": round(float(similarity[i]), 4)} for i in nearest]
+        )
     return best
 
 
@@ -332,31 +363,39 @@ def score(lines: Sequence[Line]) -> dict[str, Any]:
 
     Returns:
         kind, rows, groups, systems (metric by metric), differences (tuned minus each other
-        system, paired), and what the figures need to be read: BLEU's signature, pool and chance.
+        system, paired), rows left out of the control of shuffled images, and what the figures need
+        to be read: BLEU's signature, or pool and chance.
     """
     is_encoder = "ranks" in lines[0]
     names = list(lines[0]["ranks" if is_encoder else "predictions"])
     scorers = _encoder_scorers if is_encoder else _decoder_scorers
-    by_system = {name: scorers(lines, name) for name in names}
-    groups = [line["group_id"] for line in lines]
+    systems, differences = {}, {}
+    for name in names:
+        kept = [line for line in lines if name != "shuffled" or line["shuffled_with"] is not None]
+        groups = [line["group_id"] for line in kept]
+        own, tuned = scorers(kept, name), scorers(kept, "tuned")
+        systems[name] = {metric: _figure(one, groups) for metric, one in own.items()}
+        if name != "tuned":
+            differences[name] = {
+                metric: _figure(difference(tuned[metric], other), groups)
+                for metric, other in own.items()
+            }
     result = {
         "kind": "siglip" if is_encoder else "decoder",
         "rows": len(lines),
-        "groups": len(set(groups)),
-        "systems": {
-            name: {metric: asdict(estimate(one, groups)) for metric, one in found.items()}
-            for name, found in by_system.items()
-        },
-        "differences": {
-            name: {
-                metric: asdict(estimate(difference(by_system["tuned"][metric], other), groups))
-                for metric, other in by_system[name].items()
-            }
-            for name in names
-            if name != "tuned"
-        },
+        "groups": len({line["group_id"] for line in lines}),
+        "systems": systems,
+        "differences": differences,
+        "without_other_image": sum(line["shuffled_with"] is None for line in lines),
     }
     return {**result, **(_chance(lines) if is_encoder else {"bleu_signature": bleu_signature()})}
+
+
+def _figure(scorer: Scorer, groups: Sequence[str]) -> dict[str, Any]:
+    if groups:
+        return asdict(estimate(scorer, groups))
+    nothing = "no source has rows of two groups to exchange images"
+    return asdict(Estimate(value=None, low=None, high=None, n=0, groups=0, reason=nothing))
 
 
 def _decoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
@@ -424,7 +463,7 @@ def evaluate(
         else:
             train = _training_rows(source, notes)
             found = decoder_lines(
-                Generator.load(source), items_of(rows), against_base=against_base, train=train
+                Generator.load(source), rows, against_base=against_base, train=train
             )
         with (draft / "predictions.jsonl").open("w", encoding="utf-8") as file:
             for line in found:
@@ -433,7 +472,8 @@ def evaluate(
         metrics = {"model": str(source), "data": str(path), "split": split}
         metrics |= {**score(lines), "notes": notes}
         write_json(draft / "metrics.json", metrics)
-        run = source if (source / "run.json").is_file() else None
+        files = ("run.json", "log_history.json", "curves.png")
+        run = source if all((source / name).is_file() for name in files) else None
         write_evaluation_report(
             draft / "report.html", lines, metrics, pictures_of(rows, lines), run=run
         )

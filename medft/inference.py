@@ -6,6 +6,7 @@ print(predictor.predict("film.png").text)
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,13 +25,15 @@ from transformers import AutoModel, AutoModelForImageTextToText, ProcessorMixin
 from medft.adapters import NOTES_FILE, check_same_base, find_adapter, load_adapter, read_notes
 from medft.base import check_local_base, load_config, load_processor, load_weights
 from medft.data.chat import Message, image_source, load_rows
-from medft.data.images import open_image
+from medft.data.dicom import open_dicom
+from medft.data.images import MAX_PIXELS, open_image
 from medft.data.pairs import batched
+from medft.data.tables import Rejected
 from medft.decoder.collator import ConversationEncoder, limit_tiles
 from medft.decoder.families import family_of
 from medft.decoder.model import fix_cross_attention
 from medft.decoder.model import load_model as load_decoder
-from medft.errors import BaseModelError, RunError
+from medft.errors import BaseModelError, DataError, RunError
 from medft.files import file_sha256
 from medft.recipe import ModelSection, QuantizationSection
 from medft.runs import read_record
@@ -76,6 +79,19 @@ class Trained:
         return ModelSection(base=base, revision=self.notes["revision"], dtype=dtype)
 
     @property
+    def weights(self) -> str:
+        """What tells its weights from others.
+
+        A hash of an adapter; of a whole model, which is large, names, sizes and times of its files.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            state = path.stat()
+            known = f"{path.name} {state.st_size} {state.st_mtime_ns}"
+            digest.update((file_sha256(path) if self.is_adapter else known).encode())
+        return digest.hexdigest()[:16]
+
+    @property
     def is_encoder(self) -> bool:
         """Whether it is a SigLIP."""
         family = self.notes.get("family") or load_config(self.base).model_type
@@ -94,7 +110,8 @@ def find_trained(source: Path) -> Trained:
         folder, is_adapter = source / "model", False
     else:
         folder, is_adapter = find_adapter(source), True
-    notes = read_notes(folder) if (folder / NOTES_FILE).is_file() else {}
+    has_notes = is_adapter or (folder / NOTES_FILE).is_file()
+    notes = read_notes(folder) if has_notes else {}
     return Trained(folder=folder, notes=notes, is_adapter=is_adapter)
 
 
@@ -341,8 +358,7 @@ class CaseIndex:
                 f"expected the training data of {run} unchanged at {path}, to look up its nearest "
                 f"cases: restore it, or predict without --siglip"
             )
-        weights = file_sha256(find_trained(run).folder / "adapter_model.safetensors")
-        key = hashlib.sha256(f"{data['sha256']} {weights}".encode()).hexdigest()
+        key = f"{data['sha256']} {find_trained(run).weights}"
         stored = _stored_index(run / "index.npz", key)
         if stored is None:
             logger.info("embedding the training pictures of %s", run)
@@ -351,10 +367,11 @@ class CaseIndex:
             with draft.open("wb") as file:
                 np.savez(file, key=key, **stored)
             draft.replace(run / "index.npz")
-        return cls(stored["ids"].tolist(), stored["texts"].tolist(), stored["embeddings"])
+        ids, texts = (json.loads(stored[name].tobytes()) for name in ("ids", "texts"))
+        return cls(ids, texts, stored["embeddings"])
 
     def nearest(self, embedding: np.ndarray) -> list[Case]:
-        """The training cases with the nearest pictures, one for each text, the nearest first.
+        """The training cases with the nearest pictures, each case once, the nearest first.
 
         Args:
             embedding: [D], of length 1.
@@ -382,15 +399,20 @@ def _stored_index(path: Path, key: str) -> dict[str, np.ndarray] | None:
 
 
 def _embedded(path: Path, encoder: Encoder) -> dict[str, np.ndarray]:
-    rows = load_rows(path, split="train")
-    places = [(row["id"], image) for row in rows for image in row["images"]]
-    texts = {row["id"]: encoder.caption_of(row) for row in rows}
-    images = (open_image(image_source(image)) for _, image in places)
-    return {
-        "ids": np.array([name for name, _ in places]),
-        "texts": np.array([texts[name] for name, _ in places]),
-        "embeddings": encoder.embed_images(images),
-    }
+    ids: list[str] = []
+    texts: list[str] = []
+
+    def images() -> Iterator[Image.Image]:
+        for row in load_rows(path, split="train"):
+            for image in row["images"]:
+                ids.append(row["id"])
+                texts.append(encoder.caption_of(row))
+                yield open_image(image_source(image))
+
+    embeddings = encoder.embed_images(images())
+    lists = {"ids": ids, "texts": texts}
+    stored = {n: np.frombuffer(json.dumps(v).encode(), np.uint8) for n, v in lists.items()}
+    return {**stored, "embeddings": embeddings}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -455,7 +477,8 @@ class Predictor:
             DataError: a picture cannot be read.
         """
         opened = [
-            image if isinstance(image, Image.Image) else open_image(Path(image)) for image in images
+            image if isinstance(image, Image.Image) else open_picture(Path(image))
+            for image in images
         ]
         texts: Sequence[str | None] = [None] * len(opened)
         if self.generator is not None:
@@ -476,6 +499,22 @@ class Predictor:
             )
             for text, embedding in zip(texts, embeddings, strict=True)
         ]
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture of a file, of a DICOM file the middle frame, as training would see it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path.suffix.lower() != ".dcm":
+        return open_image(path)
+    try:
+        return open_dicom(path, max_pixels=MAX_PIXELS)[0]
+    except Rejected as verdict:
+        raise DataError(
+            f"expected a DICOM file with a picture, {verdict.detail}: leave it out"
+        ) from verdict
 
 
 def _question(prompt: str) -> Message:

@@ -28,6 +28,7 @@ td.n { text-align: right; font-variant-numeric: tabular-nums }
 img.curves { display: block }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem }
 .card { background: #fff; border: 1px solid #dde3e9; border-radius: 8px; padding: .8rem 1rem }
+.cards + p.note { margin-top: .9rem }
 .card b { display: block; font-size: 1.9rem; line-height: 1.2; color: #0b6bcb }
 .card span { color: #5a6b7b; font-size: .85rem }
 .cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem }

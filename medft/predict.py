@@ -1,6 +1,7 @@
 """Predictions for pictures, folders and tables into a file that a stopped run goes on with."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -13,13 +14,18 @@ from typing import Any, TextIO
 from PIL import Image
 from tqdm import tqdm
 
-from medft.data.dicom import open_dicom
-from medft.data.images import MAX_PIXELS, open_image
 from medft.data.pairs import batched
 from medft.data.tables import Rejected, table_rows
 from medft.data.template import text_of
 from medft.errors import DataError, RunError
-from medft.inference import BATCH, DEFAULT_PROMPT, Prediction, Predictor
+from medft.inference import (
+    BATCH,
+    DEFAULT_PROMPT,
+    Prediction,
+    Predictor,
+    find_trained,
+    open_picture,
+)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
 """Endings of the files that are taken from a folder."""
@@ -27,13 +33,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", "
 TABLES = (".csv", ".json", ".jsonl", ".parquet")
 """Endings of tables: column `image` with paths relative to the table, and `question` if any."""
 
-COLUMNS = ("image", "prompt", "model", "siglip", "text", "nearest", "embedding", "error")
+HEAD = ("image", "prompt", "model", "siglip", "weights")
+
+COLUMNS = (*HEAD, "text", "nearest", "embedding", "error")
 """Keys of a line of a .jsonl file."""
 
-CSV_COLUMNS = (
-    *("image", "prompt", "model", "siglip", "text"),
-    *("nearest_id", "nearest_text", "nearest_similarity", "error"),
-)
+CSV_COLUMNS = (*HEAD, "text", "nearest_id", "nearest_text", "nearest_similarity", "error")
 """Columns of a .csv file, which has the nearest case only and no embedding."""
 
 
@@ -43,6 +48,11 @@ class Entry:
 
     image: Path
     prompt: str
+
+    @property
+    def name(self) -> str:
+        """The path as a file can hold it, also where it is not UTF-8."""
+        return str(self.image).encode("utf-8", "backslashreplace").decode()
 
 
 def entries_of(inputs: Sequence[Path], prompt: str | None) -> list[Entry]:
@@ -110,10 +120,12 @@ def predict_files(
     if out.suffix not in (".jsonl", ".csv"):
         raise RunError(f"expected --out to end in .jsonl or .csv, got {out}: rename it")
     entries = entries_of(inputs, prompt)
-    head = {"model": str(source), "siglip": "" if siglip is None else str(siglip)}
-    kept = _kept_rows(out, head)
+    models = [source] if siglip is None else [source, siglip]
+    weights = " ".join(find_trained(model).weights for model in models)
+    head = {"model": str(source), "siglip": str(siglip or ""), "weights": weights}
+    kept = _kept_rows(out, weights)
     done = {(row["image"], row["prompt"]) for row in kept}
-    left = [entry for entry in entries if (str(entry.image), entry.prompt) not in done]
+    left = [entry for entry in entries if (entry.name, entry.prompt) not in done]
     counts = {"written": 0, "kept": len(kept), "failed": 0}
     if not left:
         return counts
@@ -138,11 +150,9 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
     errors: dict[int, str] = {}
     for index, entry in enumerate(entries):
         try:
-            pictures[index] = _opened(entry.image)
+            pictures[index] = open_picture(entry.image)
         except DataError as error:
             errors[index] = str(error)
-        except Rejected as verdict:
-            errors[index] = verdict.detail
     predictions: dict[int, Prediction] = {}
     if pictures:
         prompts = [entries[index].prompt for index in pictures]
@@ -153,19 +163,13 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
         prediction = predictions.get(index, nothing)
         embedding = prediction.embedding
         yield {
-            "image": str(entry.image),
+            "image": entry.name,
             "prompt": entry.prompt,
             "text": prediction.text,
             "nearest": [asdict(case) for case in prediction.nearest],
             "embedding": None if embedding is None else [round(float(x), 6) for x in embedding],
             "error": errors.get(index),
         }
-
-
-def _opened(path: Path) -> Image.Image:
-    if path.suffix.lower() == ".dcm":
-        return next(iter(open_dicom(path, max_pixels=MAX_PIXELS, every_frame=False)))
-    return open_image(path)
 
 
 def _writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
@@ -183,33 +187,51 @@ def _writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
     return write
 
 
-def _kept_rows(out: Path, head: dict[str, str]) -> list[dict[str, Any]]:
-    """The whole rows of an earlier run's file; a last one that was torn is left out.
+def _kept_rows(out: Path, weights: str) -> list[dict[str, Any]]:
+    """The rows of an earlier run's file that need not be made again.
+
+    A last row that was torn is left out, and so are those that failed.
 
     Raises:
         RunError: it is another file, or of other models.
     """
     if not out.exists():
         return []
-    with out.open(encoding="utf-8", newline="") as file:
-        content = file.read()
-    content = content[: content.rfind("\n") + 1]
     try:
-        if out.suffix == ".jsonl":
-            rows = [json.loads(line) for line in content.splitlines() if line]
-        else:
-            table = csv.DictReader(content.splitlines(keepends=True))
-            rows = [row for row in table if row["error"] is not None]  # torn: columns are missing
-        models = {(row["model"], row["siglip"]) for row in rows}
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        content = out.read_bytes().decode("utf-8-sig")
+        rows = _rows_of_lines(content) if out.suffix == ".jsonl" else _rows_of_table(content)
+    except (ValueError, csv.Error) as error:
         raise RunError(
-            f"expected predictions in {out}, it holds something else: choose another --out"
+            f"expected predictions of medft in {out}, it holds something else: choose another --out"
         ) from error
-    if models - {(head["model"], head["siglip"])}:
+    if any(row["weights"] != weights for row in rows):
         raise RunError(
-            f"expected predictions of {' and '.join(filter(None, head.values()))} in {out}, it "
-            f"holds those of {' and '.join(filter(None, min(models)))}: choose another --out"
+            f"expected predictions of the same models in {out}, it holds those of "
+            f"{' and '.join(filter(None, (rows[0]['model'], rows[0]['siglip'])))} as they were "
+            f"then: choose another --out"
         )
+    return [row for row in rows if not row["error"]]
+
+
+def _rows_of_lines(content: str) -> list[dict[str, Any]]:
+    *lines, torn = content.split("\n")
+    rows = [json.loads(line) for line in lines]
+    begins = f'{{"{COLUMNS[0]}": "'
+    whole = all(isinstance(row, dict) and tuple(row) == COLUMNS for row in rows)
+    if not whole or torn[: len(begins)] != begins[: len(torn)]:
+        raise ValueError
+    return rows
+
+
+def _rows_of_table(content: str) -> list[dict[str, Any]]:
+    heading = ",".join(CSV_COLUMNS)
+    if content[: len(heading)] != heading[: len(content)]:
+        raise ValueError
+    rows = list(csv.DictReader(io.StringIO(content, newline="")))
+    if any(None in row for row in rows):
+        raise ValueError
+    if rows and (rows[-1]["error"] is None or not content.endswith("\n")):
+        rows.pop()
     return rows
 
 

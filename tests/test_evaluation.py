@@ -26,14 +26,14 @@ from medft.evaluation_report import SHOWN_CASES, evaluation_sections, interval, 
 
 
 def item(name, group, source="a", images=1, reference="", question="What?"):
-    entry = {"bytes": None, "path": f"{name}.png"}
     prompt = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     return Item(
         id=name,
         group_id=group,
         source=source,
         prompt=prompt,
-        images=[entry] * images,
+        row=0,
+        images=range(images),
         reference=reference,
     )
 
@@ -65,24 +65,36 @@ def test_a_partner_is_of_the_same_source_and_count_and_of_another_group():
 
 def test_the_nearest_text_is_that_of_the_nearest_picture_of_the_source(data):
     train = load_rows(data / "chat" / "train.jsonl", split="train")
-    known = items_of(train)
-    assert nearest_texts(known[:5], train) == [one.reference for one in known[:5]]
-    elsewhere = [
-        Item(
-            id=one.id,
-            group_id=one.group_id,
-            source="somewhere",
-            prompt=one.prompt,
-            images=one.images,
-            reference="",
-        )
-        for one in known[:5]
-    ]
-    assert nearest_texts(elsewhere, train) == [one.reference for one in known[:5]]
-    other = Dataset.from_list([{**row, "source": "somewhere"} for row in train.select([7, 9])])
-    both = Dataset.from_list([*train, *other])
-    texts = nearest_texts(elsewhere, both.cast(train.features))
-    assert set(texts) <= {known[7].reference, known[9].reference}
+    references = [one.reference for one in items_of(train)]
+    few = train.select(range(5))
+    assert nearest_texts(few, train) == references[:5]
+
+    def moved(rows):
+        return Dataset.from_list([{**row, "source": "somewhere"} for row in rows], train.features)
+
+    assert nearest_texts(moved(few), train) == references[:5]
+    both = Dataset.from_list([*train, *moved(train.select([7, 9]))], train.features)
+    assert set(nearest_texts(moved(few), both)) <= {references[7], references[9]}
+
+
+def test_rows_without_another_picture_are_left_out_of_the_control():
+    """A model that does not look loses nothing by other pictures, whatever rows have none."""
+    made = lines(
+        {"tuned": lambda i, reference: reference, "shuffled": lambda i, reference: reference}
+    )
+    for line in made[:6]:
+        line["predictions"]["shuffled"] = None
+        line["shuffled_with"] = None
+    result = score(made)
+    difference = result["differences"]["shuffled"]["exact_match"]
+    assert (difference["value"], difference["n"]) == (0, 10)
+    assert result["systems"]["tuned"]["exact_match"]["n"] == 16
+    assert result["without_other_image"] == 6
+    for line in made:
+        line["shuffled_with"] = None
+    alone = score(made)["differences"]["shuffled"]["exact_match"]
+    assert alone["value"] is None
+    assert "two groups" in alone["reason"]
 
 
 def lines(answers):
@@ -93,6 +105,7 @@ def lines(answers):
             "group_id": f"p{i // 2}",
             "source": "s",
             "question": "What?",
+            "shuffled_with": "another",
             "reference": "Small left pleural effusion is seen."
             if i % 4
             else "No pleural effusion is seen.",

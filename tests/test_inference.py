@@ -14,6 +14,7 @@ from medft.data.chat import first_texts, load_rows, messages_of
 from medft.data.images import open_image
 from medft.errors import BaseModelError, RunError
 from medft.export.merge import merge
+from medft.files import file_sha256
 from medft.inference import CaseIndex, Encoder, Generator, Predictor, Request
 from medft.siglip.model import resize_positions
 
@@ -173,3 +174,31 @@ def test_captions_are_made_as_in_training(runs, data, tmp_path):
     (adapter / "medft.json").write_text(json.dumps({**notes, "caption": "{question} {answer}"}))
     expected = f"{texts['question']} {texts['answer']}"
     assert Encoder.load(adapter).caption_of(row) == expected
+
+
+def test_an_adapter_without_notes_is_refused_with_a_sentence(runs, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(runs / "decoder" / "adapter", adapter)
+    (adapter / "medft.json").unlink()
+    with pytest.raises(BaseModelError, match=r"expected medft\.json"):
+        Generator.load(adapter)
+
+
+def test_rows_with_the_same_id_keep_their_texts(encoder, runs, data, tmp_path):
+    run = tmp_path / "siglip"
+    shutil.copytree(runs / "siglip", run)
+    rows = [json.loads(x) for x in (data / "chat" / "train.jsonl").read_text().splitlines()[:4]]
+    for number, row in enumerate(rows):
+        row["id"] = "7"
+        row["images"] = [str(data / "chat" / name) for name in row["images"]]
+        row["messages"][1]["content"] = f"text {number}"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["train"] = {"path": str(file), "sha256": file_sha256(file)}
+    (run / "run.json").write_text(json.dumps(record))
+    index = CaseIndex.of_run(run, encoder)
+    for number, row in enumerate(rows):
+        [own] = encoder.embed_images([open_image(row["images"][0])])
+        assert index.nearest(own)[0].text == f"text {number}"
+    assert len({case.id for case in index.nearest(own)}) == 4

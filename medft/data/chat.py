@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -159,8 +160,9 @@ def load_rows(path: Path, *, split: str) -> Dataset:
     """The rows of a chat JSONL, or of one split of pairs.parquet, checked.
 
     Returns:
-        A dataset with the columns id, group_id, source, images (bytes or path), messages (JSON) and
-        fields (JSON); read a row's messages with `messages_of`.
+        A dataset with the columns id (a second of equal ones gets its line beside it), group_id,
+        source, images (bytes or path), messages (JSON) and fields (JSON); read a row's messages
+        with `messages_of`.
 
     Raises:
         DataError: the file is missing, empty or not of this kind, or rows of it are bad.
@@ -231,9 +233,14 @@ def _jsonl_dataset(path: Path) -> Dataset:
     rows, problems = [], []
     folder = path.parent
     existing: dict[str, bool] = {}
+    names: Counter[str] = Counter()
     for number, line in _numbered_lines(path):
         try:
-            rows.append(_checked_row(line, number, folder, existing))
+            row = _checked_row(line, number, folder, existing)
+            names[row["id"]] += 1
+            if names[row["id"]] > 1:  # as in files whose id is that of the image
+                row["id"] = f"{row['id']} (line {number})"
+            rows.append(row)
         except DataError as error:
             problems.append(f"{path}:{number}: {error}")
     if problems:

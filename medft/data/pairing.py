@@ -155,11 +155,13 @@ class Maker:
         )
         given = text_of(first.get(source.id)) if source.id else ""
         group = text_of(first.get(source.group)) if source.group else ""
-        return replace(
+        pair = replace(
             pair,
             id=given or content_hash(pair)[:16],
             group_id=f"{source.name}/{group}" if group else f"image/{images[0].picture.sha256}",
         )
+        _check_encodable(pair)
+        return pair
 
     def _own_split(self, rows: list[Row]) -> str:
         if isinstance(self.split, SplitSection):
@@ -195,19 +197,20 @@ class Maker:
                 raise Rejected("outside_root", f"{name} leaves the image root")
             if not path.is_file():
                 raise Rejected("missing_image", f"no file {name}")
-            if path not in self._cache:
-                if len(self._cache) == self.CACHED_PICTURES:
-                    self._cache.clear()
-                self._cache[path] = self._from_file(path, name)
-            return self._cache[path]
+            if path in self._cache:
+                return self._cache[path]
+            with path.open("rb") as file:
+                modified = os.fstat(file.fileno()).st_mtime_ns
+                content = file.read()
         except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
             reason = getattr(error, "strerror", None) or "not a path"
             raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
+        if len(self._cache) == self.CACHED_PICTURES:
+            self._cache.clear()
+        self._cache[path] = self._from_file(path, content, modified, name)
+        return self._cache[path]
 
-    def _from_file(self, path: Path, shown: str) -> SpooledImage:
-        with path.open("rb") as file:
-            modified = os.fstat(file.fileno()).st_mtime_ns
-            content = file.read()
+    def _from_file(self, path: Path, content: bytes, modified: int, shown: str) -> SpooledImage:
         stored = self._stored(content, path.name, shown)
         if stored.content != content:
             return self._spooled(stored)
@@ -244,6 +247,16 @@ def content_hash(pair: Pair) -> str:
     """A hash of what a pair shows and says, whatever its names."""
     content = [[image.picture.sha256 for image in pair.images], pair.question, pair.text]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _check_encodable(pair: Pair) -> None:
+    """Refuse half a character, such as a cut emoji leaves, which no file can hold."""
+    own = [pair.id, pair.group_id, pair.text, pair.question or "", pair.license or ""]
+    for text in [*own, *pair.fields.values()]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Rejected("bad_text", f"{text[:100]!r}: {error.reason}") from error
 
 
 def _filled(template: str, row: Row) -> str:

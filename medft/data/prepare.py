@@ -14,10 +14,10 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -106,6 +106,11 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
         summary = _prepare_into(draft, spec, root, max_rejects, out)
         for name in ("rejects.jsonl", "summary.json", "report.html", "pairs.parquet"):
             os.replace(draft / name, out / name)
+    except OSError as error:
+        raise DataError(
+            f"expected to read the sources and write into {out}, it failed ({error}): make room or "
+            f"check the permissions, and prepare again"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return summary
@@ -117,11 +122,12 @@ def _prepare_into(
     counts = [SourceCounts() for _ in spec.sources]
     collected = _Collected()
     with (
-        (draft / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
+        (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
+        closing(_results(spec, root, draft)) as results,
     ):
-        for pair in _accepted_pairs(spec, root, draft, counts, collected, rejects):
+        for pair in _accepted_pairs(results, spec, counts, collected, rejects):
             thumbnails.write(b"".join(image.picture.thumbnail for image in pair.images))
             records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
     try:
@@ -165,17 +171,16 @@ def _prepare_into(
 
 
 def _accepted_pairs(
+    results: Iterator[Result],
     spec: SourcesFile,
-    root: Path,
-    draft: Path,
     counts: list[SourceCounts],
     collected: _Collected,
-    rejects: Any,
+    rejects: TextIO,
 ) -> Iterator[Pair]:
     """The pairs of all sources; what is rejected is written, counted and passed over."""
     ids: set[str] = set()
     contents: set[str] = set()
-    for result in _results(spec, root, draft):
+    for result in results:
         pair, count = result.pair, counts[result.source]
         rejected = list(result.rejected)
         if pair is not None:
@@ -247,23 +252,29 @@ def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:
     """What the workers made of all rows, in the order of the rows."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
     workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    room = threading.Semaphore(IN_FLIGHT * workers)
+    room, stopped = threading.Semaphore(IN_FLIGHT * workers), threading.Event()
 
     def tasks() -> Iterator[Task]:
         for index, source in enumerate(spec.sources):
             for task in _tasks(index, source, root, spec.split):
                 room.acquire()
+                if stopped.is_set():
+                    return
                 yield task
 
     progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker, (spec, root, draft)) as pool, progress:
-        for number, result in enumerate(pool.imap(_work, tasks(), chunksize=CHUNK), start=1):
-            room.release()
-            progress.update()
-            if number % 5000 == 0 and progress.disable:
-                logger.info("%s rows", number)
-            yield result
+        try:
+            for number, result in enumerate(pool.imap(_work, tasks(), chunksize=CHUNK), start=1):
+                room.release()
+                progress.update()
+                if number % 5000 == 0 and progress.disable:
+                    logger.info("%s rows", number)
+                yield result
+        finally:  # the pool waits for the thread that hands out tasks, which may wait for room
+            stopped.set()
+            room.release(IN_FLIGHT * workers)
 
 
 def _tasks(

@@ -174,7 +174,7 @@ def test_questions_about_one_image_can_be_joined(tmp_path):
 def test_the_prompt_is_chosen_by_the_id_and_questions_stay(data):
     prompts = {messages_of(row)[0]["content"][1]["text"] for row in load_rows(
         data / "chat" / "train.jsonl", split="train")}  # fmt: skip
-    assert prompts == {"Describe this medical image.", "What does the scan show?"}
+    assert prompts == {"Describe this medical image.", "What does the image show?"}
 
 
 def test_a_folder_of_somebody_else_is_not_overwritten(data, tmp_path):

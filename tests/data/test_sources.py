@@ -276,3 +276,39 @@ def test_a_picture_that_changes_while_it_is_prepared_is_an_error(export, tmp_pat
     assert not (tmp_path / "out" / "pairs.parquet").exists()
     monkeypatch.undo()
     assert prepare(sources, tmp_path / "out")["pairs"] == 2
+
+
+HALF_A_CHARACTER = b'{"file": "1.png", "report": "A cut emoji \\ud83d"}\n'
+
+
+def test_half_a_character_is_rejected_with_its_reason(export, tmp_path):
+    rows = b'{"file": "0.png", "report": "first"}\n' + HALF_A_CHARACTER
+    yaml = (YAML % "").replace("csv", "jsonl")
+    prepare(export(rows, yaml, "table.jsonl"), tmp_path / "out", max_rejects=0.5)
+    assert [line["reason"] for line in rejects(tmp_path / "out")] == ["bad_text"]
+
+
+def test_a_full_disk_ends_the_command_with_a_sentence_and_leaves_nothing(
+    export, tmp_path, monkeypatch
+):
+    """Many rows wait for room when the writing side fails; the workers must not wait for ever."""
+    from medft.data import prepare as prepare_module
+
+    rows = b"file,report\n" + b"".join(f"0.png,report {i}\n".encode() for i in range(3000))
+    sources = export(rows, YAML % "")
+
+    class Unwritable:
+        images = ()
+
+        def record(self):
+            raise OSError(28, "No space left on device")
+
+    def broken(*arguments):
+        next(accepted(*arguments))
+        yield Unwritable()
+
+    accepted = prepare_module._accepted_pairs
+    monkeypatch.setattr(prepare_module, "_accepted_pairs", broken)
+    with pytest.raises(DataError, match="No space left"):
+        prepare(sources, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
