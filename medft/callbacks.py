@@ -1,14 +1,82 @@
-"""What medft adds to Trainer's loop: numbers that are none stop it, SIGTERM ends it in order."""
+"""What medft adds to Trainer's loop: numbers that are none stop it, SIGTERM ends it in order.
+
+A step knows the ids of its rows, and the log how fast rows come and how long they are waited for.
+"""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from medft.errors import RunError
+
+ROW_IDS = "row_ids"
+"""Key of a batch's ids, which no model sees."""
+
+SHOWN_ROWS = 8
+"""Ids of a broken step's rows that are named at the most."""
+
+
+class MeasuredBatches(Trainer):
+    """A trainer whose collator puts ids beside its tensors, under ROW_IDS."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.row_ids: list[str] = []
+        self._since: float | None = None  # training has not begun
+        self._restart_measuring()
+
+    def _restart_measuring(self) -> None:
+        self._rows_taken = self._tokens_taken = 0
+        self._seconds_waited = 0.0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """The batches of a step, their ids kept in `row_ids`."""
+        started = time.perf_counter()
+        self._since = self._since or started
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._seconds_waited += time.perf_counter() - started
+        self.row_ids = [name for batch in batches for name in batch.pop(ROW_IDS)]
+        self._rows_taken += len(self.row_ids)
+        self._tokens_taken += sum(int((b["labels"] >= 0).sum()) for b in batches if "labels" in b)
+        return batches, items
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The figures of an evaluation, whose time is not counted as training."""
+        started = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self._since is not None:
+                self._since += time.perf_counter() - started
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add this process's rows and supervised tokens a second, and the share of waiting."""
+        if "loss" in logs and self._since is not None:
+            now = time.perf_counter()
+            seconds = now - self._since
+            logs["rows_per_second"] = round(self._rows_taken / seconds, 3)
+            if self._tokens_taken:
+                logs["supervised_tokens_per_second"] = round(self._tokens_taken / seconds, 3)
+            logs["data_wait"] = round(self._seconds_waited / seconds, 4)
+            self._since = now
+            self._restart_measuring()
+        super().log(logs, start_time)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs({k: v for k, v in inputs.items() if k != ROW_IDS})
 
 
 class NumberGuard(TrainerCallback):
@@ -18,6 +86,10 @@ class NumberGuard(TrainerCallback):
     that no checkpoint holds what is broken. Under loss scaling an infinite gradient only skips the
     step; DeepSpeed keeps gradients to itself, and only the weights are looked at.
     """
+
+    def __init__(self, row_ids: Callable[[], list[str]]) -> None:
+        """Make the guard; `row_ids` gives the ids of the step's rows."""
+        self._row_ids = row_ids
 
     def on_pre_optimizer_step(
         self,
@@ -56,13 +128,14 @@ class NumberGuard(TrainerCallback):
         values = [torch.tensor(logs[name]) for name in ("loss", "eval_loss") if name in logs]
         self._check(values, "loss", state.global_step)
 
-    @staticmethod
-    def _check(tensors: list[torch.Tensor], name: str, step: int) -> None:
+    def _check(self, tensors: list[torch.Tensor], name: str, step: int) -> None:
         if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            ids = self._row_ids()
+            more = f" and {len(ids) - SHOWN_ROWS} more" if len(ids) > SHOWN_ROWS else ""
             raise RunError(
-                f"expected every {name} of step {step} to be a number, some are not: lower "
-                f"train.learning_rate or use model.dtype: float32, and resume from the last "
-                f"checkpoint"
+                f"expected every {name} of step {step} to be a number, some are not after the rows "
+                f"{', '.join(ids[:SHOWN_ROWS])}{more}: look at them, lower train.learning_rate or "
+                f"use model.dtype: float32, and resume from the last checkpoint"
             )
 
 

@@ -192,7 +192,7 @@ class Run:
         keeper = CheckpointKeeper(arguments.save_total_limit)
         arguments.save_total_limit = None  # the keeper deletes, once the new one is whole
         stopper = SigtermStopper()
-        trainer.add_callback(NumberGuard())
+        trainer.add_callback(NumberGuard(lambda: trainer.row_ids))
         trainer.add_callback(HistoryWriter(self.write_history))
         trainer.add_callback(keeper)
         trainer.add_callback(stopper)

@@ -21,6 +21,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
     get_optimal_tiled_canvas,
 )
 
+from medft.callbacks import ROW_IDS
 from medft.data.chat import Message, image_source, messages_of
 from medft.data.images import open_image
 from medft.decoder.families import Family
@@ -146,8 +147,8 @@ class DecoderCollator:
         self.max_image_tiles = max_image_tiles
         self.head_rows = head_rows
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch.
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The batch, with the ids of its rows under ROW_IDS.
 
         Raises:
             DataError: an image cannot be read, or rows have different numbers of images.
@@ -177,9 +178,9 @@ class DecoderCollator:
             tokens = batch["input_ids"][index, : len(kept)].tolist()
             if tokens != row.input_ids[: self.max_length]:
                 raise DataError(f"row {rows[index]['id']}: the processor changed the tokens")
-        check_labels(labels, self.head_rows, [row["id"] for row in rows])
-        batch["labels"] = labels
-        return dict(batch)
+        names = [row["id"] for row in rows]
+        check_labels(labels, self.head_rows, names)
+        return {**batch, "labels": labels, ROW_IDS: names}
 
     def _images(self, row: dict[str, Any]) -> list[Image.Image]:
         try:

@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
+from medft.callbacks import MeasuredBatches
 from medft.decoder.inputs import DecoderInputs
 from medft.decoder.sampler import ImageCountSampler
 
@@ -44,7 +45,7 @@ def decoder_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> SFT
     )
 
 
-class DecoderTrainer(SFTTrainer):
+class DecoderTrainer(MeasuredBatches, SFTTrainer):
     """Trains an adapter, or all weights, of an image-text decoder."""
 
     def __init__(

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset as Rows
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
 from medft.adapters import ALL_WEIGHTS, plan_adapter
 from medft.base import empty_model, load_config, load_processor
+from medft.callbacks import ROW_IDS
 from medft.data.chat import (
     describe_counts,
     fingerprint,
@@ -66,8 +66,10 @@ class PairCollator:
         self.processor = processor
         self.max_length = max_length
 
-    def __call__(self, entries: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch; captions padded to max_length and without attention mask, as SigLIP's are.
+    def __call__(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The batch, with its ids under ROW_IDS.
+
+        Captions are padded to max_length and come without attention mask, as in training SigLIP.
 
         Raises:
             DataError: an image cannot be read.
@@ -94,6 +96,7 @@ class PairCollator:
             "input_ids": texts["input_ids"],
             "pixel_values": pixels["pixel_values"],
             "group_ids": torch.tensor(groups),
+            ROW_IDS: [entry["id"] for entry in entries],
         }
 
 

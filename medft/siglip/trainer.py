@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
+from medft.callbacks import MeasuredBatches
 from medft.recipe import ContrastiveSection
 from medft.siglip.inputs import SiglipInputs
 from medft.siglip.loss import LOSSES, match_labels
@@ -31,7 +32,7 @@ def siglip_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> Trai
     return training_arguments(TrainingArguments, train, dtype=dtype, metrics=METRICS, **owned)
 
 
-class SiglipTrainer(Trainer):
+class SiglipTrainer(MeasuredBatches):
     """Trains an adapter, or all weights, of a SigLIP."""
 
     def __init__(

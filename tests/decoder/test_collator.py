@@ -121,6 +121,7 @@ def test_a_batch_is_what_the_processor_makes_with_labels_beside_it(processor, en
         images=[[picture], [picture]], text=texts, add_special_tokens=False, padding=True,
         return_tensors="pt",
     )  # fmt: skip
+    assert batch.pop("row_ids") == ["r", "r"]
     assert batch.keys() == {*expected.keys(), "labels"}
     for name, tensor in expected.items():
         assert torch.equal(batch[name], tensor), name
@@ -135,7 +136,8 @@ def test_a_batch_is_what_the_processor_makes_with_labels_beside_it(processor, en
 
 
 def test_a_batch_without_images_has_no_image_tensors(encoder):
-    assert make(encoder)([row(TEXT)]).keys() == {"input_ids", "attention_mask", "labels"}
+    keys = {"input_ids", "attention_mask", "labels", "row_ids"}
+    assert make(encoder)([row(TEXT)]).keys() == keys
 
 
 def test_mixed_image_counts_in_a_batch_are_refused(encoder):
@@ -195,4 +197,5 @@ def test_rows_of_a_dataset_collate_like_plain_rows(encoder):
     rows = [row(ONE, png()), row(TWO, png(seed=2))]
     from_dataset = Dataset.from_list(rows)
     left, right = make(encoder)(rows), make(encoder)([from_dataset[0], from_dataset[1]])
+    assert left.pop("row_ids") == right.pop("row_ids")
     assert all(torch.equal(left[name], right[name]) for name in left)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from medft import callbacks
 from medft.adapters import attach_adapter
 from medft.data.chat import image_source
 from medft.data.images import open_image
@@ -95,6 +96,7 @@ def test_the_step_0_loss_and_gradient_are_those_of_plain_transformers(bases, tra
     trained = trainer(("lora.dropout=0",))
     rows = [trained.train_dataset[index] for index in range(7)]
     inputs = trained._prepare_inputs(trained.data_collator(rows))
+    assert "row_ids" not in inputs
     trained.model.train()
     loss = trained.compute_loss(trained.model, inputs)
     loss.backward()
@@ -282,3 +284,26 @@ def test_validation_rows_of_different_image_counts_need_batches_of_one(trainer, 
         trainer(changes)
     made = trainer([*changes, "train.per_device_eval_batch_size=1"])
     assert math.isfinite(made.evaluate()["eval_loss"])
+
+
+def test_the_log_tells_rows_and_tokens_a_second_and_the_share_of_waiting(trainer, monkeypatch):
+    made = trainer(max_steps=3)
+    seconds, collate = iter(range(1000)), made.data_collator
+    taken = []
+
+    def noted(rows):
+        batch = collate(rows)
+        taken.append((batch["row_ids"], int((batch["labels"] >= 0).sum())))
+        return batch
+
+    made.data_collator = noted
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(seconds))
+    made.train()
+    logged = [entry for entry in made.state.log_history if "loss" in entry]
+    for entry, (ids, tokens) in zip(logged, taken[: len(logged)], strict=True):
+        rows = entry["rows_per_second"]
+        assert entry["supervised_tokens_per_second"] == pytest.approx(
+            rows * tokens / len(ids), rel=1e-3
+        )
+        assert 0 < entry["data_wait"] < 1
+    assert made.row_ids == taken[2][0]

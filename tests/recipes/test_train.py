@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -171,6 +172,8 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_kept(
     words = ["train.learning_rate=1e30", "train.max_grad_norm=0", "train.warmup_steps=0"]
     output = output_of(start_script("siglip", file, *words), code=2)
     assert output.count("medft: error: expected every ") == 1
+    trained = re.search(r"after the rows ([0-9a-f, ]+): look at them", output)[1].split(", ")
+    assert len(trained) == 3
     assert "Traceback" not in output
     run = run_of(file)
     assert json.loads((run / "run.json").read_text())["status"] == "failed"

@@ -69,7 +69,7 @@ def test_the_step_0_loss_is_transformers_own(bases, trainer):
 def test_captions_are_padded_to_64_and_have_no_mask(trainer):
     trained = trainer()
     batch = trained.data_collator([trained.train_dataset[index] for index in range(3)])
-    assert batch.keys() == {"input_ids", "pixel_values", "group_ids"}
+    assert batch.keys() == {"input_ids", "pixel_values", "group_ids", "row_ids"}
     assert batch["input_ids"].shape == (3, 64)
     assert (batch["input_ids"][:, -1] == 1).all()
     assert batch["pixel_values"].shape == (3, 3, 84, 84)
