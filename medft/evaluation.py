@@ -141,19 +141,20 @@ def open_pictures(rows: Dataset, item: Item) -> list[Image.Image]:
 def partners(items: Sequence[Item]) -> list[int | None]:
     """For each item another of the same source with as many pictures, of another group.
 
-    The order is drawn from the ids. None where there is no such item.
+    The order is drawn from the ids. None where there is no such item, and for one without picture.
     """
     kinds: dict[tuple[str, int], list[int]] = defaultdict(list)
     for index, item in enumerate(items):
-        kinds[item.source, len(item.images)].append(index)
+        if item.images:
+            kinds[item.source, len(item.images)].append(index)
     found: list[int | None] = [None] * len(items)
     for members in kinds.values():
+        if len({items[index].group_id for index in members}) == 1:
+            continue
         members.sort(key=lambda index: _draw(items[index].id))
         for place, index in enumerate(members):
-            others = members[place + 1 :] + members[:place]
-            found[index] = next(
-                (i for i in others if items[i].group_id != items[index].group_id), None
-            )
+            others = (members[place - step] for step in range(1, len(members)))
+            found[index] = next(i for i in others if items[i].group_id != items[index].group_id)
     return found
 
 

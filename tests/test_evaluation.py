@@ -61,6 +61,7 @@ def test_a_partner_is_of_the_same_source_and_count_and_of_another_group():
         assert len(items[other].images) == len(one.images)
     assert found[-2:] == [None, None]
     assert len(set(found[:-2])) > 15  # not one picture for all
+    assert partners([item("x", "g", images=0), item("y", "h", images=0)]) == [None, None]
 
 
 def test_the_nearest_text_is_that_of_the_nearest_picture_of_the_source(data):
