@@ -9,10 +9,10 @@ import hashlib
 import json
 import logging
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +27,16 @@ from medft.data.pairs import batched, thumbnail
 from medft.errors import DataError, RunError
 from medft.evaluation_report import shown_cases, write_evaluation_report
 from medft.files import check_folder_for_output, complete_folder, file_sha256, write_json
-from medft.inference import Encoder, Generator, Request, find_trained
-from medft.metrics.bootstrap import Estimate, Scorer, difference, estimate
-from medft.metrics.findings import finding_f1, load_lexicon
-from medft.metrics.retrieval import chance_recall, median_rank, ranks, recall_at
-from medft.metrics.text import (
-    bleu,
-    bleu_signature,
-    closed_accuracy,
-    exact_match,
-    rouge_l,
-    token_f1,
-)
+from medft.metrics.retrieval import ranks
+from medft.metrics.scores import Line, score
 from medft.pages import thumbnail_of
 from medft.runs import read_record
-
-RECALLS = (1, 5, 10)
+from medft.trained import Encoder, Generator, Request, find_trained
 
 TRAINING_POOL = 10_000
 """Training pictures at the most, drawn by their ids, among which the nearest is looked for."""
 
 _CHUNK = 64
-
-Line = dict[str, Any]
-"""A line of predictions.jsonl."""
 
 logger = logging.getLogger(__name__)
 
@@ -357,79 +343,6 @@ def read_lines(path: Path) -> list[Line]:
     """The lines of predictions.jsonl."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-def score(lines: Sequence[Line]) -> dict[str, Any]:
-    """All figures of predictions.jsonl, with 95 % intervals over draws of whole groups.
-
-    Returns:
-        kind, rows, groups, systems (metric by metric), differences (tuned minus each other
-        system, paired), rows left out of the control of shuffled images, and what the figures need
-        to be read: BLEU's signature, or pool and chance.
-    """
-    is_encoder = "ranks" in lines[0]
-    names = list(lines[0]["ranks" if is_encoder else "predictions"])
-    scorers = _encoder_scorers if is_encoder else _decoder_scorers
-    systems, differences = {}, {}
-    for name in names:
-        kept = [line for line in lines if name != "shuffled" or line["shuffled_with"] is not None]
-        groups = [line["group_id"] for line in kept]
-        own, tuned = scorers(kept, name), scorers(kept, "tuned")
-        systems[name] = {metric: _figure(one, groups) for metric, one in own.items()}
-        if name != "tuned":
-            differences[name] = {
-                metric: _figure(difference(tuned[metric], other), groups)
-                for metric, other in own.items()
-            }
-    result = {
-        "kind": "siglip" if is_encoder else "decoder",
-        "rows": len(lines),
-        "groups": len({line["group_id"] for line in lines}),
-        "systems": systems,
-        "differences": differences,
-        "without_other_image": sum(line["shuffled_with"] is None for line in lines),
-    }
-    return {**result, **(_chance(lines) if is_encoder else {"bleu_signature": bleu_signature()})}
-
-
-def _figure(scorer: Scorer, groups: Sequence[str]) -> dict[str, Any]:
-    if groups:
-        return asdict(estimate(scorer, groups))
-    nothing = "no source has rows of two groups to exchange images"
-    return asdict(Estimate(value=None, low=None, high=None, n=0, groups=0, reason=nothing))
-
-
-def _decoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
-    predictions = [line["predictions"][system] for line in lines]
-    references = [line["reference"] for line in lines]
-    metrics: dict[str, Callable[[list[str | None], list[str]], Scorer]] = {
-        "exact_match": exact_match,
-        "token_f1": token_f1,
-        "rouge_l": rouge_l,
-        "bleu": bleu,
-        "closed_accuracy": closed_accuracy,
-    }
-    return {
-        "finding_f1": finding_f1(predictions, references, load_lexicon()),
-        **{name: metric(predictions, references) for name, metric in metrics.items()},
-    }
-
-
-def _encoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
-    scorers = {}
-    for way in ("image_to_text", "text_to_image"):
-        found = np.array([line["ranks"][system][way] for line in lines])
-        for k in RECALLS:
-            scorers[f"{way}_recall@{k}"] = recall_at(found, k)
-        scorers[f"{way}_median_rank"] = median_rank(found)
-    return scorers
-
-
-def _chance(lines: Sequence[Line]) -> dict[str, Any]:
-    counts = Counter(line["reference"] for line in lines)
-    positives = np.array([counts[line["reference"]] for line in lines])
-    chance = {f"recall@{k}": chance_recall(k, positives, len(lines)) for k in RECALLS}
-    return {"pool": len(lines), "texts": len(counts), "chance": chance}
 
 
 def evaluate(

@@ -18,14 +18,8 @@ from medft.data.pairs import batched
 from medft.data.tables import Rejected, table_rows
 from medft.data.template import text_of
 from medft.errors import DataError, RunError
-from medft.inference import (
-    BATCH,
-    DEFAULT_PROMPT,
-    Prediction,
-    Predictor,
-    find_trained,
-    open_picture,
-)
+from medft.inference import DEFAULT_PROMPT, Prediction, Predictor, open_picture
+from medft.trained import BATCH, find_trained
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
 """Endings of the files that are taken from a folder."""

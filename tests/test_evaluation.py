@@ -20,9 +20,9 @@ from medft.evaluation import (
     partners,
     read_lines,
     rows_to_evaluate,
-    score,
 )
 from medft.evaluation_report import SHOWN_CASES, evaluation_sections, interval, shown_cases
+from medft.metrics.scores import score
 
 
 def item(name, group, source="a", images=1, reference="", question="What?"):
@@ -197,7 +197,7 @@ def test_a_decoder_run_is_evaluated_on_its_own_validation_rows(evaluated, data):
 
 def test_ranks_of_a_siglip_run_are_those_of_its_embeddings(evaluated, runs, data):
     from medft.data.images import open_image
-    from medft.inference import Encoder
+    from medft.trained import Encoder
 
     found = read_lines(evaluated / "siglip" / "predictions.jsonl")
     rows = load_rows(data / "chat" / "validation.jsonl", split="validation")

@@ -8,8 +8,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medft.decoder.families import MLLAMA
 from medft.decoder.model import load_model
-from medft.inference import Generator
 from medft.recipe import ModelSection
+from medft.trained import Generator
 
 TILES, SIDE = 4, 56
 
