@@ -78,8 +78,11 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
         ValueError,
         EOFError,
     ) as error:
+        # Pillow names the object in memory, which differs from run to run
+        unknown = isinstance(error, UnidentifiedImageError)
+        problem = "it is of another format" if unknown else error
         raise DataError(
-            f"expected a whole picture ({', '.join(FORMATS)}), could not read {name} ({error}): "
+            f"expected a whole picture ({', '.join(FORMATS)}), could not read {name} ({problem}): "
             f"replace the file"
         ) from error
 

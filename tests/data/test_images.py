@@ -113,3 +113,12 @@ def test_a_format_outside_the_list_is_not_opened():
     content = encoded(Image.new("RGB", (4, 4)), "PCX")
     with pytest.raises(DataError):
         open_image(content)
+
+
+def test_what_is_no_picture_is_refused_in_the_same_words_every_time():
+    sentences = set()
+    for _ in range(2):
+        with pytest.raises(DataError, match="it is of another format") as refused:
+            open_image(b"the photograph was not stored")
+        sentences.add(str(refused.value))
+    assert len(sentences) == 1
