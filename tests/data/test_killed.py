@@ -34,9 +34,12 @@ def contents(out):
 
 def test_killed_at_20_moments_and_repeated(tmp_path):
     sources = write_exports(tmp_path / "raw", pairs=400, seed=4)
-    began = time.monotonic()
-    assert start(sources, tmp_path / "whole").wait() == 0
-    duration = time.monotonic() - began
+    durations = []
+    for _ in range(2):  # the first one may have had a busy machine
+        began = time.monotonic()
+        assert start(sources, tmp_path / "whole").wait() == 0
+        durations.append(time.monotonic() - began)
+    duration = min(durations)
     whole = contents(tmp_path / "whole")
     assert whole.keys() == set(FILES)
     early = [duration * 0.8 * i / 10 for i in range(10)]
