@@ -40,10 +40,10 @@ def write_demo_report(
         f"Drawn pictures and tiny models, {sum(seconds.values()):.0f} seconds on this computer. "
         f"Scores compare texts; nothing here is a medical result. For research use."
     )
+    rows = load_rows(out / "data" / "chat" / "validation.jsonl", split="validation")
     sections = []
     for kind, title in TITLES.items():
         sections.append(f"<h2>{title}</h2>")
-        rows = load_rows(out / "data" / "chat" / "validation.jsonl", split="validation")
         lines = read_lines(out / "evaluation" / kind / "predictions.jsonl")
         sections += evaluation_sections(lines, metrics[kind], pictures_of(rows, lines))
     sections += [_new_pictures(out), _data(out, summary), _steps(seconds)]

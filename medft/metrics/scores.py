@@ -36,11 +36,13 @@ def score(lines: Sequence[Line]) -> dict[str, Any]:
     is_encoder = "ranks" in lines[0]
     names = list(lines[0]["ranks" if is_encoder else "predictions"])
     scorers = _encoder_scorers if is_encoder else _decoder_scorers
+    whole = scorers(lines, "tuned")
     systems, differences = {}, {}
     for name in names:
         kept = [line for line in lines if name != "shuffled" or line["shuffled_with"] is not None]
         groups = [line["group_id"] for line in kept]
-        own, tuned = scorers(kept, name), scorers(kept, "tuned")
+        tuned = whole if len(kept) == len(lines) else scorers(kept, "tuned")
+        own = tuned if name == "tuned" else scorers(kept, name)
         systems[name] = {metric: _figure(one, groups) for metric, one in own.items()}
         if name != "tuned":
             differences[name] = {
