@@ -136,6 +136,7 @@ TRAIN_KEYS: dict[str, Any] = {
     "save_total_limit": _Count | None,
     "seed": Annotated[int, Field(ge=0, lt=2**32)],
     "tf32": bool | None,
+    "train_sampling_strategy": Literal["random", "group_by_length"],
     "torch_empty_cache_steps": _Count | None,
     "use_cpu": bool,
     "warmup_steps": _Amount,

@@ -12,19 +12,18 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText, ProcessorMixin
+from transformers import AutoModel, BatchFeature, ProcessorMixin
 
 from medft.adapters import NOTES_FILE, check_same_base, find_adapter, load_adapter, read_notes
 from medft.base import check_local_base, load_config, load_processor, load_weights
 from medft.data.chat import Message
 from medft.data.pairs import batched
-from medft.decoder.collator import ConversationEncoder, limit_tiles
+from medft.decoder.collator import ConversationEncoder
 from medft.decoder.families import family_of
-from medft.decoder.model import fix_cross_attention
 from medft.decoder.model import load_model as load_decoder
 from medft.errors import RunError
 from medft.files import file_sha256
-from medft.recipe import ModelSection, QuantizationSection
+from medft.recipe import DecoderDataSection, ModelSection, QuantizationSection
 from medft.siglip.inputs import caption_of
 from medft.siglip.model import (
     check_family,
@@ -132,9 +131,9 @@ class Generator:
             family: model_type of the base.
         """
         self.model = model.eval()
-        self.encoder = ConversationEncoder(processor, family_of(family))
+        limit = notes.get("max_image_tiles", DecoderDataSection.model_fields["max_image_tiles"].default)
+        self.encoder = ConversationEncoder(processor, family_of(family), max_image_tiles=limit)
         self.max_new_tokens = notes.get("max_length", 512)
-        self._max_image_tiles = notes.get("max_image_tiles")
         for name in ("temperature", "top_p", "top_k"):  # of sampling, which is off
             setattr(model.generation_config, name, None)
 
@@ -151,19 +150,16 @@ class Generator:
         trained = find_trained(source)
         check_local_base(trained.base)
         family = family_of(load_config(trained.base).model_type)
+        quantization = trained.notes.get("quantization") if trained.is_adapter else None
         if trained.is_adapter:
             check_same_base(trained.base, trained.notes)
-            quantization = trained.notes.get("quantization")
-            model: nn.Module = load_decoder(
-                trained.base,
-                family,
-                QuantizationSection(**quantization) if quantization else None,
-                trains_all=False,
-            )
-        else:
-            model = load_weights(AutoModelForImageTextToText, trained.base, dtype="auto")
-        if trained.notes.get("cross_attention_fix"):
-            fix_cross_attention(model, family)
+        model: nn.Module = load_decoder(
+            trained.base,
+            family,
+            QuantizationSection(**quantization) if quantization else None,
+            dtype=trained.base.dtype if trained.is_adapter else "auto",
+            cross_attention_fix=trained.notes.get("cross_attention_fix", False),
+        )
         if trained.is_adapter:
             model = load_adapter(model, trained.folder)
         processor = load_processor(ModelSection(base=str(trained.folder)))
@@ -180,7 +176,7 @@ class Generator:
     def generate(self, requests: Sequence[Request]) -> list[str]:
         """The assistant's turns, in the order of the requests.
 
-        Requests with equally many pictures share batches; others would see each other's.
+        Requests with equally many pictures share batches; others might see each other's.
         """
         answers: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].images))
@@ -194,26 +190,19 @@ class Generator:
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request]) -> list[str]:
-        processor = self.encoder.processor
-        limit = self._max_image_tiles or processor.image_processor.max_image_tiles
-        images = [
-            [limit_tiles(image, processor.image_processor, limit) for image in request.images]
-            for request in requests
-        ]
-        batch = processor(
-            images=images if images[0] else None,
-            text=[self.encoder.render(request.messages, "", prompt=True) for request in requests],
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            max_length=None,
-            return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
+        encoded = [self.encoder.encode_prompt(request.messages) for request in requests]
+        images = [request.images for request in requests]
+        batch = BatchFeature(self.encoder.batch(encoded, images, padding_side="left"))
+        del batch["labels"]
         tokens = self.model.generate(
-            **batch, do_sample=False, max_new_tokens=self.max_new_tokens, use_cache=True
+            **batch.to(self.model.device, self.model.dtype),
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            use_cache=True,
         )
         new = tokens[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        decoded = self.encoder.processor.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
 
 
 class Encoder:

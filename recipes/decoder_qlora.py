@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
                 recipe.model,
                 inputs.family,
                 recipe.quantization,
-                trains_all=recipe.lora is None,
+                dtype=recipe.model.dtype if recipe.lora else "float32",
                 cross_attention_fix=recipe.model.cross_attention_fix,
             )
             if recipe.lora:

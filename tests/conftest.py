@@ -18,12 +18,16 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
-    """Folders of a tiny decoder and a tiny SigLIP."""
+    """Folders of tiny decoders (Mllama is called decoder) and of a tiny SigLIP."""
+    from gemma_bases import build_gemma3, build_paligemma
+
     from medft.demo.bases import build_decoder, build_siglip
 
     folder = tmp_path_factory.mktemp("bases")
     build_decoder(folder / "decoder", seed=5)
     build_siglip(folder / "siglip", seed=5)
+    build_paligemma(folder / "paligemma", seed=5)
+    build_gemma3(folder / "gemma3", seed=5)
     return folder
 
 

@@ -3,29 +3,24 @@
 Shape letters in this file:
     B  rows of a batch
     S  tokens of its longest row
-    I  images of a row, the same for all rows of a batch
-    T  tiles an image is padded to (4)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BaseImageProcessor, ProcessorMixin
-from transformers.models.mllama.image_processing_pil_mllama import (
-    get_image_size_fit_to_canvas,
-    get_optimal_tiled_canvas,
-)
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin
 
 from medft.callbacks import ROW_IDS
 from medft.data.chat import Message, image_source, messages_of
 from medft.data.images import open_image
 from medft.decoder.families import Family
-from medft.errors import DataError
+from medft.errors import BaseModelError, DataError
 
 IGNORED = -100
 """The label of a token that is not trained; as in torch's cross-entropy."""
@@ -35,25 +30,46 @@ IGNORED = -100
 class EncodedRow:
     """A conversation in tokens."""
 
-    text: str
-    """The whole conversation as the chat template renders it."""
-
     input_ids: list[int]
 
     labels: list[int]
     """As input_ids where the assistant speaks, end-of-turn token included; IGNORED elsewhere."""
 
     prompt_length: int
-    """Tokens before the first one that is trained."""
+    """Tokens before the first one that the assistant says."""
 
 
 class ConversationEncoder:
     """Renders and tokenises conversations of one base, and knows which tokens to train."""
 
-    def __init__(self, processor: ProcessorMixin, family: Family) -> None:
+    def __init__(self, processor: ProcessorMixin, family: Family, *, max_image_tiles: int) -> None:
+        """Make the encoder.
+
+        Args:
+            processor: of the base; the family's chat template is put in where it has none.
+            family: of the base.
+            max_image_tiles: of an image, for families that cut images into tiles.
+
+        Raises:
+            BaseModelError: there is no chat template, or a setting of the processor is refused.
+        """
+        processor.chat_template = processor.chat_template or family.chat_template
+        if not processor.chat_template:
+            raise BaseModelError(
+                "expected a base with a chat template, this one has none: choose its "
+                "instruction-tuned sibling, or put a chat_template.jinja into its folder"
+            )
+        family.check_processor(processor)
         self.processor = processor
         self.family = family
-        self.image_token_id = processor.image_token_id
+        self.max_image_tiles = max_image_tiles
+        self.image_token_id = family.image_token_id(processor)
+        self._end_of_turn = processor.tokenizer.convert_tokens_to_ids(family.end_of_turn)
+        self._special = {
+            token
+            for token, added in processor.tokenizer.added_tokens_decoder.items()
+            if added.special
+        }
 
     def encode(self, messages: list[Message], name: str) -> EncodedRow:
         """The tokens of a conversation, not cut.
@@ -66,41 +82,81 @@ class ConversationEncoder:
             name: of the row, for messages.
 
         Raises:
-            DataError: the template refuses the conversation, or tokens run across the end of
-                a prompt.
+            DataError: the template refuses the conversation, a text holds a special token, or
+                tokens run across the end of a prompt.
         """
-        text = self.render(messages, name)
-        input_ids = self._tokens(text)
+        self._check_texts(messages, name)
+        input_ids = self._tokens(messages, name)
         labels = [IGNORED] * len(input_ids)
         prompt_length = len(input_ids)
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._tokens(self.render(messages[:index], name, prompt=True))
-            ended = self._tokens(self.render(messages[: index + 1], name))
+            prompt = self._tokens(messages[:index], name, prompt=True)
+            ended = self._tokens(messages[: index + 1], name)
             start, stop = len(prompt), len(ended)
             if input_ids[:start] != prompt or input_ids[:stop] != ended:
                 raise DataError(
                     f"row {name}: expected the tokens of the prompt to begin those of the whole "
                     f"conversation, they differ: this tokenizer merges across the end of a prompt"
                 )
+            if self._end_of_turn not in ended[start:]:
+                raise DataError(
+                    f"row {name}: expected the chat template to end the assistant's turn with "
+                    f"{self.family.end_of_turn}, it does not: put the base's own template back"
+                )
+            stop = start + ended[start:].index(self._end_of_turn) + 1  # a template may write on
             labels[start:stop] = input_ids[start:stop]
             prompt_length = min(prompt_length, start)
-        return EncodedRow(text, input_ids, labels, prompt_length)
+        return EncodedRow(input_ids, labels, prompt_length)
 
-    def render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
-        """The conversation as the base's chat template writes it.
-
-        Args:
-            messages: turns with part lists.
-            name: of the row, for messages.
-            prompt: end where the assistant's next turn begins.
+    def encode_prompt(self, messages: list[Message]) -> EncodedRow:
+        """The tokens of a conversation whose next turn is the assistant's, with nothing to train.
 
         Raises:
-            DataError: the template refuses it.
+            DataError: the template refuses the conversation.
         """
+        input_ids = self._tokens(messages, "", prompt=True)
+        turns = [m["role"] for m in messages]
+        first = turns.index("assistant") if "assistant" in turns else len(turns)
+        prompt_length = len(self._tokens(messages[:first], "", prompt=True))
+        return EncodedRow(input_ids, [IGNORED] * len(input_ids), prompt_length)
+
+    def batch(
+        self,
+        rows: Sequence[EncodedRow],
+        images: Sequence[Sequence[Image.Image]],
+        *,
+        padding_side: Literal["left", "right"],
+    ) -> dict[str, Tensor]:
+        """The model's inputs for these rows: input_ids [B, S], attention_mask [B, S], labels [B, S]
+        and what `Family.inputs` adds.
+        """
+
+        def pad(values: Sequence[Sequence[int]], padding: int) -> Tensor:
+            tensors = [torch.tensor(value) for value in values]
+            return pad_sequence(
+                tensors, batch_first=True, padding_value=padding, padding_side=padding_side
+            )
+
+        input_ids = pad([row.input_ids for row in rows], self.processor.tokenizer.pad_token_id)
+        answers = [[i >= row.prompt_length for i in range(len(row.input_ids))] for row in rows]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": pad([[1] * len(row.input_ids) for row in rows], 0),
+            "labels": pad([row.labels for row in rows], IGNORED),
+            **self.family.inputs(
+                self.processor,
+                images,
+                input_ids,
+                pad(answers, 0),
+                max_image_tiles=self.max_image_tiles,
+            ),
+        }
+
+    def _tokens(self, messages: list[Message], name: str, *, prompt: bool = False) -> list[int]:
         try:
-            return self.processor.apply_chat_template(
+            text = self.processor.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=prompt,
@@ -110,121 +166,119 @@ class ConversationEncoder:
             raise DataError(
                 f"row {name}: the base's chat template refuses the conversation: {error}"
             ) from error
+        return self._ids(self.family.expand(text, self.processor))
 
-    def _tokens(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _check_texts(self, messages: list[Message], name: str) -> None:
+        for message in messages:
+            for part in message["content"]:
+                found = self._special.intersection(self._ids(part.get("text") or ""))
+                if found:
+                    token = self.processor.tokenizer.convert_ids_to_tokens(min(found))
+                    raise DataError(
+                        f"row {name}: expected ordinary text, a turn of the {message['role']} "
+                        f"holds the tokenizer's {token}: remove it"
+                    )
 
 
 def mark_trained(row: EncodedRow, encoder: ConversationEncoder, max_length: int) -> str:
-    """The tokens of a row as text on one line, each run that is trained between >>> and <<<."""
+    """The tokens of a row as text on one line, each run that is trained between >>> and <<<.
+
+    The tokens that stand for one image are written once.
+    """
     decode = encoder.processor.tokenizer.decode
     tokens = zip(row.input_ids[:max_length], row.labels[:max_length], strict=True)
     pieces = []
     for trained, run in groupby(tokens, key=lambda pair: pair[1] != IGNORED):
-        text = decode([token for token, _ in run])
+        shown = []
+        for token, _ in run:
+            if not (shown and token == shown[-1] == encoder.image_token_id):
+                shown.append(token)
+        text = decode(shown)
         pieces.append(f">>>{text}<<<" if trained else text)
     return "".join(pieces).replace("\n", "\\n")
 
 
 class DecoderCollator:
-    """Rows of `medft.data.chat.load_rows` -> a batch of the model's inputs.
-
-    Returns input_ids, attention_mask and labels [B, S], pixel_values [B, I, T, 3, height, width],
-    aspect_ratio_ids [B, I], aspect_ratio_mask [B, I, T] and cross_attention_mask [B, S, I, T];
-    the last four only for rows with images.
-    """
+    """Rows of `medft.data.chat.load_rows` -> a batch of the model's inputs."""
 
     def __init__(
         self,
         encoder: ConversationEncoder,
         *,
         max_length: int,
-        max_image_tiles: int,
         head_rows: int,
+        separates_rows: bool,
     ) -> None:
+        """Make the collator.
+
+        Args:
+            encoder: of the base.
+            max_length: tokens of a row; what is longer is cut.
+            head_rows: rows of the output head.
+            separates_rows: whether rows with different numbers of images may share a batch.
+        """
         self.encoder = encoder
         self.max_length = max_length
-        self.max_image_tiles = max_image_tiles
         self.head_rows = head_rows
+        self.separates_rows = separates_rows
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch, with the ids of its rows under ROW_IDS.
+        """The batch as of `ConversationEncoder.batch`, with the ids of its rows under ROW_IDS.
 
         Raises:
-            DataError: an image cannot be read, or rows have different numbers of images.
+            DataError: an image cannot be read, rows have different numbers of images and would
+                see each other's, or a label is wrong.
         """
         image_counts = {len(row["images"]) for row in rows}
-        if len(image_counts) > 1:
+        if len(image_counts) > 1 and not self.separates_rows:
             raise DataError(
-                f"expected rows with equally many images in a batch, got {sorted(image_counts)}: "
-                f"Mllama's rows would see each other's images"
+                f"expected rows with equally many images in a batch, got {sorted(image_counts)}, "
+                f"which would see each other's images: write model.cross_attention_fix: true"
             )
-        encoded = [self.encoder.encode(messages_of(row), row["id"]) for row in rows]
-        processor = self.encoder.processor
-        batch = processor(
-            images=[self._images(row) for row in rows] if image_counts != {0} else None,
-            text=[row.text for row in encoded],
-            add_special_tokens=False,
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        labels = torch.full_like(batch["input_ids"], IGNORED)
-        for index, row in enumerate(encoded):
-            kept = row.labels[: self.max_length]
-            labels[index, : len(kept)] = torch.tensor(kept)
-            tokens = batch["input_ids"][index, : len(kept)].tolist()
-            if tokens != row.input_ids[: self.max_length]:
-                raise DataError(f"row {rows[index]['id']}: the processor changed the tokens")
         names = [row["id"] for row in rows]
-        check_labels(labels, self.head_rows, names)
-        return {**batch, "labels": labels, ROW_IDS: names}
+        encoded = [self._encode(row) for row in rows]
+        batch = self.encoder.batch(encoded, [_images(row) for row in rows], padding_side="right")
+        never = self.encoder.family.never_labels(self.encoder.processor)
+        check_labels(batch["labels"], self.head_rows, never, names)
+        return {**batch, ROW_IDS: names}
 
-    def _images(self, row: dict[str, Any]) -> list[Image.Image]:
-        try:
-            images = [open_image(image_source(image)) for image in row["images"]]
-        except DataError as error:
-            raise DataError(f"row {row['id']}: {error}") from error
-        processor = self.encoder.processor.image_processor
-        return [limit_tiles(image, processor, self.max_image_tiles) for image in images]
-
-
-def limit_tiles(
-    image: Image.Image, processor: BaseImageProcessor, max_image_tiles: int
-) -> Image.Image:
-    """The picture, shrunk so that the processor lays it on at most max_image_tiles tiles.
-
-    The processor keeps its own limit of tiles, since the base's ids of tile arrangements and its
-    padding are counted with it.
-    """
-    tile = processor.size["height"]
-    canvas = get_optimal_tiled_canvas(image.height, image.width, processor.max_image_tiles, tile)
-    if canvas[0] * canvas[1] <= max_image_tiles * tile * tile:
-        return image
-    canvas = get_optimal_tiled_canvas(image.height, image.width, max_image_tiles, tile)
-    height, width = get_image_size_fit_to_canvas(image.height, image.width, *canvas, tile)
-    return image.resize((int(width), int(height)), Image.Resampling(processor.resample))
+    def _encode(self, row: dict[str, Any]) -> EncodedRow:
+        whole = self.encoder.encode(messages_of(row), row["id"])
+        cut = slice(self.max_length)
+        return EncodedRow(whole.input_ids[cut], whole.labels[cut], whole.prompt_length)
 
 
-def check_labels(labels: Tensor, head_rows: int, names: Sequence[str]) -> None:
-    """Assert that a batch trains at least one token of every row, and only tokens of the head.
+def _images(row: dict[str, Any]) -> list[Image.Image]:
+    try:
+        return [open_image(image_source(image)) for image in row["images"]]
+    except DataError as error:
+        raise DataError(f"row {row['id']}: {error}") from error
+
+
+def check_labels(
+    labels: Tensor, head_rows: int, never: frozenset[int], names: Sequence[str]
+) -> None:
+    """Assert that a batch trains at least one token of every row, and only tokens of answers.
 
     Args:
         labels: [B, S], IGNORED where nothing is trained.
         head_rows: rows of the output head.
+        never: tokens that are no part of an answer.
         names: of the rows.
 
     Raises:
-        DataError: a label lies outside the head, or a row has none.
+        DataError: a label lies outside the head or is no answer's, or a row has none.
     """
     for row, name in zip(labels, names, strict=True):
-        trained = row[row != IGNORED]
-        if not len(trained):
+        trained = set(row[row != IGNORED].tolist())
+        if not trained:
             raise DataError(f"row {name}: expected at least one token to train, found none")
-        if int(trained.max()) >= head_rows:
+        if max(trained) >= head_rows or trained & never:
+            wrong = max(trained & never, default=max(trained))
             raise DataError(
-                f"row {name}: expected labels below {head_rows}, the rows of the output head, "
-                f"got {int(trained.max())}: an assistant turn holds an image token"
+                f"row {name}: expected labels below {head_rows}, the rows of the output head, and "
+                f"no image or padding token, got {wrong}: an assistant turn holds an image"
             )

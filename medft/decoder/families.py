@@ -1,52 +1,201 @@
-"""What differs between the families of image-text decoders, in one table.
+"""What differs between the families of image-text decoders, one class each.
 
 A family is chosen by `model_type` in the base's config.json. Code elsewhere asks the family and
 never tests for a name.
+
+Shape letters in this file:
+    B  rows of a batch
+    S  tokens of its longest row
+    I  images of the row that has most
+    N  images of all its rows
+    T  tiles an image is padded to (4)
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import BaseImageProcessor, ProcessorMixin
+from transformers.models.mllama.image_processing_pil_mllama import (
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
+)
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
 from medft.errors import BaseModelError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """Names and rules of one architecture, as transformers 5 builds it."""
 
-    model_type: str
+    model_type: ClassVar[str]
     """As in config.json."""
 
-    parts: Mapping[str, str]
+    parts: ClassVar[Mapping[str, str]]
     """Prefixes of module names, by part: vision, projector, language, lm_head."""
 
-    presets: Mapping[str, str]
+    presets: ClassVar[Mapping[str, str]]
     """Regular expressions over whole module names, by the name of a `lora.targets` preset."""
 
-    template_arguments: Mapping[str, Any]
+    end_of_turn: ClassVar[str]
+    """The token that ends what the assistant says."""
+
+    chat_template: ClassVar[str | None] = None
+    """How a conversation is written, for bases that ship no template."""
+
+    template_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Values that the chat template would otherwise take from the clock."""
 
-    fix_cross_attention: Callable[[nn.Module], None] | None
-    """Makes a loaded model's rows independent of their neighbours, where the stock code mixes them;
-    None for a family without that flaw."""
+    has_tiles: ClassVar[bool] = False
+    """Whether an image is cut into tiles, whose number `data.max_image_tiles` limits."""
+
+    mixes_rows: ClassVar[bool] = False
+    """Whether the stock code lets a row depend on the images of its neighbours."""
+
+    def check_processor(self, processor: ProcessorMixin) -> None:
+        """Refuse settings of a base that `inputs` does not follow.
+
+        Raises:
+            BaseModelError: there is one.
+        """
+
+    def image_token_id(self, processor: ProcessorMixin) -> int:
+        """The token that stands for what the tower sees."""
+        return processor.image_token_id
+
+    def tokens_per_image(self, processor: ProcessorMixin) -> int:
+        """How often `image_token_id` stands in the text for one image."""
+        return processor.image_seq_length
+
+    def never_labels(self, processor: ProcessorMixin) -> frozenset[int]:
+        """Tokens that are no part of an answer."""
+        return frozenset({self.image_token_id(processor), processor.tokenizer.pad_token_id})
+
+    def expand(self, text: str, processor: ProcessorMixin) -> str:
+        """The text of a chat template with room for each image's features."""
+        return text
+
+    def inputs(
+        self,
+        processor: ProcessorMixin,
+        images: Sequence[Sequence[Image.Image]],
+        input_ids: Tensor,
+        answers: Tensor,
+        *,
+        max_image_tiles: int,
+    ) -> dict[str, Tensor]:
+        """What the model takes beside input_ids and attention_mask.
+
+        Args:
+            processor: of the base.
+            images: of each row, in the order of their tokens.
+            input_ids: [B, S].
+            answers: [B, S], whether a token stands behind the first prompt of its row.
+            max_image_tiles: of an image.
+        """
+        raise NotImplementedError
+
+    def separate_rows(self, model: nn.Module) -> None:
+        """Make the rows of a loaded model independent of each other, where `mixes_rows`."""
+        raise NotImplementedError
 
 
-def _mask_output_of_cross_attention(model: nn.Module) -> None:
-    """Make Mllama's tokens that may see no image get nothing from cross-attention.
+_MLLAMA_LAYERS = r"model\.language_model\.layers\.\d+"
+_MLLAMA_ATTENTION = r"(self_attn|cross_attn)\.(q_proj|k_proj|v_proj|o_proj)"
+_MLLAMA_LANGUAGE = rf"{_MLLAMA_LAYERS}\.({_MLLAMA_ATTENTION}|mlp\.(gate_proj|up_proj|down_proj))"
+_MLLAMA_PROJECTOR = r"model\.multi_modal_projector"
+_MLLAMA_VISION = (
+    r"model\.vision_model\.(transformer|global_transformer)\.layers\.\d+"
+    r"\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(fc1|fc2))"
+)
 
-    Stock code gives such tokens (all of a row without image, and those before its first image) the
-    same small weight on every vision token, also on those that pad the row to the number of images
-    of its neighbours and to four tiles; only the feed-forward part is masked (transformers#39379).
-    """
-    for layer in model.modules():
-        if isinstance(layer, MllamaCrossAttentionDecoderLayer):
-            layer.register_forward_pre_hook(_note_which_tokens_see, with_kwargs=True)
-            layer.cross_attn.register_forward_hook(_mask_output)
+
+class Mllama(Family):
+    """Llama 3.2 Vision: tiles of the images enter the text by cross-attention."""
+
+    model_type = "mllama"
+    parts = MappingProxyType(
+        {
+            "vision": "model.vision_model",
+            "projector": "model.multi_modal_projector",
+            "language": "model.language_model",
+            "lm_head": "lm_head",
+        }
+    )
+    presets = MappingProxyType(
+        {
+            "language": _MLLAMA_LANGUAGE,
+            "language_no_mlp": rf"{_MLLAMA_LAYERS}\.{_MLLAMA_ATTENTION}",
+            "cross_attention": rf"{_MLLAMA_LAYERS}\.cross_attn\.(q_proj|k_proj|v_proj|o_proj)",
+            "projector": _MLLAMA_PROJECTOR,
+            "vision": _MLLAMA_VISION,
+            "all": rf"{_MLLAMA_LANGUAGE}|{_MLLAMA_PROJECTOR}|{_MLLAMA_VISION}",
+        }
+    )
+    end_of_turn = "<|eot_id|>"
+    # The release writes today's date into conversations without image; it is frozen to the
+    # template's own fallback, so that a row has the same tokens tomorrow.
+    template_arguments = MappingProxyType({"date_string": "26 Jul 2024"})
+    has_tiles = True
+    mixes_rows = True
+
+    def tokens_per_image(self, processor: ProcessorMixin) -> int:
+        """One: the features are not in the text."""
+        return 1
+
+    def inputs(
+        self,
+        processor: ProcessorMixin,
+        images: Sequence[Sequence[Image.Image]],
+        input_ids: Tensor,
+        answers: Tensor,
+        *,
+        max_image_tiles: int,
+    ) -> dict[str, Tensor]:
+        """Tiles and which token sees which of them; nothing for a batch without images.
+
+        Returns:
+            pixel_values [B, I, T, 3, height, width], aspect_ratio_ids [B, I], aspect_ratio_mask
+            [B, I, T] and cross_attention_mask [B, S, I, T].
+        """
+        if not any(images):
+            return {}
+        image_processor = processor.image_processor
+        batch = image_processor(
+            [[_limit_tiles(i, image_processor, max_image_tiles) for i in row] for row in images],
+            return_tensors="pt",
+        )
+        spans = [
+            get_cross_attention_token_mask(row, processor.image_token_id)
+            for row in input_ids.tolist()
+        ]
+        mask = convert_sparse_cross_attention_mask_to_dense(
+            spans,
+            num_tiles=batch.pop("num_tiles"),
+            max_num_tiles=image_processor.max_image_tiles,
+            length=input_ids.shape[1],
+        )
+        return {**batch, "cross_attention_mask": torch.from_numpy(mask)}
+
+    def separate_rows(self, model: nn.Module) -> None:
+        """Make tokens that may see no image get nothing from cross-attention.
+
+        Stock code gives such tokens (all of a row without image, and those before its first image)
+        the same small weight on every vision token, also on those that pad the row to the number
+        of images of its neighbours and to four tiles; only the feed-forward part is masked
+        (transformers#39379).
+        """
+        for layer in model.modules():
+            if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+                layer.register_forward_pre_hook(_note_which_tokens_see, with_kwargs=True)
+                layer.cross_attn.register_forward_hook(_mask_output)
 
 
 def _note_which_tokens_see(
@@ -61,42 +210,173 @@ def _mask_output(attention: nn.Module, arguments: tuple, output: tuple) -> tuple
     return output if mask is None else (mask[:, 0] * output[0], *output[1:])
 
 
-_MLLAMA_LAYERS = r"model\.language_model\.layers\.\d+"
-_MLLAMA_ATTENTION = r"(self_attn|cross_attn)\.(q_proj|k_proj|v_proj|o_proj)"
-_MLLAMA_LANGUAGE = rf"{_MLLAMA_LAYERS}\.({_MLLAMA_ATTENTION}|mlp\.(gate_proj|up_proj|down_proj))"
-_MLLAMA_PROJECTOR = r"model\.multi_modal_projector"
-_MLLAMA_VISION = (
-    r"model\.vision_model\.(transformer|global_transformer)\.layers\.\d+"
-    r"\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(fc1|fc2))"
+def _limit_tiles(
+    image: Image.Image, processor: BaseImageProcessor, max_image_tiles: int
+) -> Image.Image:
+    """The picture, shrunk so that the processor lays it on at most max_image_tiles tiles.
+
+    The processor keeps its own limit of tiles, since the base's ids of tile arrangements and its
+    padding are counted with it.
+    """
+    tile = processor.size["height"]
+    canvas = get_optimal_tiled_canvas(image.height, image.width, processor.max_image_tiles, tile)
+    if canvas[0] * canvas[1] <= max_image_tiles * tile * tile:
+        return image
+    canvas = get_optimal_tiled_canvas(image.height, image.width, max_image_tiles, tile)
+    height, width = get_image_size_fit_to_canvas(image.height, image.width, *canvas, tile)
+    return image.resize((int(width), int(height)), Image.Resampling(processor.resample))
+
+
+_GEMMA_LAYERS = r"model\.language_model\.layers\.\d+"
+_GEMMA_ATTENTION = r"self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+_GEMMA_LANGUAGE = rf"{_GEMMA_LAYERS}\.({_GEMMA_ATTENTION}|mlp\.(gate_proj|up_proj|down_proj))"
+_GEMMA_VISION = (
+    r"model\.vision_tower\.encoder\.layers\.\d+"
+    r"\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
+)
+_GEMMA_PARTS = MappingProxyType(
+    {
+        "vision": "model.vision_tower",
+        "projector": "model.multi_modal_projector",
+        "language": "model.language_model",
+        "lm_head": "lm_head",
+    }
 )
 
-MLLAMA = Family(
-    model_type="mllama",
-    parts=MappingProxyType(
-        {
-            "vision": "model.vision_model",
-            "projector": "model.multi_modal_projector",
-            "language": "model.language_model",
-            "lm_head": "lm_head",
-        }
-    ),
-    presets=MappingProxyType(
-        {
-            "language": _MLLAMA_LANGUAGE,
-            "language_no_mlp": rf"{_MLLAMA_LAYERS}\.{_MLLAMA_ATTENTION}",
-            "cross_attention": rf"{_MLLAMA_LAYERS}\.cross_attn\.(q_proj|k_proj|v_proj|o_proj)",
-            "projector": _MLLAMA_PROJECTOR,
-            "vision": _MLLAMA_VISION,
-            "all": rf"{_MLLAMA_LANGUAGE}|{_MLLAMA_PROJECTOR}|{_MLLAMA_VISION}",
-        }
-    ),
-    # The release writes today's date into conversations without image; it is frozen to the
-    # template's own fallback, so that a row has the same tokens tomorrow.
-    template_arguments=MappingProxyType({"date_string": "26 Jul 2024"}),
-    fix_cross_attention=_mask_output_of_cross_attention,
-)
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({MLLAMA.model_type: MLLAMA})
+class PaliGemma(Family):
+    """PaliGemma 1 and 2: SigLIP's patches stand before the text, and image and prompt see all of
+    each other.
+
+    What follows the first answer is read causally, later prompts too, or an answer would be seen
+    by the prompt before it.
+    """
+
+    model_type = "paligemma"
+    parts = _GEMMA_PARTS
+    presets = MappingProxyType(
+        {
+            "language": _GEMMA_LANGUAGE,
+            "language_no_mlp": rf"{_GEMMA_LAYERS}\.{_GEMMA_ATTENTION}",
+            "projector": r"model\.multi_modal_projector\.linear",
+            "vision": _GEMMA_VISION,
+            "all": rf"{_GEMMA_LANGUAGE}|model\.multi_modal_projector\.linear|{_GEMMA_VISION}",
+        }
+    )
+    end_of_turn = "<eos>"
+    # Source: arXiv:2407.07726, section 3.2.1: images, <bos>, prompt, line break, answer, <eos>.
+    chat_template = """\
+{%- for message in messages %}
+  {%- set is_first = loop.first %}
+  {%- if message.role == 'system' %}{{- raise_exception('it knows no system turn') }}{%- endif %}
+  {%- for part in message.content if part.type == 'image' %}
+    {%- if not is_first %}{{- raise_exception('its images stand in the first turn') }}{%- endif %}
+    {{- '<image>' }}
+  {%- endfor %}
+  {{- bos_token if is_first }}
+  {%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}
+  {{- eos_token if message.role == 'assistant' else '\\n' }}
+{%- endfor %}
+"""
+
+    def expand(self, text: str, processor: ProcessorMixin) -> str:
+        """The text with one token for each patch of an image."""
+        return text.replace(processor.image_token, processor.image_token * self.tokens_per_image(processor))
+
+    def inputs(
+        self,
+        processor: ProcessorMixin,
+        images: Sequence[Sequence[Image.Image]],
+        input_ids: Tensor,
+        answers: Tensor,
+        *,
+        max_image_tiles: int,
+    ) -> dict[str, Tensor]:
+        """Pictures, and which tokens are read causally.
+
+        Returns:
+            pixel_values [N, 3, height, width] where there are images, and token_type_ids [B, S], 0
+            in image and first prompt and 1 behind them.
+        """
+        return {**_pictures(processor, images), "token_type_ids": answers.long()}
+
+
+class Gemma3(Family):
+    """Gemma 3 and MedGemma: an image is 256 tokens between two marks, which see each other."""
+
+    model_type = "gemma3"
+    parts = _GEMMA_PARTS
+    presets = MappingProxyType(
+        {
+            "language": _GEMMA_LANGUAGE,
+            "language_no_mlp": rf"{_GEMMA_LAYERS}\.{_GEMMA_ATTENTION}",
+            "vision": _GEMMA_VISION,
+            "all": rf"{_GEMMA_LANGUAGE}|{_GEMMA_VISION}",
+        }
+    )
+    end_of_turn = "<end_of_turn>"
+
+    def check_processor(self, processor: ProcessorMixin) -> None:
+        """Refuse crops of a picture beside it, which would change its number of tokens.
+
+        Raises:
+            BaseModelError: the base asks for them.
+        """
+        if processor.image_processor.do_pan_and_scan:
+            raise BaseModelError(
+                "expected do_pan_and_scan to be off in the base's preprocessor_config.json, it is "
+                "on: switch it off"
+            )
+
+    def image_token_id(self, processor: ProcessorMixin) -> int:
+        """The token that stands for a feature; the processor's own name means the mark before."""
+        return processor.tokenizer.image_token_id
+
+    def never_labels(self, processor: ProcessorMixin) -> frozenset[int]:
+        """Tokens that are no part of an answer, among them the marks around an image."""
+        tokenizer = processor.tokenizer
+        marks = {tokenizer.boi_token_id, tokenizer.eoi_token_id}
+        return super().never_labels(processor) | marks
+
+    def expand(self, text: str, processor: ProcessorMixin) -> str:
+        """The text with an image's tokens and marks in the place of its first mark."""
+        return text.replace(processor.boi_token, processor.full_image_sequence)
+
+    def inputs(
+        self,
+        processor: ProcessorMixin,
+        images: Sequence[Sequence[Image.Image]],
+        input_ids: Tensor,
+        answers: Tensor,
+        *,
+        max_image_tiles: int,
+    ) -> dict[str, Tensor]:
+        """Pictures, and which tokens are theirs.
+
+        Returns:
+            pixel_values [N, 3, height, width] where there are images, and token_type_ids [B, S], 1
+            for the tokens of an image.
+        """
+        of_images = input_ids == self.image_token_id(processor)
+        return {**_pictures(processor, images), "token_type_ids": of_images.long()}
+
+
+def _pictures(
+    processor: ProcessorMixin, images: Sequence[Sequence[Image.Image]]
+) -> dict[str, Tensor]:
+    flat = [image for row in images for image in row]
+    if not flat:
+        return {}
+    return {"pixel_values": processor.image_processor(flat, return_tensors="pt")["pixel_values"]}
+
+
+MLLAMA = Mllama()
+PALIGEMMA = PaliGemma()
+GEMMA3 = Gemma3()
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {family.model_type: family for family in (MLLAMA, PALIGEMMA, GEMMA3)}
+)
 
 
 def family_of(model_type: str | None) -> Family:

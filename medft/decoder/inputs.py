@@ -15,13 +15,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from medft.adapters import ALL_WEIGHTS, plan_adapter, target_modules
+from medft.adapters import ALL_WEIGHTS, NOTES_FILE, plan_adapter, read_notes, target_modules
 from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
 from medft.data.tokens import length_percentiles
 from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator, mark_trained
 from medft.decoder.families import Family, family_of
-from medft.decoder.sampler import ImageCountSampler
+from medft.decoder.sampler import RoundSampler
 from medft.errors import BaseModelError, DataError, Findings
 from medft.recipe import (
     DecoderDataSection,
@@ -47,8 +47,8 @@ class DecoderInputs:
 
     train: Dataset
     validation: Dataset | None
-    sampler: ImageCountSampler | None
-    """The order of training rows, where they differ in their numbers of images."""
+    sampler: RoundSampler | None
+    """The order of training rows, where it is not simply drawn."""
 
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
@@ -69,7 +69,7 @@ class DecoderInputs:
 
 
 def prepare_inputs(
-    model: ModelSection,
+    model: DecoderModelSection,
     data: DecoderDataSection,
     lora: LoraSection | None,
     arguments: TrainingArguments,
@@ -89,25 +89,27 @@ def prepare_inputs(
     with findings.gather():
         config = load_config(model)
         family = family_of(config.model_type)
+        _check_flags(model, data, family)
         processor = load_processor(model)
+        encoder = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)
         empty = empty_model(
             AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
         )
         head_rows = empty.get_output_embeddings().out_features
         plan = _plan(empty, lora, family) if lora else ALL_WEIGHTS
     findings.raise_any()
-    encoder = ConversationEncoder(processor, family)
+    separates_rows = model.cross_attention_fix or not family.mixes_rows
     kept: dict[str, Dataset] = {}
     record: dict[str, Any] = {}
     for split, (path, rows) in files.items():
         with findings.gather():
-            kept[split], counts = _measured(rows, encoder, data, head_rows)
+            kept[split], counts = _measured(rows, encoder, data)
             if split == "validation":
-                _check_one_image_count(counts["images_a_row"], arguments)
+                _check_validation_batches(counts["images_a_row"], separates_rows, arguments)
             record[split] = {**fingerprint(path, rows), **counts}
             logger.info("%s: %s", split, describe_counts(counts))
     findings.raise_any()
-    sampler = _sampler(kept["train"], arguments)
+    sampler = _sampler(kept["train"], encoder, separates_rows, arguments)
     if sampler is not None:
         logger.info("train: %s rows come twice an epoch, to fill batches", sampler.repeats)
     return DecoderInputs(
@@ -117,8 +119,8 @@ def prepare_inputs(
         collator=DecoderCollator(
             encoder,
             max_length=data.max_length,
-            max_image_tiles=data.max_image_tiles,
             head_rows=head_rows,
+            separates_rows=separates_rows,
         ),
         adapter_plan=plan,
         train=kept["train"],
@@ -141,6 +143,33 @@ def inference_notes(
     }
 
 
+def _check_flags(model: DecoderModelSection, data: DecoderDataSection, family: Family) -> None:
+    """Refuse flags that this family, or a base that medft wrote, cannot follow.
+
+    Raises:
+        BaseModelError: there is one.
+    """
+    if model.cross_attention_fix and not family.mixes_rows:
+        raise BaseModelError(
+            f"expected model.cross_attention_fix for a family that needs it, the rows of "
+            f"{family.model_type} do not see each other: remove it"
+        )
+    limit = type(data).model_fields["max_image_tiles"].default
+    if data.max_image_tiles != limit and not family.has_tiles:
+        raise BaseModelError(
+            f"expected data.max_image_tiles for a family that cuts images into tiles, "
+            f"{family.model_type} does not: remove it"
+        )
+    if (Path(model.base) / NOTES_FILE).is_file():
+        trained = read_notes(Path(model.base)).get("cross_attention_fix", False)
+        if trained != model.cross_attention_fix:
+            raise BaseModelError(
+                f"expected model.cross_attention_fix: {str(trained).lower()}, with which the "
+                f"model in {model.base} was trained, got {str(model.cross_attention_fix).lower()}: "
+                f"correct it"
+            )
+
+
 def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:
     if family.parts["lm_head"] in target_modules(empty, lora.targets, family.presets):
         raise BaseModelError(
@@ -151,7 +180,7 @@ def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:
 
 
 def _measured(
-    rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection, head_rows: int
+    rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection
 ) -> tuple[Dataset, dict[str, Any]]:
     """The rows that fit, and what is known of them: lengths, images, how many are cut or dropped.
 
@@ -167,7 +196,7 @@ def _measured(
     for index, row in enumerate(rows.select_columns(["id", "messages", "images"])):
         try:
             encoded = encoder.encode(messages_of(row), row["id"])
-            _check_special_tokens(row, encoded.input_ids, encoded.labels, encoder, head_rows)
+            _check_image_tokens(row, encoded.input_ids, encoder)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -206,37 +235,54 @@ def _measured(
     return (rows if len(keep) == len(rows) else rows.select(keep)), counts
 
 
-def _check_special_tokens(
-    row: dict[str, Any],
-    input_ids: list[int],
-    labels: list[int],
-    encoder: ConversationEncoder,
-    head_rows: int,
+def _check_image_tokens(
+    row: dict[str, Any], input_ids: list[int], encoder: ConversationEncoder
 ) -> None:
-    if input_ids.count(encoder.image_token_id) != len(row["images"]):
+    wanted = len(row["images"]) * encoder.family.tokens_per_image(encoder.processor)
+    found = input_ids.count(encoder.image_token_id)
+    if found != wanted:
         raise DataError(
-            f"row {row['id']}: expected one image token for each of its {len(row['images'])} "
-            f"images, its text holds others: remove them from the text"
-        )
-    if max(labels) >= head_rows:
-        raise DataError(
-            f"row {row['id']}: expected answers of ordinary text, one holds the token "
-            f"{max(labels)}, beyond the {head_rows} rows of the output head: remove it"
+            f"row {row['id']}: expected {wanted} image tokens for its {len(row['images'])} images, "
+            f"the chat template wrote {found}: put the base's own template back"
         )
 
 
-def _sampler(train: Dataset, arguments: TrainingArguments) -> ImageCountSampler | None:
+def _sampler(
+    train: Dataset,
+    encoder: ConversationEncoder,
+    separates_rows: bool,
+    arguments: TrainingArguments,
+) -> RoundSampler | None:
+    """The sampler of training rows; None where Trainer's own draws them as well."""
     image_counts = [len(images) for images in train["images"]]
+    kinds = [min(count, 1) for count in image_counts] if separates_rows else image_counts
+    lengths = None
+    if arguments.train_sampling_strategy == "group_by_length":
+        rows = train.select_columns(["id", "messages"])
+        lengths = [len(encoder.encode(messages_of(row), row["id"]).input_ids) for row in rows]
     round_size = arguments.per_device_train_batch_size * arguments.world_size
-    if len(set(image_counts)) == 1 or round_size == 1:
+    if round_size == 1 or (len(set(kinds)) == 1 and arguments.world_size == 1 and not lengths):
         return None
-    return ImageCountSampler(image_counts, round_size=round_size, seed=arguments.seed)
+    return RoundSampler(kinds, round_size=round_size, seed=arguments.seed, lengths=lengths)
 
 
-def _check_one_image_count(counts: dict[str, int], arguments: TrainingArguments) -> None:
-    if len(counts) > 1 and arguments.per_device_eval_batch_size > 1:
+def _check_validation_batches(
+    counts: dict[str, int], separates_rows: bool, arguments: TrainingArguments
+) -> None:
+    """Refuse validation rows whose numbers of images may not share a batch.
+
+    Raises:
+        DataError: they would see each other's images, or processes would wait for each other.
+    """
+    if len(counts) > 1 and arguments.per_device_eval_batch_size > 1 and not separates_rows:
         raise DataError(
             f"expected rows with equally many images in validation, got rows with "
             f"{' and '.join(counts)}, which would see each other's images in one batch: write "
-            f"train.per_device_eval_batch_size: 1"
+            f"train.per_device_eval_batch_size: 1 or model.cross_attention_fix: true"
+        )
+    plugin = arguments.deepspeed_plugin
+    if "0" in counts and len(counts) > 1 and plugin is not None and plugin.zero_stage == 3:
+        raise DataError(
+            "expected validation rows all with or all without images under ZeRO-3, whose processes "
+            "must run the same modules at the same time, got both: split them or use ZeRO-2"
         )

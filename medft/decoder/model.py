@@ -21,57 +21,49 @@ def load_model(
     family: Family,
     quantization: QuantizationSection | None,
     *,
-    trains_all: bool,
+    dtype: str,
     cross_attention_fix: bool = False,
 ) -> PreTrainedModel:
-    """The base with its weights, frozen parts in model.dtype.
+    """The base with its weights.
 
     Args:
         model: the recipe's section.
         family: of the base.
         quantization: None for none.
-        trains_all: full fine-tuning; then all weights are float32.
+        dtype: of the weights, and of the computation on a 4-bit base; "auto" as they are stored.
         cross_attention_fix: whether rows become independent of their neighbours.
 
     Raises:
-        BaseModelError: it cannot be loaded, its family has no such fix, or another set of layers
-            became 4-bit than asked for.
+        BaseModelError: it cannot be loaded, or another set of layers became 4-bit than asked for.
     """
-    dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
     config = quantization and bitsandbytes_config(quantization, family, dtype)
     loaded = load_weights(
         AutoModelForImageTextToText, model, dtype=dtype, quantization_config=config
     )
     if quantization:
         check_quantized(loaded, family, quantization)
+    _keep_caps_of_attention(loaded)
     if cross_attention_fix:
-        fix_cross_attention(loaded, family)
+        family.separate_rows(loaded)
     return loaded
 
 
-def fix_cross_attention(model: nn.Module, family: Family) -> None:
-    """Make a model's rows independent of their neighbours, as `model.cross_attention_fix` asks.
-
-    Raises:
-        BaseModelError: the family has no cross-attention that mixes rows.
-    """
-    if family.fix_cross_attention is None:
-        raise BaseModelError(
-            f"expected model.cross_attention_fix for a family that needs it, {family.model_type} "
-            f"does not mix rows: remove it"
-        )
-    family.fix_cross_attention(model)
+def _keep_caps_of_attention(model: PreTrainedModel) -> None:
+    """Take the attention that caps its logits, where the base does: torch's own leaves it out."""
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None):
+        model.set_attn_implementation({"text_config": "eager"})
 
 
 def bitsandbytes_config(
-    quantization: QuantizationSection, family: Family, dtype: torch.dtype
+    quantization: QuantizationSection, family: Family, dtype: str
 ) -> BitsAndBytesConfig:
     """The recipe's quantisation in bitsandbytes' terms, parts named as in this module tree."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
         llm_int8_skip_modules=[family.parts[part] for part in quantization.skip],
     )
 

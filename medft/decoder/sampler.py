@@ -1,19 +1,22 @@
-"""The order of training rows where some have more images than others.
+"""The order of training rows, in rounds of one kind.
 
-Rows of one batch must have equally many images, since Mllama's rows attend to what the longest
-of them is padded to. All processes must also take such a batch in the same round: the shapes of a
-round would differ else, and Accelerate drops rounds when it shards batches of uneven size.
+A round is one batch for every process. Its rows are of one kind: equally many images where rows of
+a batch would see each other's, else with or without images, since processes that run different
+modules in the same round wait for each other for ever under ZeRO-3. A round is always full, so
+that Accelerate, which shards the batches, has nothing to drop.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
 
+GROUPED_ROUNDS = 50
+"""Rounds of drawn rows that are put in order of length together."""
 
-class ImageCountSampler(Sampler[int]):
-    """Indices of rows, every `round_size` of them with the same number of images.
+
+class RoundSampler(Sampler[int]):
+    """Indices of rows, every `round_size` of them of the same kind.
 
     Cut into batches and dealt to the processes in turn, as Trainer and Accelerate do, a round is
     one batch for every process. Each row comes at least once an epoch; what fills the last round
@@ -21,21 +24,28 @@ class ImageCountSampler(Sampler[int]):
     the middle of an epoch goes on in it.
     """
 
-    def __init__(self, image_counts: Sequence[int], *, round_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[int],
+        *,
+        round_size: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         """Make the sampler.
 
         Args:
-            image_counts: of each row.
+            kinds: of each row.
             round_size: rows a device times devices.
             seed: of the order.
+            lengths: of each row in tokens, to put rows of similar length into one round.
         """
         self.round_size = round_size
         self.seed = seed
         self.epoch = 0
-        self._kinds = [
-            torch.tensor([i for i, count in enumerate(image_counts) if count == kind])
-            for kind in sorted(Counter(image_counts))
-        ]
+        self._lengths = None if lengths is None else torch.tensor(lengths)
+        of_rows = torch.tensor(kinds)
+        self._kinds = [torch.nonzero(of_rows == kind).flatten() for kind in of_rows.unique()]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch, counted from 0."""
@@ -52,13 +62,20 @@ class ImageCountSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
-        rounds = []
+        rounds: list[torch.Tensor] = []
         for rows in self._kinds:
             drawn = rows[torch.randperm(len(rows), generator=generator)]
-            filler = drawn.repeat(-(-self.round_size // len(drawn)))[: self._missing(rows)]
-            rounds += torch.cat([drawn, filler]).split(self.round_size)
+            times = -(-self.round_size // len(drawn))
+            drawn = torch.cat([drawn, drawn.repeat(times)[: self._missing(rows)]])
+            for group in drawn.split(GROUPED_ROUNDS * self.round_size):
+                rounds += self._in_order_of_length(group).split(self.round_size)
         for index in torch.randperm(len(rounds), generator=generator).tolist():
             yield from rounds[index].tolist()
+
+    def _in_order_of_length(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._lengths is None:
+            return rows
+        return rows[self._lengths[rows].argsort(stable=True)]
 
     def _missing(self, rows: torch.Tensor) -> int:
         return -len(rows) % self.round_size

@@ -28,7 +28,7 @@ from medft.adapters import write_notes
 from medft.arguments import training_arguments
 from medft.callbacks import MeasuredBatches
 from medft.decoder.inputs import DecoderInputs
-from medft.decoder.sampler import ImageCountSampler
+from medft.decoder.sampler import RoundSampler
 
 METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
 """Figures that may choose best_model/, and whether more is better."""
@@ -59,6 +59,7 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
             inputs: from `prepare_inputs`.
             notes: content of medft.json beside every saved adapter.
         """
+        args.train_sampling_strategy = "random"  # inputs.sampler groups, Trainer's knows no length
         float32 = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
@@ -111,7 +112,7 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
 class _EpochOfSampler(TrainerCallback):
     """Tells the sampler its epoch, also where Accelerate's wrappers hide it from Trainer."""
 
-    def __init__(self, sampler: ImageCountSampler) -> None:
+    def __init__(self, sampler: RoundSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(

@@ -30,7 +30,7 @@ def processor(bases):
 
 @pytest.fixture(scope="module")
 def encoder(processor):
-    return ConversationEncoder(processor, MLLAMA)
+    return ConversationEncoder(processor, MLLAMA, max_image_tiles=4)
 
 
 def turn(role, text, images=0):
@@ -99,7 +99,7 @@ def test_tokens_across_the_end_of_a_prompt_are_refused(processor):
     other.tokenizer = tokenizer
     assert len(processor.tokenizer("\n\n", add_special_tokens=False)["input_ids"]) == 1
     with pytest.raises(DataError, match="row r: expected the tokens of the prompt"):
-        ConversationEncoder(other, MLLAMA).encode(ONE, "r")
+        ConversationEncoder(other, MLLAMA, max_image_tiles=4).encode(ONE, "r")
 
 
 def test_a_conversation_that_the_template_refuses_names_the_row(encoder):
@@ -108,14 +108,14 @@ def test_a_conversation_that_the_template_refuses_names_the_row(encoder):
 
 
 def make(encoder, **options):
-    options = {"max_length": 200, "max_image_tiles": 4, "head_rows": 512, **options}
+    options = {"max_length": 200, "head_rows": 512, "separates_rows": False, **options}
     return DecoderCollator(encoder, **options)
 
 
 def test_a_batch_is_what_the_processor_makes_with_labels_beside_it(processor, encoder):
     image = png()
     batch = make(encoder)([row(ONE, image), row(TWO, image)])
-    texts = [encoder.encode(messages, "r").text for messages in (ONE, TWO)]
+    texts = [processor.apply_chat_template(messages) for messages in (ONE, TWO)]
     picture = Image.open(io.BytesIO(image["bytes"]))
     expected = processor(
         images=[[picture], [picture]], text=texts, add_special_tokens=False, padding=True,
@@ -140,9 +140,16 @@ def test_a_batch_without_images_has_no_image_tensors(encoder):
     assert make(encoder)([row(TEXT)]).keys() == keys
 
 
-def test_mixed_image_counts_in_a_batch_are_refused(encoder):
+def test_mixed_image_counts_share_a_batch_only_where_rows_are_separate(encoder):
+    rows = [row(ONE, png()), row(TEXT)]
     with pytest.raises(DataError, match=r"equally many images in a batch, got \[0, 1\]"):
-        make(encoder)([row(ONE, png()), row(TEXT)])
+        make(encoder)(rows)
+    batch = make(encoder, separates_rows=True)(rows)
+    alone = make(encoder)(rows[:1])
+    assert batch["pixel_values"].shape[:2] == (2, 1)
+    length = alone["input_ids"].shape[1]
+    assert torch.equal(batch["cross_attention_mask"][:1, :length], alone["cross_attention_mask"])
+    assert batch["cross_attention_mask"][1].sum() == 0
 
 
 def test_only_answers_are_cut(encoder):
@@ -155,11 +162,13 @@ def test_only_answers_are_cut(encoder):
 
 def test_labels_are_checked_in_every_batch():
     fine = torch.tensor([[IGNORED, 3], [5, IGNORED]])
-    check_labels(fine, 6, ["a", "b"])
+    check_labels(fine, 6, frozenset({4}), ["a", "b"])
     with pytest.raises(DataError, match="row b: expected labels below 5"):
-        check_labels(fine, 5, ["a", "b"])
+        check_labels(fine, 5, frozenset(), ["a", "b"])
+    with pytest.raises(DataError, match="row a: .* no image or padding token, got 3"):
+        check_labels(fine, 6, frozenset({3}), ["a", "b"])
     with pytest.raises(DataError, match="row b: expected at least one token"):
-        check_labels(torch.tensor([[1], [IGNORED]]), 6, ["a", "b"])
+        check_labels(torch.tensor([[1], [IGNORED]]), 6, frozenset(), ["a", "b"])
 
 
 def test_an_unreadable_image_names_the_row(encoder):
@@ -174,7 +183,8 @@ def test_an_unreadable_image_names_the_row(encoder):
      ((56, 300), 4, 4), ((56, 300), 3, 3), ((300, 56), 2, 2), ((1000, 30), 1, 1)],
 )  # fmt: skip
 def test_fewer_tiles_keep_the_ids_and_the_padding_of_the_base(encoder, size, limit, tiles):
-    batch = make(encoder, max_image_tiles=limit)([row(ONE, png(*size))])
+    encoder = ConversationEncoder(encoder.processor, MLLAMA, max_image_tiles=limit)
+    batch = make(encoder)([row(ONE, png(*size))])
     assert batch["pixel_values"].shape[2] == 4
     assert batch["aspect_ratio_mask"].sum() == tiles
     assert batch["cross_attention_mask"].amax(dim=(1, 2)).sum() == tiles
@@ -187,7 +197,7 @@ def test_fewer_tiles_keep_the_ids_and_the_padding_of_the_base(encoder, size, lim
 
 def test_families_are_known_by_model_type():
     assert family_of("mllama") is MLLAMA
-    with pytest.raises(BaseModelError, match=r"known family \(mllama\)"):
+    with pytest.raises(BaseModelError, match=r"known family \(mllama, paligemma, gemma3\)"):
         family_of("llava")
     with pytest.raises(BaseModelError, match=r"siglip_lora\.py"):
         family_of("siglip")

@@ -20,7 +20,7 @@ def model(bases):
 
     def load(fix):
         section = ModelSection(base=str(bases / "decoder"), dtype="float32")
-        return load_model(section, MLLAMA, None, trains_all=False, cross_attention_fix=fix).eval()
+        return load_model(section, MLLAMA, None, dtype="float32", cross_attention_fix=fix).eval()
 
     return load
 

@@ -24,7 +24,7 @@ def section(bases):
 
 
 def test_what_skip_names_stays_unquantised(section):
-    model = load_model(section, MLLAMA, QuantizationSection(), trains_all=False)
+    model = load_model(section, MLLAMA, QuantizationSection(), dtype=section.dtype)
     names = four_bit(model)
     assert len(names) == 28
     assert all(name.startswith("model.language_model.layers") for name in names)
@@ -32,7 +32,7 @@ def test_what_skip_names_stays_unquantised(section):
 
 def test_what_skip_leaves_out_is_quantised(section):
     quantization = QuantizationSection(skip=["projector", "lm_head"])
-    names = four_bit(load_model(section, MLLAMA, quantization, trains_all=False))
+    names = four_bit(load_model(section, MLLAMA, quantization, dtype=section.dtype))
     assert sum(name.startswith("model.vision_model") for name in names) == 24
 
 
@@ -57,14 +57,14 @@ def test_a_base_that_lacks_a_tensor_is_refused_where_transformers_draws_it(secti
     assert drawn.model.language_model.layers[0].self_attn.q_proj.weight.shape == lost.shape
     broken = ModelSection(base=str(folder), dtype="float32")
     with pytest.raises(BaseModelError, match=r"1 are missing .*layers\.0\.self_attn\.q_proj"):
-        load_model(broken, MLLAMA, None, trains_all=False)
+        load_model(broken, MLLAMA, None, dtype="float32")
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(BaseModelError, match="cannot be loaded"):
-        load_model(broken, MLLAMA, None, trains_all=False)
+        load_model(broken, MLLAMA, None, dtype="float32")
 
 
 def test_the_repacking_without_gradient_is_switched_off(section):
-    model = load_model(section, MLLAMA, QuantizationSection(), trains_all=False)
+    model = load_model(section, MLLAMA, QuantizationSection(), dtype=section.dtype)
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert layers
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
@@ -72,15 +72,15 @@ def test_the_repacking_without_gradient_is_switched_off(section):
 
 def test_the_base_is_in_the_recipes_precision_unless_all_is_trained(section):
     half = section.model_copy(update={"dtype": "bfloat16"})
-    dtypes = {p.dtype for p in load_model(half, MLLAMA, None, trains_all=False).parameters()}
+    dtypes = {p.dtype for p in load_model(half, MLLAMA, None, dtype="bfloat16").parameters()}
     assert dtypes == {torch.bfloat16}
-    dtypes = {p.dtype for p in load_model(half, MLLAMA, None, trains_all=True).parameters()}
+    dtypes = {p.dtype for p in load_model(half, MLLAMA, None, dtype="float32").parameters()}
     assert dtypes == {torch.float32}
 
 
 def test_quantisation_changes_the_logits_a_little(section):
-    plain = load_model(section, MLLAMA, None, trains_all=False)
-    packed = load_model(section, MLLAMA, QuantizationSection(), trains_all=False)
+    plain = load_model(section, MLLAMA, None, dtype=section.dtype)
+    packed = load_model(section, MLLAMA, QuantizationSection(), dtype=section.dtype)
     ids = torch.arange(7, 27)[None]
     with torch.no_grad():
         left, right = plain(input_ids=ids).logits, packed(input_ids=ids).logits

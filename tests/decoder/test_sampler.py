@@ -5,14 +5,14 @@ from collections import Counter
 import pytest
 from torch.utils.data import BatchSampler
 
-from medft.decoder.sampler import ImageCountSampler
+from medft.decoder.sampler import RoundSampler
 
 COUNTS = [1] * 23 + [2] * 8 + [0] * 3
 
 
 @pytest.fixture
 def sampler():
-    return ImageCountSampler(COUNTS, round_size=6, seed=5)
+    return RoundSampler(COUNTS, round_size=6, seed=5)
 
 
 def test_every_round_has_one_number_of_images_and_every_row_comes(sampler):
@@ -38,6 +38,6 @@ def test_kinds_are_mixed_over_the_epoch_and_differ_between_epochs_and_seeds(samp
     assert kinds != sorted(kinds)
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert list(ImageCountSampler(COUNTS, round_size=6, seed=6)) != first
+    assert list(RoundSampler(COUNTS, round_size=6, seed=6)) != first
     sampler.set_epoch(0)
     assert list(sampler) == first

@@ -37,7 +37,13 @@ def trainer(sections, write_recipe):
         set_seed(3)
         arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
         inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
-        model = load_model(recipe.model, MLLAMA, recipe.quantization, trains_all=False)
+        model = load_model(
+            recipe.model,
+            MLLAMA,
+            recipe.quantization,
+            dtype=recipe.model.dtype,
+            cross_attention_fix=recipe.model.cross_attention_fix,
+        )
         model = attach_adapter(model, recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
@@ -233,7 +239,7 @@ def test_without_lora_every_weight_is_trained_in_float32(sections, write_recipe)
     recipe = DecoderRecipe.load(write_recipe(recipe), ["lora=null", "model.dtype=bfloat16"])
     arguments = decoder_arguments(recipe.train, dtype="bfloat16")
     inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
-    model = load_model(recipe.model, MLLAMA, None, trains_all=True)
+    model = load_model(recipe.model, MLLAMA, None, dtype="float32")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = DecoderTrainer(model, arguments, inputs, {})
     trained.train()

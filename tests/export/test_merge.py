@@ -101,7 +101,7 @@ def test_adapter_and_merged_model_give_the_runs_own_loss(runs, bases, data, tmp_
 
 def test_an_adapter_of_a_4_bit_base_merges_onto_the_original(runs, bases, tmp_path):
     section = ModelSection(base=str(bases / "decoder"), dtype="float32")
-    packed = load_model(section, MLLAMA, QuantizationSection(), trains_all=False)
+    packed = load_model(section, MLLAMA, QuantizationSection(), dtype=section.dtype)
     folder = runs / "nf4" / "adapter"
     trained = decoder_logits(PeftModel.from_pretrained(packed, folder), bases)
     base = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
