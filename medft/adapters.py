@@ -6,12 +6,20 @@ here; in PEFT they are warnings or silence.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -19,11 +27,11 @@ from torch import nn
 import medft
 from medft.errors import BaseModelError, RunError
 from medft.files import write_json
-from medft.provenance import folder_sha256, masked
+from medft.provenance import folder_sha256, masked, read_record
 from medft.recipe import LoraSection, ModelSection
-from medft.runs import read_record
 
 NOTES_FILE = "medft.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 ALL_WEIGHTS = "none, every weight is trained"
 """What stands for the plan of an adapter in full fine-tuning."""
@@ -107,10 +115,12 @@ def _example(modules: Mapping[str, nn.Module]) -> str:
 def attach_adapter(
     model: nn.Module, lora: LoraSection, presets: Mapping[str, str], *, task_type: str | None
 ) -> PeftModel:
-    """The model with a fresh LoRA adapter in float32, everything else frozen.
+    """The model with a LoRA adapter in float32, fresh or continued, everything else frozen.
 
     Raises:
-        BaseModelError: the targets are wrong, or PEFT refuses the configuration.
+        BaseModelError: the targets are wrong, PEFT refuses the configuration, or the adapter of
+            `lora.init_from` is another one.
+        RunError: `lora.init_from` is no adapter.
     """
     target_modules(model, lora.targets, presets)
     targets = lora.targets
@@ -142,7 +152,59 @@ def attach_adapter(
     if frozen:
         raise BaseModelError(f"expected the adapter to be trained, PEFT froze {frozen[0]}")
     cast_trainable_to_float32(adapted)
+    if lora.init_from:
+        set_peft_model_state_dict(adapted, _initial_weights(adapted, lora.init_from))
     return adapted
+
+
+def _initial_weights(adapted: PeftModel, init_from: str) -> dict[str, torch.Tensor]:
+    """The weights of a trained adapter, which must be of the same shape and scale."""
+    folder = find_adapter(Path(init_from))
+    saved = _read_weights(folder)
+    own = get_peft_model_state_dict(adapted)
+    other = [name for name in own.keys() | saved if _shape(own, name) != _shape(saved, name)]
+    if other:
+        raise BaseModelError(
+            f"expected the adapter of lora.init_from to sit on the same layers with the same "
+            f"lora.r, {len(other)} tensors of {folder} differ, first {min(other)}: take "
+            f"lora.targets and lora.r of its recipe.yaml"
+        )
+    trained, config = PeftConfig.from_pretrained(str(folder)), adapted.peft_config["default"]
+    for name, key in (("lora_alpha", "alpha"), ("use_rslora",) * 2, ("alpha_pattern",) * 2):
+        if getattr(trained, name) != getattr(config, name):
+            raise BaseModelError(
+                f"expected lora.{key}: {getattr(trained, name)}, as the adapter of lora.init_from "
+                f"was trained, got {getattr(config, name)}: the update would be scaled otherwise"
+            )
+    return saved
+
+
+def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
+
+
+def initial_adapter(lora: LoraSection | None, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter that a run continues from, for run.json; nothing for a fresh one.
+
+    Args:
+        lora: the recipe's section.
+        base: from `medft.base.identify_base`.
+
+    Raises:
+        RunError: `lora.init_from` is no adapter.
+        BaseModelError: it was trained on another base.
+    """
+    if lora is None or lora.init_from is None:
+        return {}
+    folder = find_adapter(Path(lora.init_from))
+    notes = read_notes(folder)
+    keys = ["sha256"] if "sha256" in notes.keys() & base.keys() else ["base", "revision"]
+    if any(notes[key] != masked(base)[key] for key in keys):
+        raise BaseModelError(
+            f"expected the adapter of lora.init_from to be trained on model.base {base['base']}, "
+            f"its base is {notes['base']}: correct one of the two"
+        )
+    return {"init_from": {"path": str(folder), "sha256": folder_sha256(folder)}}
 
 
 def cast_trainable_to_float32(model: nn.Module) -> None:
@@ -184,8 +246,11 @@ def plan_adapter(
         BaseModelError: as from `attach_adapter`, or everything is excluded again.
     """
     # the first values may be computed from weights, which are not there
-    shapes_only = LoraSection(**{**lora.model_dump(), "init_lora_weights": False})
+    without = {"init_lora_weights": False, "init_from": None}
+    shapes_only = LoraSection(**{**lora.model_dump(), **without})
     adapted = attach_adapter(empty, shapes_only, presets, task_type=None)
+    if lora.init_from:
+        _initial_weights(adapted, lora.init_from)
     layers = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
     names = [name.removeprefix("base_model.model.") for name in layers]
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -196,40 +261,68 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """The model with a trained adapter, every tensor of the file in its place.
 
     Raises:
-        BaseModelError: a file is damaged, a tensor has no place in this model, or the adapter
-            was never trained.
+        BaseModelError: a file is damaged, a tensor has no place in this model, or a layer of the
+            adapter was never trained.
     """
-    weights_file = folder / "adapter_model.safetensors"
-    if not weights_file.is_file():
-        raise BaseModelError(
-            f"expected an adapter with {weights_file.name} in {folder}, found none: "
-            f"give the folder of a finished run, or its adapter/ or best_model/"
-        )
-    try:
-        saved = load_file(weights_file)
+    saved = _read_weights(folder)
+    with _read_by_peft(folder):
         adapted = PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:  # whatever a damaged file makes the libraries raise
-        raise BaseModelError(
-            f"expected an adapter that PEFT reads in {folder}, it says: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
     unmatched = saved.keys() ^ get_peft_model_state_dict(adapted).keys()
     if unmatched:
         raise BaseModelError(
             f"expected every tensor of {folder} to have a place in the base, {len(unmatched)} of "
             f"{len(saved)} have none, first {min(unmatched)}: it was trained on another base"
         )
-    if is_untrained(saved):
-        raise BaseModelError(
-            f"expected a trained adapter in {folder}, every lora_B is zero: train it first"
-        )
     return adapted
 
 
-def is_untrained(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an adapter does nothing: all its lora_B are zero, as they are before training."""
-    last = [weight for name, weight in weights.items() if "lora_B" in name]
-    return bool(last) and not any(weight.any() for weight in last)
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder, every layer's trained."""
+    weights_file = folder / WEIGHTS_FILE
+    if not weights_file.is_file():
+        raise BaseModelError(
+            f"expected an adapter with {weights_file.name} in {folder}, found none: "
+            f"give the folder of a finished run, or its adapter/ or best_model/"
+        )
+    with _read_by_peft(folder):
+        saved = load_file(weights_file)
+    refuse_inert(folder, saved)
+    return saved
+
+
+@contextmanager
+def _read_by_peft(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise BaseModelError(
+            f"expected an adapter that PEFT reads in {folder}, it says: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
+
+
+def refuse_inert(folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Refuse an adapter of which a layer does nothing, its lora_B zero as before training.
+
+    Args:
+        folder: of the adapter; one without adapter is left alone.
+        weights: what its file holds, where that is known.
+
+    Raises:
+        BaseModelError: there is such a layer.
+    """
+    file = folder / WEIGHTS_FILE
+    if weights is None and not file.is_file():
+        return
+    saved = load_file(file) if weights is None else weights
+    last = {name: weight for name, weight in saved.items() if "lora_B" in name}
+    inert = [name for name, weight in last.items() if not weight.any()]
+    if inert:
+        which = "every lora_B" if len(inert) == len(last) else f"{min(inert)}"
+        raise BaseModelError(
+            f"expected a trained adapter, {which} is zero as before training ({len(inert)} of "
+            f"{len(last)}): train longer, or leave layers that no row runs out of lora.targets"
+        )
 
 
 def find_adapter(source: Path) -> Path:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from medft.errors import RecipeError
+from medft.recipe_keys import EARLY_STOPPING_KEYS
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -48,9 +49,11 @@ def training_arguments(
         "fp16": mixed == "fp16",
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
+        "restore_callback_states_from_checkpoint": True,
         **owned,
     }
-    fields.pop("resume_from_checkpoint", None)
+    for name in ("resume_from_checkpoint", *EARLY_STOPPING_KEYS):
+        fields.pop(name, None)
     if "metric_for_best_model" in fields:
         name = fields["metric_for_best_model"].removeprefix("eval_")
         if name not in metrics:

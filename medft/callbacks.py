@@ -3,6 +3,7 @@
 A step knows the ids of its rows, and the log how fast rows come and how long they are waited for.
 """
 
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from medft.errors import RunError
+from medft.provenance import peak_memory
 
 ROW_IDS = "row_ids"
 """Key of a batch's ids, which no model sees."""
@@ -63,7 +65,7 @@ class MeasuredBatches(Trainer):
                 self._since += time.perf_counter() - started
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this process's rows and supervised tokens a second, and the share of waiting."""
+        """Add this process's rows and supervised tokens a second, waiting and memory."""
         if "loss" in logs and self._since is not None:
             now = time.perf_counter()
             seconds = now - self._since
@@ -71,6 +73,8 @@ class MeasuredBatches(Trainer):
             if self._tokens_taken:
                 logs["supervised_tokens_per_second"] = round(self._tokens_taken / seconds, 3)
             logs["data_wait"] = round(self._seconds_waited / seconds, 4)
+            peak = peak_memory()
+            logs["peak_memory_gib"] = round(peak.get("device", peak["host"]) / 2**30, 3)
             self._since = now
             self._restart_measuring()
         super().log(logs, start_time)
@@ -136,6 +140,55 @@ class NumberGuard(TrainerCallback):
                 f"expected every {name} of step {step} to be a number, some are not after the rows "
                 f"{', '.join(ids[:SHOWN_ROWS])}{more}: look at them, lower train.learning_rate or "
                 f"use model.dtype: float32, and resume from the last checkpoint"
+            )
+
+
+class GradientWitness(TrainerCallback):
+    """Stops a run after its first epoch where a tensor of the adapter got no gradient in it.
+
+    Such a tensor sits on a layer that no row runs, or whose adapter is never called; the adapter
+    would hold it untrained.
+    """
+
+    def __init__(self) -> None:
+        self._without: set[str] = set()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Wait for the first gradient of each tensor."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" in name:
+                self._without.add(name)
+                seen = functools.partial(self._seen, name)
+                self._handles.append(parameter.register_hook(seen))
+
+    def _seen(self, name: str, gradient: torch.Tensor) -> None:
+        self._without.discard(name)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Look which tensors are still without; Trainer comes here in mid-epoch when it stops."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._without:
+            first = min(self._without).removeprefix("base_model.model.")
+            raise RunError(
+                f"expected a gradient for every tensor of the adapter, {len(self._without)} got "
+                f"none in an epoch, first {first}: no row runs its layer, leave it out of "
+                f"lora.targets"
             )
 
 

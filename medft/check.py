@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from medft.adapters import initial_adapter
 from medft.base import identify_base
 from medft.data.chat import describe_counts
 from medft.decoder import inputs as decoder_inputs
@@ -48,8 +49,10 @@ def check(file: Path, overrides: list[str]) -> Checked:
                 recipe.model, recipe.data, recipe.lora, arguments
             )
     findings.raise_any()
-    if checkpoint:
+    if checkpoint or (recipe.lora and recipe.lora.init_from):
         base = identify_base(recipe.model, inputs.config)
+        initial_adapter(recipe.lora, base)
+    if checkpoint:
         check_same_run(recipe, base, inputs.record, checkpoint, None)
     return Checked(recipe, inputs, batch_arithmetic(inputs.rows_per_epoch, arguments))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from medft.errors import RunError
+from medft.errors import BaseModelError, RunError
 from medft.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
@@ -144,7 +144,10 @@ class BestModelKeeper(TrainerCallback):
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         value, best = metrics[name], state.best_metric
         if best is None or (value > best if args.greater_is_better else value < best):
-            self.save(Path(args.output_dir) / "best_model")
+            try:
+                self.save(Path(args.output_dir) / "best_model")
+            except BaseModelError as error:  # before the first step that moves anything
+                logger.warning("step %s: no best_model/: %s", state.global_step, error)
 
 
 def wait_for_everyone() -> None:

@@ -30,7 +30,7 @@ from medft.files import check_folder_for_output, complete_folder, file_sha256, w
 from medft.metrics.retrieval import ranks
 from medft.metrics.scores import Line, score
 from medft.pages import thumbnail_of
-from medft.runs import read_record
+from medft.provenance import read_record
 from medft.trained import Encoder, Generator, Request, find_trained
 
 TRAINING_POOL = 10_000

@@ -15,7 +15,7 @@ from typing import Any
 
 from medft.metrics.text import words
 from medft.pages import inline, page, table
-from medft.runs import read_record
+from medft.provenance import read_record
 
 SHOWN_CASES = 12
 """Cases on the page, in turn from every source, drawn by their ids."""

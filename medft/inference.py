@@ -21,7 +21,7 @@ from medft.data.images import MAX_PIXELS, open_image
 from medft.data.tables import Rejected
 from medft.errors import BaseModelError, DataError, RunError
 from medft.files import file_sha256
-from medft.runs import read_record
+from medft.provenance import read_record
 from medft.trained import Encoder, Generator, Request, find_trained
 
 DEFAULT_PROMPT = "Describe this medical image."

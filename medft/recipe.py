@@ -17,7 +17,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, create_model
 from ruamel.yaml import YAML
 
 from medft.errors import RecipeError
-from medft.recipe_keys import FOREIGN_KEYS, REFUSED_TRAIN_KEYS, TRAIN_DEFAULTS, TRAIN_KEYS
+from medft.recipe_keys import (
+    EARLY_STOPPING_KEYS,
+    FOREIGN_KEYS,
+    REFUSED_TRAIN_KEYS,
+    TRAIN_DEFAULTS,
+    TRAIN_KEYS,
+)
 from medft.strict_yaml import ErrorDetails, Section, StrictYaml, errors_of
 
 
@@ -115,6 +121,9 @@ class LoraSection(Section):
 
     targets: str | list[str] = "language"
     """A preset's name, a regular expression over whole module names, or a list of name endings."""
+
+    init_from: str | None = Field(None, min_length=1)
+    """Run or adapter folder whose weights are the first values; null: fresh ones."""
 
 
 class SiglipLoraSection(LoraSection):
@@ -227,7 +236,7 @@ _TrainSection = create_model(
     "_TrainSection",
     __base__=Section,
     output_dir=(Annotated[str, Field(min_length=1)], ...),
-    **{name: (hint, None) for name, hint in TRAIN_KEYS.items()},
+    **{name: (hint, None) for name, hint in {**TRAIN_KEYS, **EARLY_STOPPING_KEYS}.items()},
 )
 
 
@@ -294,6 +303,24 @@ def _contradictions(recipe: Recipe) -> list[str]:
             ]
         if recipe.model.vision_cache:
             return ["model.vision_cache is not available in this version: remove it"]
+    if isinstance(recipe, SiglipRecipe) and "train_sampling_strategy" in recipe.train:
+        return [
+            "train.train_sampling_strategy groups rows by length, and all captions are padded to "
+            "the same: remove it"
+        ]
+    if recipe.lora and recipe.lora.init_from and "init_lora_weights" in recipe.lora.model_extra:
+        return [
+            "lora.init_from and lora.init_lora_weights both give the adapter's first values: "
+            "remove one"
+        ]
+    patience = recipe.train.get("early_stopping_patience")
+    if patience is None and "early_stopping_threshold" in recipe.train:
+        return ["train.early_stopping_threshold needs train.early_stopping_patience: add it"]
+    if patience is not None and recipe.data.validation is None:
+        return [
+            "train.early_stopping_patience counts evaluations and data.validation is missing: "
+            "give a validation file or remove it"
+        ]
     evaluates = recipe.train.get("eval_strategy", "no") != "no"
     if evaluates and recipe.data.validation is None:
         return [

@@ -67,20 +67,6 @@ FOREIGN_KEYS = {
 }
 
 
-_PRECISION = "precision stands in model.dtype alone and {key} follows it: remove the key"
-
-
-_LENGTH = "lengths belong to the data: write data.max_length"
-
-
-_LABELS = "medft always trains the assistant's tokens and nothing else: remove the key"
-
-
-_LAUNCHER = (
-    "it comes from the launcher: accelerate launch --config_file accelerate_configs/FILE.yaml"
-)
-
-
 _Count = Annotated[int, Field(ge=1)]
 
 
@@ -146,6 +132,13 @@ TRAIN_KEYS: dict[str, Any] = {
 
 A list of what is allowed: a field that a newer library brings is refused until it is known here.
 """
+
+
+EARLY_STOPPING_KEYS: dict[str, Any] = {
+    "early_stopping_patience": _Count,
+    "early_stopping_threshold": _Amount,
+}
+"""What a recipe may set in `train` of transformers' EarlyStoppingCallback."""
 
 
 _PRECISION = "precision stands in model.dtype alone and {key} follows it: remove the key"

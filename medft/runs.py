@@ -4,7 +4,6 @@
 `curves.png` its picture. Only the first process writes.
 """
 
-import json
 import math
 import os
 import re
@@ -13,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 
-from medft.callbacks import HistoryWriter, NumberGuard, SigtermStopper
+from medft.adapters import refuse_inert
+from medft.callbacks import GradientWitness, HistoryWriter, NumberGuard, SigtermStopper
 from medft.checkpoints import (
     BestModelKeeper,
     CheckpointKeeper,
@@ -33,8 +33,10 @@ from medft.provenance import (
     now,
     package_versions,
     peak_memory,
+    read_record,
 )
 from medft.recipe import Recipe, dump_sections
+from medft.recipe_keys import EARLY_STOPPING_KEYS
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
@@ -90,21 +92,6 @@ def check_output_dir(train: dict[str, Any]) -> Path | None:
             f"{checkpoint}: a run goes on in its own folder"
         )
     return checkpoint
-
-
-def read_record(run: Path) -> dict[str, Any]:
-    """The content of a run's run.json.
-
-    Raises:
-        RunError: there is none.
-    """
-    try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"expected the record of a run at {run / 'run.json'}, could not read it: "
-            f"give the output_dir of a run of medft"
-        ) from error
 
 
 def check_same_run(
@@ -193,11 +180,13 @@ class Run:
         arguments.save_total_limit = None  # the keeper deletes, once the new one is whole
         stopper = SigtermStopper()
         trainer.add_callback(NumberGuard(lambda: trainer.row_ids))
+        trainer.add_callback(GradientWitness())
         trainer.add_callback(HistoryWriter(self.write_history))
         trainer.add_callback(keeper)
         trainer.add_callback(stopper)
         if trainer.eval_dataset is not None:
             trainer.add_callback(BestModelKeeper(lambda folder: save_result(trainer, folder)))
+        self._add_early_stopping(trainer)
         parameters = list(trainer.model.parameters())
         self.note(
             trainable_parameters=_count(p for p in parameters if p.requires_grad),
@@ -220,6 +209,12 @@ class Run:
             peak_memory_bytes=peak_memory(),
             ended=now(),
         )
+
+    def _add_early_stopping(self, trainer: Trainer) -> None:
+        train = self.record["recipe"]["train"]
+        values = {name: train[name] for name in EARLY_STOPPING_KEYS if name in train}
+        if values:
+            trainer.add_callback(EarlyStoppingCallback(**values))
 
     def write_history(self, state: TrainerState) -> None:
         """Write log_history.json and curves.png."""
@@ -289,6 +284,7 @@ def save_result(trainer: Trainer, folder: Path) -> None:
         return
     with complete_folder(folder) as draft:
         trainer.save_model(str(draft), _internal_call=True)
+        refuse_inert(draft)
         (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle, never read by medft
 
 

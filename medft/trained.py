@@ -131,7 +131,9 @@ class Generator:
             family: model_type of the base.
         """
         self.model = model.eval()
-        limit = notes.get("max_image_tiles", DecoderDataSection.model_fields["max_image_tiles"].default)
+        limit = notes.get(
+            "max_image_tiles", DecoderDataSection.model_fields["max_image_tiles"].default
+        )
         self.encoder = ConversationEncoder(processor, family_of(family), max_image_tiles=limit)
         self.max_new_tokens = notes.get("max_length", 512)
         for name in ("temperature", "top_p", "top_k"):  # of sampling, which is off

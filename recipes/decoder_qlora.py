@@ -7,7 +7,7 @@ Without RECIPE.yaml: recipes/decoder/llama32_11b_24gb.yaml.
 
 import sys
 
-from medft.adapters import attach_adapter
+from medft.adapters import attach_adapter, initial_adapter
 from medft.base import identify_base
 from medft.decoder.inputs import inference_notes, prepare_inputs
 from medft.decoder.model import load_model
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
             base=base,
             data=inputs.record,
             batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
+            **initial_adapter(recipe.lora, base),
         ) as run:
             model = load_model(
                 recipe.model,

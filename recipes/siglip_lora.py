@@ -6,15 +6,21 @@ Without RECIPE.yaml: recipes/siglip/siglip_base_448.yaml.
 """
 
 import sys
+from pathlib import Path
 
-from medft.adapters import attach_adapter
+from medft.adapters import attach_adapter, find_adapter, initial_adapter
 from medft.base import identify_base
 from medft.errors import run_command
 from medft.launch import process_set_up, read_recipe
 from medft.recipe import SiglipRecipe
 from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_run
 from medft.siglip.inputs import prepare_inputs
-from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
+from medft.siglip.model import (
+    PRESETS,
+    load_model,
+    restore_scale_and_bias,
+    train_scale_and_bias,
+)
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 
@@ -37,6 +43,7 @@ def main(argv: list[str]) -> None:
             base=base,
             data=inputs.record,
             batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
+            **initial_adapter(recipe.lora, base),
         ) as run:
             model = load_model(
                 recipe.model, image_size=recipe.data.image_size, trains_all=recipe.lora is None
@@ -44,6 +51,8 @@ def main(argv: list[str]) -> None:
             if recipe.lora:
                 model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
                 train_scale_and_bias(model)
+                if recipe.lora.init_from:
+                    restore_scale_and_bias(model, find_adapter(Path(recipe.lora.init_from)))
             notes = {
                 "family": "siglip",
                 **base,

@@ -129,8 +129,10 @@ class ConversationEncoder:
         *,
         padding_side: Literal["left", "right"],
     ) -> dict[str, Tensor]:
-        """The model's inputs for these rows: input_ids [B, S], attention_mask [B, S], labels [B, S]
-        and what `Family.inputs` adds.
+        """The model's inputs for these rows.
+
+        Returns:
+            input_ids, attention_mask and labels [B, S], and what `Family.inputs` adds.
         """
 
         def pad(values: Sequence[Sequence[int]], padding: int) -> Tensor:

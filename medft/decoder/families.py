@@ -245,8 +245,7 @@ _GEMMA_PARTS = MappingProxyType(
 
 
 class PaliGemma(Family):
-    """PaliGemma 1 and 2: SigLIP's patches stand before the text, and image and prompt see all of
-    each other.
+    """PaliGemma 1 and 2: patches of the images before the text; images and prompt see each other.
 
     What follows the first answer is read causally, later prompts too, or an answer would be seen
     by the prompt before it.
@@ -281,7 +280,9 @@ class PaliGemma(Family):
 
     def expand(self, text: str, processor: ProcessorMixin) -> str:
         """The text with one token for each patch of an image."""
-        return text.replace(processor.image_token, processor.image_token * self.tokens_per_image(processor))
+        return text.replace(
+            processor.image_token, processor.image_token * self.tokens_per_image(processor)
+        )
 
     def inputs(
         self,

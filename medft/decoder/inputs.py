@@ -27,7 +27,6 @@ from medft.recipe import (
     DecoderDataSection,
     DecoderModelSection,
     LoraSection,
-    ModelSection,
     QuantizationSection,
 )
 
@@ -47,8 +46,8 @@ class DecoderInputs:
 
     train: Dataset
     validation: Dataset | None
-    sampler: RoundSampler | None
-    """The order of training rows, where it is not simply drawn."""
+    sampler: RoundSampler
+    """The order of training rows."""
 
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
@@ -56,7 +55,7 @@ class DecoderInputs:
     @property
     def rows_per_epoch(self) -> int:
         """Training rows of an epoch, with those that come twice."""
-        return len(self.train if self.sampler is None else self.sampler)
+        return len(self.sampler)
 
     def examples(self, num_rows: int = 3) -> list[str]:
         """The first rows as text, what is trained between >>> and <<<."""
@@ -110,7 +109,7 @@ def prepare_inputs(
             logger.info("%s: %s", split, describe_counts(counts))
     findings.raise_any()
     sampler = _sampler(kept["train"], encoder, separates_rows, arguments)
-    if sampler is not None:
+    if sampler.repeats:
         logger.info("train: %s rows come twice an epoch, to fill batches", sampler.repeats)
     return DecoderInputs(
         config=config,
@@ -252,18 +251,20 @@ def _sampler(
     encoder: ConversationEncoder,
     separates_rows: bool,
     arguments: TrainingArguments,
-) -> RoundSampler | None:
-    """The sampler of training rows; None where Trainer's own draws them as well."""
+) -> RoundSampler:
     image_counts = [len(images) for images in train["images"]]
     kinds = [min(count, 1) for count in image_counts] if separates_rows else image_counts
     lengths = None
     if arguments.train_sampling_strategy == "group_by_length":
         rows = train.select_columns(["id", "messages"])
         lengths = [len(encoder.encode(messages_of(row), row["id"]).input_ids) for row in rows]
-    round_size = arguments.per_device_train_batch_size * arguments.world_size
-    if round_size == 1 or (len(set(kinds)) == 1 and arguments.world_size == 1 and not lengths):
-        return None
-    return RoundSampler(kinds, round_size=round_size, seed=arguments.seed, lengths=lengths)
+    return RoundSampler(
+        kinds,
+        round_size=arguments.per_device_train_batch_size * arguments.world_size,
+        seed=arguments.seed,
+        fills=arguments.world_size > 1,
+        lengths=lengths,
+    )
 
 
 def _check_validation_batches(

@@ -70,8 +70,7 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
             processing_class=inputs.processor,
             compute_metrics=_validation_metrics,
         )
-        if inputs.sampler is not None:
-            self.add_callback(_EpochOfSampler(inputs.sampler))
+        self.add_callback(_EpochOfSampler(inputs.sampler))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = float32[name].to(parameter.device)
@@ -79,7 +78,7 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
         self._sampler = inputs.sampler
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        return self._sampler or super()._get_train_sampler(train_dataset)
+        return self._sampler
 
     def prediction_step(
         self,

@@ -1,0 +1,204 @@
+"""Runs that end early, build on another run, or must not end with an adapter that does nothing."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from medft.check import check
+from medft.decoder.inputs import prepare_inputs
+from medft.decoder.trainer import decoder_arguments
+from medft.errors import BaseModelError, MedftError, RecipeError, RunError
+from medft.export.merge import merge
+from medft.recipe import DecoderRecipe
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def train(sections, tmp_path):
+    """Run a recipe script in this process; gives the run directory."""
+
+    def run(name, kind="decoder", changes=(), **train):
+        AcceleratorState._reset_state(True)
+        recipe = sections(kind)
+        recipe["train"] |= {"output_dir": str(tmp_path / name), "max_steps": 4, **train}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        script = {"decoder": "decoder_qlora", "siglip": "siglip_lora"}[kind]
+        spec = importlib.util.spec_from_file_location(script, ROOT / "recipes" / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main([str(file), *changes])
+        return tmp_path / name
+
+    return run
+
+
+def history(run):
+    return json.loads((run / "log_history.json").read_text())
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_early_stopping_ends_a_run_whose_metric_gets_worse(train):
+    stopping = {"early_stopping_patience": 2, "early_stopping_threshold": 100.0}
+    run = train("early", **stopping, max_steps=9, eval_strategy="steps", eval_steps=1)
+    losses = [entry["eval_loss"] for entry in history(run) if "eval_loss" in entry]
+    assert len(losses) == 3  # the first, and two that are not better by 100
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["steps_done"]) == ("completed", 3)
+    assert (run / "best_model" / "adapter_model.safetensors").is_file()
+    assert (run / "recipe.yaml").read_text().count("early_stopping_patience: 2") == 1
+    assert all(entry["peak_memory_gib"] > 0 for entry in history(run) if "loss" in entry)
+
+
+def test_patience_is_counted_on_over_a_resumed_run(train):
+    options = {"early_stopping_patience": 3, "early_stopping_threshold": 100.0, "max_steps": 9}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    whole = train("whole", **options)
+    assert json.loads((whole / "run.json").read_text())["steps_done"] == 4
+    for step in (3, 4):
+        (whole / f"checkpoint-{step}" / "manifest.json").unlink()
+    again = train("whole", **options, changes=["train.resume_from_checkpoint=true"])
+    assert json.loads((again / "run.json").read_text())["resumed_from"] == "checkpoint-2"
+    assert json.loads((again / "run.json").read_text())["steps_done"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.early_stopping_patience=2", "data.validation=null"], "counts evaluations"),
+        (["train.early_stopping_threshold=0.1"], "needs train.early_stopping_patience"),
+        (["lora.init_from=x", "lora.init_lora_weights=pissa"], "both give the adapter's first"),
+    ],
+)
+def test_contradictions_are_errors(sections, write_recipe, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        DecoderRecipe.load(write_recipe(sections("decoder")), changes)
+
+
+def test_a_run_continues_from_an_adapter(train, runs):
+    first = runs / "decoder"
+    run = train("more", changes=[f"lora.init_from={first}"], max_steps=2, logging_steps=1)
+    record = json.loads((run / "run.json").read_text())
+    assert record["init_from"]["path"] == str(first / "adapter")
+    started, fresh = history(run)[0]["loss"], history(first)[0]["loss"]
+    assert started < fresh - 0.2  # the base's first loss is not the tuned one's
+    before, after = weights(first / "adapter"), weights(run / "adapter")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    # the first evaluation of a run that may not move is the last one of the run before
+    still = train(
+        "still",
+        changes=[f"lora.init_from={first}"],
+        max_steps=1,
+        learning_rate=0.0,
+        weight_decay=0.0,
+        eval_strategy="steps",
+    )
+    assert all(torch.equal(t, weights(still / "adapter")[n]) for n, t in before.items())
+    figures = [json.loads((r / "run.json").read_text())["metrics"] for r in (first, still)]
+    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)
+
+
+def test_siglip_continues_with_its_scale_and_bias(train, runs):
+    first = runs / "siglip"
+    run = train("more", "siglip", [f"lora.init_from={first}"], max_steps=1, learning_rate=1e-9)
+    notes = [json.loads((f / "adapter" / "medft.json").read_text()) for f in (first, run)]
+    for name in ("logit_scale", "logit_bias"):
+        assert notes[0][name] == pytest.approx(notes[1][name], abs=1e-6)
+    assert notes[0]["logit_bias"] != -10.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.r=8", r"the same lora.r, 56 tensors of"),
+        ("lora.alpha=4", "expected lora.alpha: 8, as the adapter of lora.init_from was trained"),
+        ("lora.use_rslora=true", "expected lora.use_rslora: False"),
+        ("lora.targets=cross_attention", "sit on the same layers"),
+        ("lora.init_from=nowhere", "nowhere holds no adapter_config.json"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_refused_before_loading(
+    sections, write_recipe, runs, change, message
+):
+    recipe = sections("decoder")
+    recipe["lora"]["init_from"] = str(runs / "decoder")
+    with pytest.raises(MedftError, match=message):
+        check(write_recipe(recipe), [change])
+
+
+def test_an_adapter_of_another_base_is_refused(sections, write_recipe, runs, bases, tmp_path):
+    merge(runs / "decoder", tmp_path / "merged")
+    recipe = sections("decoder")
+    recipe["lora"]["init_from"] = str(runs / "decoder")
+    file = write_recipe(recipe)
+    check(file, [])
+    with pytest.raises(BaseModelError, match=r"trained on model\.base .*merged, its base is"):
+        check(file, [f"model.base={tmp_path / 'merged'}"])
+
+
+def test_a_merged_model_is_a_base_like_any_other(train, runs, tmp_path):
+    first = runs / "decoder"
+    merge(first, tmp_path / "merged")
+    changes = [f"model.base={tmp_path / 'merged'}"]
+    run = train("second", changes=changes, max_steps=2, learning_rate=1e-9, eval_strategy="steps")
+    figures = [json.loads((r / "run.json").read_text())["metrics"] for r in (first, run)]
+    # fp32: the merged weights are base + update, rounded once
+    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-5)
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    PeftModel.from_pretrained(base, run / "adapter")
+
+
+def test_a_merged_models_flag_must_be_kept(sections, write_recipe, runs, tmp_path):
+    merge(runs / "decoder", tmp_path / "merged")
+    file = tmp_path / "merged" / "medft.json"
+    notes = json.loads(file.read_text())
+    file.write_text(json.dumps({**notes, "cross_attention_fix": True}))
+    recipe = DecoderRecipe.load(
+        write_recipe(sections("decoder")), [f"model.base={tmp_path / 'merged'}"]
+    )
+    arguments = decoder_arguments(recipe.train, dtype="float32")
+    with pytest.raises(MedftError, match=r"expected model\.cross_attention_fix: true, with"):
+        prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+    model = recipe.model.model_copy(update={"cross_attention_fix": True})
+    assert prepare_inputs(model, recipe.data, recipe.lora, arguments).collator.separates_rows
+
+
+def test_layers_that_no_row_runs_are_an_error_after_the_first_epoch(train, mixed_rows, tmp_path):
+    lines = [json.loads(line) for line in mixed_rows.read_text().splitlines()]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(r) + "\n" for r in lines if not r["images"]))
+    data = [f"data.train={texts}", "data.validation=null"]
+    with pytest.raises(RunError, match=r"28 got none in an epoch, first model\.language_model"):
+        train("texts", changes=data, max_steps=9, save_steps=2)
+    assert json.loads((tmp_path / "texts" / "run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "texts" / "adapter").exists()
+    assert (tmp_path / "texts" / "checkpoint-2" / "manifest.json").is_file()  # nothing is lost
+    layers = r"lora.targets=model\.language_model\.layers\.(0|2)\..*_proj"
+    run = train("fine", changes=[*data, layers], max_steps=2)
+    assert (run / "adapter").is_dir()
+
+
+def test_an_adapter_that_did_not_move_is_not_saved(train, tmp_path):
+    with pytest.raises(BaseModelError, match=r"every lora_B is zero as before training"):
+        train(
+            "still",
+            max_steps=1,
+            learning_rate=0.0,
+            eval_strategy="no",
+            changes=["data.validation=null"],
+        )
+    assert not (tmp_path / "still" / "adapter").exists()
+    assert (tmp_path / "still" / "checkpoint-1" / "manifest.json").is_file()
