@@ -5,6 +5,7 @@ collator, and the validation loss is total negative log-likelihood over total su
 whatever the batch size and the number of processes.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import (
@@ -27,8 +29,11 @@ from trl import SFTConfig, SFTTrainer
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
 from medft.callbacks import MeasuredBatches
+from medft.decoder.frozen_tower import run_frozen_parts_without_grad
 from medft.decoder.inputs import DecoderInputs
 from medft.decoder.sampler import RoundSampler
+
+logger = logging.getLogger(__name__)
 
 METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
 """Figures that may choose best_model/, and whether more is better."""
@@ -61,6 +66,9 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
         """
         args.train_sampling_strategy = "random"  # inputs.sampler groups, Trainer's knows no length
         float32 = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        frozen = run_frozen_parts_without_grad(base, inputs.family)
+        logger.info("without backward pass: %s", ", ".join(frozen) or "nothing")
         super().__init__(
             model=model,
             args=args,

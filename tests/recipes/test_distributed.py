@@ -19,7 +19,7 @@ def recipe(sections, write_recipe):
     def write(kind, **train):
         content = sections(kind)
         content["lora"]["dropout"] = 0.0
-        content["train"] |= {"max_steps": 4, "gradient_checkpointing": False, **train}
+        content["train"] |= {"max_steps": 4, **train}
         return write_recipe(content)
 
     return write
