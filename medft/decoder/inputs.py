@@ -95,6 +95,7 @@ def prepare_inputs(
             AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
         )
         head_rows = empty.get_output_embeddings().out_features
+        _check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
         plan = _plan(empty, lora, family) if lora else ALL_WEIGHTS
     findings.raise_any()
     separates_rows = model.cross_attention_fix or not family.mixes_rows
@@ -167,6 +168,15 @@ def _check_flags(model: DecoderModelSection, data: DecoderDataSection, family: F
                 f"model in {model.base} was trained, got {str(model.cross_attention_fix).lower()}: "
                 f"correct it"
             )
+
+
+def _check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
+    tokens = len(processor.tokenizer)
+    if tokens > embeddings:
+        raise BaseModelError(
+            f"expected a tokenizer of at most {embeddings} tokens, the rows of the base's "
+            f"embeddings, it has {tokens}: some were added, put the base's own tokenizer back"
+        )
 
 
 def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:

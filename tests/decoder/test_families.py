@@ -7,15 +7,23 @@ import json
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+)
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from medft.adapters import count_by_part, target_modules
+from medft.base import empty_model
 from medft.decoder.collator import ConversationEncoder, DecoderCollator, mark_trained
 from medft.decoder.families import FAMILIES, GEMMA3, PALIGEMMA
-from medft.decoder.model import load_model
+from medft.decoder.model import check_quantized, load_model
 from medft.errors import BaseModelError, DataError
-from medft.recipe import ModelSection
+from medft.recipe import ModelSection, QuantizationSection
 
 GEMMAS = pytest.mark.parametrize("name", ["paligemma", "gemma3"])
 
@@ -212,6 +220,36 @@ def test_paligemma_2_caps_its_attention_on_every_machine(model, bases, encoders)
         capped = loaded(**batch).logits
         assert torch.equal(stock.eval()(**batch).logits, capped)
         assert (uncapped.eval()(**batch).logits - capped).abs().max() > 1e-3
+
+
+@GEMMAS
+def test_presets_hit_the_parts_they_name_and_only_the_language_is_4_bit(bases, name):
+    family = FAMILIES[name]
+    empty = empty_model(AutoModelForImageTextToText, AutoConfig.from_pretrained(bases / name))
+    counts = {
+        preset: count_by_part(target_modules(empty, preset, family.presets), family.parts)
+        for preset in family.presets
+    }
+    # 3 text layers, 2 tower layers; Gemma 3's projector has no linear layer
+    assert counts == {
+        "language": "21 language",
+        "language_no_mlp": "12 language",
+        "vision": "12 vision",
+        **(
+            {"projector": "1 projector", "all": "12 vision, 1 projector, 21 language"}
+            if name == "paligemma"
+            else {"all": "12 vision, 21 language"}
+        ),
+    }
+    section = ModelSection(base=str(bases / name), dtype="float32")
+    packed = load_model(section, family, QuantizationSection(), dtype="float32")
+    four_bit = {n for n, module in packed.named_modules() if isinstance(module, Linear4bit)}
+    assert four_bit == target_modules(empty, "language", family.presets).keys()
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["vision_model"])
+    stock = AutoModelForImageTextToText.from_pretrained(bases / name, quantization_config=config)
+    assert any(isinstance(m, Linear4bit) for m in stock.model.vision_tower.modules())
+    with pytest.raises(BaseModelError, match="to be unquantised, bitsandbytes made it 4-bit"):
+        check_quantized(stock, family, QuantizationSection())
 
 
 @GEMMAS

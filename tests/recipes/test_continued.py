@@ -202,3 +202,34 @@ def test_an_adapter_that_did_not_move_is_not_saved(train, tmp_path):
         )
     assert not (tmp_path / "still" / "adapter").exists()
     assert (tmp_path / "still" / "checkpoint-1" / "manifest.json").is_file()
+
+
+def test_dora_rslora_and_patterns_train_on_4_bit_load_and_merge(train, bases, tmp_path):
+    run = train(
+        "dora",
+        changes=[
+            "quantization={bits: 4}",
+            "lora.use_dora=true",
+            "lora.use_rslora=true",
+            "lora.rank_pattern={o_proj: 2}",
+            "lora.alpha_pattern={q_proj: 32}",
+        ],
+    )
+    saved = weights(run / "adapter")
+    assert sum("lora_magnitude_vector" in name for name in saved) == 28
+    assert {w.shape[0] for n, w in saved.items() if "o_proj.lora_A" in n} == {2}
+    assert {w.dtype for w in saved.values()} == {torch.float32}
+    base = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    plain = PeftModel.from_pretrained(base, run / "adapter").eval()
+    layer = plain.base_model.model.model.language_model.layers[0].self_attn
+    assert layer.q_proj.scaling["default"] == 32 / 4**0.5  # rsLoRA divides by the root of r
+    assert layer.o_proj.scaling["default"] == 8 / 2**0.5
+    merge(run, tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(7, 27)[None]
+    with torch.no_grad():
+        left, right = plain(input_ids=ids).logits, merged(input_ids=ids).logits
+        with plain.disable_adapter():
+            untuned = plain(input_ids=ids).logits
+    assert (left - right).abs().max() < 1e-4  # DoRA's norm is summed in another order
+    assert (left - untuned).abs().max() > 1e-2
