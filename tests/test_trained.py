@@ -1,0 +1,122 @@
+"""PaliGemma and Gemma 3 from recipe to answer: what plain transformers gives, in batches too."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from medft.decoder.families import FAMILIES
+from medft.export.merge import merge
+from medft.trained import Generator, Request
+
+NAMES = ("paligemma", "gemma3")
+
+
+@pytest.fixture(scope="module")
+def tuned(sections, bases, tmp_path_factory, start_script, output_of):
+    """Finished runs of both families, trained side by side."""
+    folder = tmp_path_factory.mktemp("tuned")
+    processes = []
+    for name in NAMES:
+        recipe = sections("decoder")
+        recipe["model"]["base"] = str(bases / name)
+        recipe["train"] |= {"output_dir": str(folder / name), "max_steps": 30}
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        processes.append(start_script("decoder", file))
+    for process in processes:
+        output_of(process)
+    return folder
+
+
+def picture(seed):
+    values = np.random.default_rng(seed).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def request(question, *images, earlier=()):
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+    turns = [{"role": "user", "content": content}]
+    for answer, following in earlier:
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        turns.append({"role": "user", "content": [{"type": "text", "text": following}]})
+    return Request(messages=turns, images=list(images))
+
+
+REQUESTS = [
+    request("What is seen?", picture(0)),
+    request("Describe this medical image.", picture(1)),
+    request("Is it normal?", picture(2), earlier=[("A disc.", "Where is it?")]),
+    request("What differs?", picture(3), picture(4)),
+]
+
+
+def forbid_special_tokens(model):
+    """A tiny model says little but special tokens, the end among them, and rows without token."""
+    rows = model.get_output_embeddings().out_features
+    model.generation_config.suppress_tokens = [*range(5), *range(512, rows)]
+
+
+def brief(source):
+    generator = Generator.load(source)
+    generator.max_new_tokens = 24
+    forbid_special_tokens(generator.model)
+    return generator
+
+
+def plain_answer(name, folder, bases, given):
+    """The answer by plain transformers and PEFT, one conversation at a time, ids made by hand."""
+    base = bases / name
+    options = {"attn_implementation": {"text_config": "eager"}} if name == "paligemma" else {}
+    model = AutoModelForImageTextToText.from_pretrained(base, **options)
+    model = PeftModel.from_pretrained(model, folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    forbid_special_tokens(model)
+    text = processor.apply_chat_template(given.messages, add_generation_prompt=True)
+    pictures = given.images
+    if name == "gemma3":
+        batch = processor(
+            text=[text], images=[pictures], add_special_tokens=False, return_tensors="pt"
+        )
+    else:
+        ids = processor.tokenizer(text.replace("<image>", "<image>" * 16), add_special_tokens=False)
+        ids = torch.tensor([ids["input_ids"]])
+        first = processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        types = torch.zeros_like(ids)
+        types[0, ids[0].tolist().index(first) + 1 :] = 1
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        mask = torch.ones_like(ids)
+        batch = {
+            "input_ids": ids,
+            "token_type_ids": types,
+            "pixel_values": pixels,
+            "attention_mask": mask,
+        }
+    new = model.generate(**batch, do_sample=False, max_new_tokens=24)[
+        0, batch["input_ids"].shape[1] :
+    ]
+    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_those_of_plain_transformers_and_of_the_merged_model(
+    tuned, bases, name, tmp_path
+):
+    run = tuned / name
+    notes = json.loads((run / "adapter" / "medft.json").read_text())
+    assert notes["family"] == FAMILIES[name].model_type == name
+    generator = brief(run)
+    answers = generator.generate(REQUESTS)
+    assert answers == [plain_answer(name, run / "adapter", bases, given) for given in REQUESTS]
+    assert len(set(answers)) > 1
+    with generator.without_adapter():
+        assert generator.generate(REQUESTS) != answers
+    merge(run, tmp_path / "merged")
+    assert brief(tmp_path / "merged").generate(REQUESTS) == answers
+    merged = AutoProcessor.from_pretrained(tmp_path / "merged")
+    assert merged.chat_template == AutoProcessor.from_pretrained(run / "adapter").chat_template
