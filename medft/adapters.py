@@ -254,7 +254,8 @@ def plan_adapter(
     layers = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
     names = [name.removeprefix("base_model.model.") for name in layers]
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return f"{count_by_part(names, parts)}; {trained:,} parameters"
+    share = trained / sum(p.numel() for p in adapted.parameters())
+    return f"{count_by_part(names, parts)}; {trained:,} parameters, {share:.2%} of all"
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:

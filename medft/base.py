@@ -138,7 +138,9 @@ def empty_model(
     unset_hf_deepspeed_config()
     try:
         with init_empty_weights():
-            return auto_class.from_config(config)
+            model = auto_class.from_config(config)
+        model.tie_weights()  # which the meta device undid
+        return model
     finally:
         if deepspeed_plugin is not None:
             deepspeed_plugin.set_deepspeed_weakref()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
@@ -165,6 +166,9 @@ def test_a_key_without_place_is_an_error_where_peft_warns(bases, trained):
     name = min(weights)
     weights[name.replace("language_model", "old_model")] = weights.pop(name)
     save_file(weights, path)
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    with pytest.warns(UserWarning, match="missing adapter keys"):  # the trap: it loads
+        PeftModel.from_pretrained(model, trained)
     with pytest.raises(BaseModelError, match="trained on another base"):
         load(bases, trained)
 
@@ -204,11 +208,13 @@ def test_the_plan_counts_what_peft_will_train(bases, further, plan):
     config = AutoConfig.from_pretrained(bases / "decoder")
     lora = LoraSection(r=4, alpha=8, **further)
     empty = empty_model(AutoModelForImageTextToText, config)
-    assert plan_adapter(empty, lora, MLLAMA.presets, MLLAMA.parts) == plan
+    planned = plan_adapter(empty, lora, MLLAMA.presets, MLLAMA.parts)
     model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
     adapted = attach_adapter(model, lora, MLLAMA.presets, task_type=None)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    share = trained / sum(p.numel() for p in adapted.parameters())
     assert f"; {trained:,} parameters" in plan
+    assert planned == f"{plan}, {share:.2%} of all"
 
 
 def test_excluding_everything_is_an_error_before_loading(bases):

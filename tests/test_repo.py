@@ -19,6 +19,8 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 def test_the_recipes_that_ship_are_counted():
     assert {path.relative_to(ROOT / "recipes").as_posix() for path in RECIPES} == {
         "decoder/llama32_11b_24gb.yaml",
+        "decoder/medgemma_4b_24gb.yaml",
+        "decoder/paligemma2_3b_24gb.yaml",
         "decoder/tiny.yaml",
         "siglip/siglip_base_448.yaml",
         "siglip/tiny.yaml",
@@ -93,3 +95,10 @@ def test_tracked_files_are_small():
     ).stdout.split()
     sizes = {name: (ROOT / name).stat().st_size for name in listed if (ROOT / name).exists()}
     assert {name: size for name, size in sizes.items() if size > 250_000} == {}
+
+
+def test_every_test_in_the_table_of_silent_failures_exists():
+    named = re.findall(r"`(tests/\S+)::(\w+)`", (ROOT / "docs/silent-failures.md").read_text())
+    assert len(named) > 25
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), name

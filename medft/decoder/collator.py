@@ -65,6 +65,8 @@ class ConversationEncoder:
         self.max_image_tiles = max_image_tiles
         self.image_token_id = family.image_token_id(processor)
         self._end_of_turn = processor.tokenizer.convert_tokens_to_ids(family.end_of_turn)
+        pad = processor.tokenizer.pad_token_id
+        self._pad = self._end_of_turn if pad is None else pad  # masked, so that any will do
         self._special = {
             token
             for token, added in processor.tokenizer.added_tokens_decoder.items()
@@ -141,7 +143,7 @@ class ConversationEncoder:
                 tensors, batch_first=True, padding_value=padding, padding_side=padding_side
             )
 
-        input_ids = pad([row.input_ids for row in rows], self.processor.tokenizer.pad_token_id)
+        input_ids = pad([row.input_ids for row in rows], self._pad)
         answers = [[i >= row.prompt_length for i in range(len(row.input_ids))] for row in rows]
         return {
             "input_ids": input_ids,
@@ -282,5 +284,5 @@ def check_labels(
             wrong = max(trained & never, default=max(trained))
             raise DataError(
                 f"row {name}: expected labels below {head_rows}, the rows of the output head, and "
-                f"no image or padding token, got {wrong}: an assistant turn holds an image"
+                f"no image token, got {wrong}: an assistant turn holds an image"
             )

@@ -76,7 +76,7 @@ class Family:
 
     def never_labels(self, processor: ProcessorMixin) -> frozenset[int]:
         """Tokens that are no part of an answer."""
-        return frozenset({self.image_token_id(processor), processor.tokenizer.pad_token_id})
+        return frozenset({self.image_token_id(processor)})
 
     def expand(self, text: str, processor: ProcessorMixin) -> str:
         """The text of a chat template with room for each image's features."""

@@ -107,6 +107,12 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
         correct = outputs.is_top1.float().sum(dim=1)
         return None, torch.stack([nll, correct], dim=1), outputs.label_mask.sum(dim=1)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the perplexity to what is logged of training."""
+        if "loss" in logs:
+            logs["perplexity"] = _perplexity(logs["loss"])
+        super().log(logs, start_time)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write a page about itself into the run directory."""
 
@@ -134,7 +140,11 @@ def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
     loss = nll / tokens
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float overflows
+        "perplexity": _perplexity(loss),
         "token_accuracy": correct / tokens,
         "supervised_tokens": tokens,
     }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond, a float overflows

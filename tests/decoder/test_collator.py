@@ -140,6 +140,18 @@ def test_a_batch_without_images_has_no_image_tensors(encoder):
     assert make(encoder)([row(TEXT)]).keys() == keys
 
 
+@pytest.mark.parametrize("pad", [None, "<|eot_id|>"])
+def test_a_tokenizer_without_a_padding_token_of_its_own_still_trains_the_end(processor, pad):
+    other = copy.copy(processor)
+    other.tokenizer = copy.deepcopy(processor.tokenizer)
+    other.tokenizer.pad_token = pad
+    encoder = ConversationEncoder(other, MLLAMA, max_image_tiles=4)
+    batch = make(encoder)([row(TEXT), row([turn("user", "Hello there"), *TEXT[1:]])])
+    end = other.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert (batch["labels"] == end).sum(dim=1).tolist() == [1, 1]
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
 def test_mixed_image_counts_share_a_batch_only_where_rows_are_separate(encoder):
     rows = [row(ONE, png()), row(TEXT)]
     with pytest.raises(DataError, match=r"equally many images in a batch, got \[0, 1\]"):
@@ -165,7 +177,7 @@ def test_labels_are_checked_in_every_batch():
     check_labels(fine, 6, frozenset({4}), ["a", "b"])
     with pytest.raises(DataError, match="row b: expected labels below 5"):
         check_labels(fine, 5, frozenset(), ["a", "b"])
-    with pytest.raises(DataError, match=r"row a: .* no image or padding token, got 3"):
+    with pytest.raises(DataError, match=r"row a: .* no image token, got 3"):
         check_labels(fine, 6, frozenset({3}), ["a", "b"])
     with pytest.raises(DataError, match="row b: expected at least one token"):
         check_labels(torch.tensor([[1], [IGNORED]]), 6, frozenset(), ["a", "b"])

@@ -5,6 +5,7 @@ docs/silent-failures.md.
 """
 
 import copy
+import datetime
 import json
 
 import pytest
@@ -25,6 +26,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from medft.check import check
+from medft.decoder.collator import ConversationEncoder
+from medft.decoder.families import MLLAMA
 from medft.decoder.sampler import RoundSampler
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import MedftError, RecipeError
@@ -82,6 +85,19 @@ def test_2_stock_fails_on_prompt_and_completion(stock, recipe, tmp_path, data):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(MedftError, match="messages"):
         check(recipe, [f"data.train={tmp_path / 'rows.jsonl'}", "data.validation=null"])
+
+
+def test_llamas_template_writes_todays_date_in_stock_code_only(stock, bases):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+    ]
+    processor = stock[0].processor
+    today = datetime.datetime.now().strftime("%d %b %Y")
+    assert f"Today Date: {today}" in processor.apply_chat_template(messages)
+    encoder = ConversationEncoder(processor, MLLAMA, max_image_tiles=4)
+    text = processor.tokenizer.decode(encoder.encode(messages, "r").input_ids)
+    assert "Today Date: 26 Jul 2024" in text
 
 
 def test_8_all_linear_reaches_the_tower_in_stock_code_and_is_no_preset(stock, recipe):
