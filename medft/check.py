@@ -65,6 +65,8 @@ def describe_check(checked: Checked) -> str:
         counts = {name: count for name, count in known.items() if name not in ("path", "sha256")}
         lines.append(f"{split}: {describe_counts(counts)}")
     lines += [f"adapters: {inputs.adapter_plan}"]
+    if isinstance(inputs, DecoderInputs) and (plan := inputs.cache_plan()):
+        lines.append(plan)
     lines += [f"example: {example}" for example in inputs.examples()]
     lines += [
         f"batch: {batch['per_device']} per device x {batch['accumulation']} accumulation x "

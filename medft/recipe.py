@@ -47,8 +47,11 @@ class DecoderModelSection(ModelSection):
     """Mllama: tokens that may see no image get nothing from cross-attention, so that a row does not
     depend on its neighbours; noted in medft.json, since it differs from stock inference."""
 
-    vision_cache: str | None = None
-    """Folder for the frozen tower's outputs."""
+    vision_cache: str | None = Field(None, min_length=1)
+    """Folder in which the projected outputs of the frozen tower are kept, for later epochs."""
+
+    vision_cache_gb: float = Field(200, gt=0)
+    """Size that this folder may reach, in 10^9 bytes; what does not fit is computed each epoch."""
 
 
 class DataSection(Section):
@@ -301,8 +304,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 "lora: null trains every weight, which a 4-bit base does not allow: "
                 "write quantization: null, or give lora"
             ]
-        if recipe.model.vision_cache:
-            return ["model.vision_cache is not available in this version: remove it"]
     if isinstance(recipe, SiglipRecipe) and "train_sampling_strategy" in recipe.train:
         return [
             "train.train_sampling_strategy groups rows by length, and all captions are padded to "

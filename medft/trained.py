@@ -193,8 +193,9 @@ class Generator:
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request]) -> list[str]:
         encoded = [self.encoder.encode_prompt(request.messages) for request in requests]
-        images = [request.images for request in requests]
-        batch = BatchFeature(self.encoder.batch(encoded, images, padding_side="left"))
+        pictures = [[self.encoder.picture(i) for i in request.images] for request in requests]
+        batch = BatchFeature(self.encoder.batch(encoded, pictures, padding_side="left"))
+        batch.update(self.encoder.family.stack(pictures))
         del batch["labels"]
         tokens = self.model.generate(
             **batch.to(self.model.device, self.model.dtype),

@@ -233,8 +233,6 @@ def test_a_validation_file_that_would_never_be_read_is_an_error(load):
 
 
 def test_keys_without_effect_in_this_version_are_refused(load):
-    assert "not available" in problems(load, GOOD, "model.vision_cache=cache")[0]
-    assert "not available" in problems(load, GOOD, "model.vision_cache=cache")[0]
     assert "lm_head" in problems(load, GOOD, "quantization.skip=[vision]")[0]
 
 

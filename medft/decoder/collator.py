@@ -8,6 +8,7 @@ Shape letters in this file:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,9 @@ from transformers import ProcessorMixin
 from medft.callbacks import ROW_IDS
 from medft.data.chat import Message, image_source, messages_of
 from medft.data.images import open_image
-from medft.decoder.families import Family
+from medft.decoder.families import Family, Picture
+from medft.decoder.frozen_tower import PICTURES
+from medft.decoder.vision_cache import ENTRY, VisionCache
 from medft.errors import BaseModelError, DataError
 
 IGNORED = -100
@@ -124,14 +127,18 @@ class ConversationEncoder:
         prompt_length = len(self._tokens(messages[:first], "", prompt=True))
         return EncodedRow(input_ids, [IGNORED] * len(input_ids), prompt_length)
 
+    def picture(self, image: Image.Image) -> Picture:
+        """One image for the tower, as `Family.picture` says."""
+        return self.family.picture(self.processor, image, max_image_tiles=self.max_image_tiles)
+
     def batch(
         self,
         rows: Sequence[EncodedRow],
-        images: Sequence[Sequence[Image.Image]],
+        pictures: Sequence[Sequence[Picture]],
         *,
         padding_side: Literal["left", "right"],
     ) -> dict[str, Tensor]:
-        """The model's inputs for these rows.
+        """The model's inputs for these rows, without the pictures themselves.
 
         Returns:
             input_ids, attention_mask and labels [B, S], and what `Family.inputs` adds.
@@ -149,13 +156,7 @@ class ConversationEncoder:
             "input_ids": input_ids,
             "attention_mask": pad([[1] * len(row.input_ids) for row in rows], 0),
             "labels": pad([row.labels for row in rows], IGNORED),
-            **self.family.inputs(
-                self.processor,
-                images,
-                input_ids,
-                pad(answers, 0),
-                max_image_tiles=self.max_image_tiles,
-            ),
+            **self.family.inputs(self.processor, pictures, input_ids, pad(answers, 0)),
         }
 
     def _tokens(self, messages: list[Message], name: str, *, prompt: bool = False) -> list[int]:
@@ -228,9 +229,12 @@ class DecoderCollator:
         self.max_length = max_length
         self.head_rows = head_rows
         self.separates_rows = separates_rows
+        self.cache: VisionCache | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch as of `ConversationEncoder.batch`, with the ids of its rows under ROW_IDS.
+        """The batch as of `ConversationEncoder.batch`, its images in order under PICTURES.
+
+        The ids of its rows stand under ROW_IDS.
 
         Raises:
             DataError: an image cannot be read, rows have different numbers of images and would
@@ -244,22 +248,29 @@ class DecoderCollator:
             )
         names = [row["id"] for row in rows]
         encoded = [self._encode(row) for row in rows]
-        batch = self.encoder.batch(encoded, [_images(row) for row in rows], padding_side="right")
+        pictures = [self._pictures(row) for row in rows]
+        batch = self.encoder.batch(encoded, pictures, padding_side="right")
         never = self.encoder.family.never_labels(self.encoder.processor)
         check_labels(batch["labels"], self.head_rows, never, names)
-        return {**batch, ROW_IDS: names}
+        return {**batch, PICTURES: [p for row in pictures for p in row], ROW_IDS: names}
 
     def _encode(self, row: dict[str, Any]) -> EncodedRow:
         whole = self.encoder.encode(messages_of(row), row["id"])
         cut = slice(self.max_length)
         return EncodedRow(whole.input_ids[cut], whole.labels[cut], whole.prompt_length)
 
+    def _pictures(self, row: dict[str, Any]) -> list[Picture]:
+        try:
+            return [self._picture(image_source(image)) for image in row["images"]]
+        except DataError as error:
+            raise DataError(f"row {row['id']}: {error}") from error
 
-def _images(row: dict[str, Any]) -> list[Image.Image]:
-    try:
-        return [open_image(image_source(image)) for image in row["images"]]
-    except DataError as error:
-        raise DataError(f"row {row['id']}: {error}") from error
+    def _picture(self, source: Path | bytes) -> Picture:
+        if self.cache is None:
+            return self.encoder.picture(open_image(source))
+        name = self.cache.name_of(source)
+        kept = self.cache.read(name)
+        return kept or {**self.encoder.picture(open_image(source)), ENTRY: name}
 
 
 def check_labels(

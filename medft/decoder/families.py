@@ -8,7 +8,9 @@ Shape letters in this file:
     S  tokens of its longest row
     I  images of the row that has most
     N  images of all its rows
-    T  tiles an image is padded to (4)
+    T  tiles of an image; of a picture 4, padding included
+    P  tokens that the tower makes of a tile, or of an image without tiles
+    D  width of the language model
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.models.mllama.image_processing_pil_mllama import (
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
@@ -30,6 +32,10 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from medft.errors import BaseModelError
+
+Picture = dict[str, Any]
+"""What the tower takes of one image, as tensors without batch dimension: pixel_values and, by
+family, more; or, under "features", what tower and projector made of it."""
 
 
 class Family:
@@ -82,25 +88,72 @@ class Family:
         """The text of a chat template with room for each image's features."""
         return text
 
-    def inputs(
-        self,
-        processor: ProcessorMixin,
-        images: Sequence[Sequence[Image.Image]],
-        input_ids: Tensor,
-        answers: Tensor,
-        *,
-        max_image_tiles: int,
-    ) -> dict[str, Tensor]:
-        """What the model takes beside input_ids and attention_mask.
+    def picture(
+        self, processor: ProcessorMixin, image: Image.Image, *, max_image_tiles: int
+    ) -> Picture:
+        """One image for the tower; pixel_values [3, height, width].
 
         Args:
             processor: of the base.
-            images: of each row, in the order of their tokens.
+            image: in RGB.
+            max_image_tiles: for families that cut images into tiles.
+        """
+        pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels[0]}
+
+    def inputs(
+        self,
+        processor: ProcessorMixin,
+        pictures: Sequence[Sequence[Picture]],
+        input_ids: Tensor,
+        answers: Tensor,
+    ) -> dict[str, Tensor]:
+        """What tells the tokens of a batch how to see each other and the images.
+
+        Args:
+            processor: of the base.
+            pictures: of each row, in the order of their tokens.
             input_ids: [B, S].
             answers: [B, S], whether a token stands behind the first prompt of its row.
-            max_image_tiles: of an image.
         """
         raise NotImplementedError
+
+    def stack(self, pictures: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
+        """Pictures as the stock forward takes them: pixel_values [N, 3, height, width]."""
+        flat = [picture["pixel_values"] for row in pictures for picture in row]
+        return {"pixel_values": torch.stack(flat)} if flat else {}
+
+    def features(self, model: nn.Module, picture: Picture, *, prunes: bool) -> Tensor:
+        """What tower and projector make of one picture.
+
+        Args:
+            model: the base without its head.
+            picture: on the model's device.
+            prunes: leave out what no token may see, for families with tiles.
+
+        Returns:
+            [P, D], or [T, P, D] for a family with tiles.
+        """
+        outputs = model.get_image_features(picture["pixel_values"][None])
+        return outputs.pooler_output[0]
+
+    def feature_shape(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """P and D of a base's features.
+
+        Args:
+            config: of the base.
+        """
+        raise NotImplementedError
+
+    def place(self, model: nn.Module, inputs: dict[str, Any], features: list[Tensor]) -> None:
+        """Put the features of a batch's images, in order, among the inputs of the base.
+
+        Args:
+            model: the base without its head.
+            inputs: keywords of its forward; changed.
+            features: of all images.
+        """
+        inputs["pixel_values"] = torch.stack(features)
 
     def separate_rows(self, model: nn.Module) -> None:
         """Make the rows of a loaded model independent of each other, where `mixes_rows`."""
@@ -150,39 +203,86 @@ class Mllama(Family):
         """One: the features are not in the text."""
         return 1
 
+    def picture(
+        self, processor: ProcessorMixin, image: Image.Image, *, max_image_tiles: int
+    ) -> Picture:
+        """One image in tiles.
+
+        Returns:
+            pixel_values [T, 3, height, width], aspect_ratio_ids [], aspect_ratio_mask [T] and
+            num_tiles, how many of them hold something.
+        """
+        image_processor = processor.image_processor
+        limited = _limit_tiles(image, image_processor, max_image_tiles)
+        batch = image_processor([[limited]], return_tensors="pt")
+        num_tiles = batch.pop("num_tiles")[0][0]
+        return {**{name: value[0, 0] for name, value in batch.items()}, "num_tiles": num_tiles}
+
     def inputs(
         self,
         processor: ProcessorMixin,
-        images: Sequence[Sequence[Image.Image]],
+        pictures: Sequence[Sequence[Picture]],
         input_ids: Tensor,
         answers: Tensor,
-        *,
-        max_image_tiles: int,
     ) -> dict[str, Tensor]:
-        """Tiles and which token sees which of them; nothing for a batch without images.
+        """Which token sees which tile; nothing for a batch without images.
 
         Returns:
-            pixel_values [B, I, T, 3, height, width], aspect_ratio_ids [B, I], aspect_ratio_mask
-            [B, I, T] and cross_attention_mask [B, S, I, T].
+            cross_attention_mask [B, S, I, T].
         """
-        if not any(images):
+        if not any(pictures):
             return {}
-        image_processor = processor.image_processor
-        batch = image_processor(
-            [[_limit_tiles(i, image_processor, max_image_tiles) for i in row] for row in images],
-            return_tensors="pt",
-        )
         spans = [
             get_cross_attention_token_mask(row, processor.image_token_id)
             for row in input_ids.tolist()
         ]
         mask = convert_sparse_cross_attention_mask_to_dense(
             spans,
-            num_tiles=batch.pop("num_tiles"),
-            max_num_tiles=image_processor.max_image_tiles,
+            num_tiles=[[picture["num_tiles"] for picture in row] for row in pictures],
+            max_num_tiles=processor.image_processor.max_image_tiles,
             length=input_ids.shape[1],
         )
-        return {**batch, "cross_attention_mask": torch.from_numpy(mask)}
+        return {"cross_attention_mask": torch.from_numpy(mask)}
+
+    def stack(self, pictures: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
+        """Pictures of rows with equally many, as the stock forward takes them.
+
+        Returns:
+            pixel_values [B, I, T, 3, height, width], aspect_ratio_ids [B, I] and aspect_ratio_mask
+            [B, I, T].
+        """
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask") if any(pictures) else ()
+        return {
+            name: torch.stack([torch.stack([p[name] for p in row]) for row in pictures])
+            for name in names
+        }
+
+    def features(self, model: nn.Module, picture: Picture, *, prunes: bool) -> Tensor:
+        """The projected states of a picture's tiles [T, P, D]; of its own only, if `prunes`."""
+        stacked = self.stack([[picture]])
+        states = model.vision_model(**stacked).last_hidden_state[0, 0]
+        return model.multi_modal_projector(states[: picture["num_tiles"]] if prunes else states)
+
+    def feature_shape(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """P and D of a base's features, for each tile."""
+        vision = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + 1, config.text_config.hidden_size
+
+    def place(self, model: nn.Module, inputs: dict[str, Any], features: list[Tensor]) -> None:
+        """Hand the states to cross-attention, tiles beyond the batch's largest number left out.
+
+        Rows with fewer images, and images with fewer tiles, are filled with zeros, which the mask
+        hides.
+        """
+        mask = inputs["cross_attention_mask"]
+        num_tiles = max(len(states) for states in features)
+        inputs["cross_attention_mask"] = mask[..., :num_tiles]
+        states = features[0].new_zeros(*mask.shape[::2], num_tiles, *features[0].shape[1:])
+        seen = mask.amax(dim=(1, 3)).nonzero().tolist()  # rows and images that are there
+        for (row, image), of_image in zip(seen, features, strict=True):
+            states[row, image, : len(of_image)] = of_image
+        inputs["cross_attention_states"] = states.flatten(0, 2)
 
     def separate_rows(self, model: nn.Module) -> None:
         """Make tokens that may see no image get nothing from cross-attention.
@@ -287,19 +387,21 @@ class PaliGemma(Family):
     def inputs(
         self,
         processor: ProcessorMixin,
-        images: Sequence[Sequence[Image.Image]],
+        pictures: Sequence[Sequence[Picture]],
         input_ids: Tensor,
         answers: Tensor,
-        *,
-        max_image_tiles: int,
     ) -> dict[str, Tensor]:
-        """Pictures, and which tokens are read causally.
+        """Which tokens are read causally.
 
         Returns:
-            pixel_values [N, 3, height, width] where there are images, and token_type_ids [B, S], 0
-            in image and first prompt and 1 behind them.
+            token_type_ids [B, S], 0 in image and first prompt and 1 behind them.
         """
-        return {**_pictures(processor, images), "token_type_ids": answers.long()}
+        return {"token_type_ids": answers.long()}
+
+    def feature_shape(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """P and D of a base's features: all patches."""
+        vision = config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2, config.text_config.hidden_size
 
 
 class Gemma3(Family):
@@ -346,29 +448,20 @@ class Gemma3(Family):
     def inputs(
         self,
         processor: ProcessorMixin,
-        images: Sequence[Sequence[Image.Image]],
+        pictures: Sequence[Sequence[Picture]],
         input_ids: Tensor,
         answers: Tensor,
-        *,
-        max_image_tiles: int,
     ) -> dict[str, Tensor]:
-        """Pictures, and which tokens are theirs.
+        """Which tokens stand for images.
 
         Returns:
-            pixel_values [N, 3, height, width] where there are images, and token_type_ids [B, S], 1
-            for the tokens of an image.
+            token_type_ids [B, S], 1 for the tokens of an image.
         """
-        of_images = input_ids == self.image_token_id(processor)
-        return {**_pictures(processor, images), "token_type_ids": of_images.long()}
+        return {"token_type_ids": (input_ids == self.image_token_id(processor)).long()}
 
-
-def _pictures(
-    processor: ProcessorMixin, images: Sequence[Sequence[Image.Image]]
-) -> dict[str, Tensor]:
-    flat = [image for row in images for image in row]
-    if not flat:
-        return {}
-    return {"pixel_values": processor.image_processor(flat, return_tensors="pt")["pixel_values"]}
+    def feature_shape(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """P and D of a base's features: pooled patches."""
+        return config.mm_tokens_per_image, config.text_config.hidden_size
 
 
 MLLAMA = Mllama()

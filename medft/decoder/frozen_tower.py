@@ -1,8 +1,11 @@
-"""The vision tower without backward pass, where nothing in it is trained.
+"""The vision tower: image by image, and without backward pass where nothing in it is trained.
 
 With PEFT and gradient checkpointing transformers makes the tower's patch embedding require grad, so
 that the stock code stores the activations of a tower without one trainable parameter and runs its
 backward; under reentrant checkpointing it then fails.
+
+Each image goes through tower and projector by itself. What comes out then does not depend on the
+images beside it, not in the last bit, which is what makes it worth keeping.
 """
 
 import functools
@@ -10,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from medft.decoder.families import Family
+from medft.decoder.vision_cache import ENTRY, VisionCache
 from medft.errors import BaseModelError
+
+PICTURES = "pictures"
+"""Key of a batch's images, a list of `medft.decoder.families.Picture`."""
 
 
 def run_frozen_parts_without_grad(model: nn.Module, family: Family) -> list[str]:
@@ -63,3 +71,50 @@ def _check_first_output(module: nn.Module, part: str) -> None:
             )
 
     handle = module.register_forward_hook(check)
+
+
+def take_pictures(
+    model: nn.Module, family: Family, *, prunes: bool, cache: VisionCache | None = None
+) -> None:
+    """Make a base take its images one by one, as a list under PICTURES.
+
+    Args:
+        model: the base, its adapter attached.
+        family: of the base.
+        prunes: leave out features that no token may see, as rows that are separate allow.
+        cache: takes the features of pictures that name an entry.
+    """
+    inner = model.base_model
+
+    def place_features(
+        inner: nn.Module, args: tuple, inputs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        pictures = inputs.pop(PICTURES, [])
+        if not pictures:
+            return None
+        features = []
+        for picture in pictures:
+            known = picture.get("features")
+            if known is None:
+                known = family.features(inner, picture, prunes=prunes)
+                if cache is not None and ENTRY in picture:
+                    cache.write(picture[ENTRY], known, picture.get("num_tiles", 1))
+            features.append(known)
+        family.place(inner, inputs, features)
+        return args, inputs
+
+    inner.register_forward_pre_hook(place_features, with_kwargs=True)
+    if hasattr(inner, "get_image_features"):
+        inner.get_image_features = _features_or_pixels(inner.get_image_features)
+
+
+def _features_or_pixels(get_image_features: Any) -> Any:
+    """The method of a family without tiles, which lets features [N, P, D] pass as they are."""
+
+    @functools.wraps(get_image_features)
+    def run(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        if pixel_values.dim() == 3:
+            return BaseModelOutputWithPooling(pooler_output=pixel_values)
+        return get_image_features(pixel_values, **kwargs)
+
+    return run

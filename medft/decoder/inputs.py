@@ -1,6 +1,9 @@
 """Everything that a decoder run can know and check before the base's weights are loaded."""
 
+import hashlib
 import logging
+import math
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +20,20 @@ from transformers import (
 
 from medft.adapters import ALL_WEIGHTS, NOTES_FILE, plan_adapter, read_notes, target_modules
 from medft.base import empty_model, load_config, load_processor
-from medft.data.chat import SHOWN_PROBLEMS, describe_counts, fingerprint, load_rows, messages_of
+from medft.data.chat import (
+    SHOWN_PROBLEMS,
+    describe_counts,
+    fingerprint,
+    image_source,
+    load_rows,
+    messages_of,
+)
 from medft.data.tokens import length_percentiles
 from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator, mark_trained
 from medft.decoder.families import Family, family_of
 from medft.decoder.sampler import RoundSampler
-from medft.errors import BaseModelError, DataError, Findings
+from medft.decoder.vision_cache import VisionCache, weights_sha256
+from medft.errors import BaseModelError, DataError, Findings, RecipeError
 from medft.recipe import (
     DecoderDataSection,
     DecoderModelSection,
@@ -31,6 +42,8 @@ from medft.recipe import (
 )
 
 logger = logging.getLogger(__name__)
+
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +62,9 @@ class DecoderInputs:
     sampler: RoundSampler
     """The order of training rows."""
 
+    model: DecoderModelSection
+    """The recipe's section."""
+
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
 
@@ -56,6 +72,45 @@ class DecoderInputs:
     def rows_per_epoch(self) -> int:
         """Training rows of an epoch, with those that come twice."""
         return len(self.sampler)
+
+    def open_cache(self, model: nn.Module) -> VisionCache | None:
+        """The cache of what tower and projector make of images, where the recipe asks for one.
+
+        Args:
+            model: the base with its weights.
+        """
+        if self.model.vision_cache is None:
+            return None
+        key = {
+            "weights": weights_sha256(model, self.family),
+            "processor": self.processor.image_processor.to_dict(),
+            "max_image_tiles": self.collator.encoder.max_image_tiles,
+            "prunes": self.model.cross_attention_fix,
+        }
+        limit = int(self.model.vision_cache_gb * 1e9)
+        return VisionCache(Path(self.model.vision_cache), key, limit=limit)
+
+    def cache_plan(self) -> str | None:
+        """How large the vision cache may become, where the recipe asks for one."""
+        if self.model.vision_cache is None:
+            return None
+        splits = [rows["images"] for rows in (self.train, self.validation) if rows is not None]
+        sources = [image_source(i) for images in splits for row in images for i in row]
+        images = len({hashlib.sha256(s).digest() if isinstance(s, bytes) else s for s in sources})
+        tiles = 1
+        if self.family.has_tiles:
+            limit = self.collator.encoder.max_image_tiles
+            every = self.processor.image_processor.max_image_tiles
+            tiles = limit if self.model.cross_attention_fix else every
+        each = math.prod(self.family.feature_shape(self.config)) * _BYTES[self.model.dtype]
+        folder = Path(self.model.vision_cache)
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        return (
+            f"vision cache: at most {images:,} images x {tiles} tiles x {each / 1e6:.1f} MB = "
+            f"{images * tiles * each / 1e9:,.1f} GB in {folder}, which has "
+            f"{shutil.disk_usage(existing).free / 1e9:,.0f} GB free and may take "
+            f"{self.model.vision_cache_gb:g}; it is for thousands of images, not for millions"
+        )
 
     def examples(self, num_rows: int = 3) -> list[str]:
         """The first rows as text, what is trained between >>> and <<<."""
@@ -97,6 +152,8 @@ def prepare_inputs(
         head_rows = empty.get_output_embeddings().out_features
         _check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
         plan = _plan(empty, lora, family) if lora else ALL_WEIGHTS
+        if model.vision_cache:
+            _check_cache(empty, family, arguments)
     findings.raise_any()
     separates_rows = model.cross_attention_fix or not family.mixes_rows
     kept: dict[str, Dataset] = {}
@@ -126,6 +183,7 @@ def prepare_inputs(
         train=kept["train"],
         validation=kept.get("validation"),
         sampler=sampler,
+        model=model,
         record=record,
     )
 
@@ -168,6 +226,30 @@ def _check_flags(model: DecoderModelSection, data: DecoderDataSection, family: F
                 f"model in {model.base} was trained, got {str(model.cross_attention_fix).lower()}: "
                 f"correct it"
             )
+
+
+def _check_cache(planned: nn.Module, family: Family, arguments: TrainingArguments) -> None:
+    """Refuse a vision cache where it would be wrong, or processes would wait for each other.
+
+    Raises:
+        RecipeError: something in tower or projector is trained, or ZeRO-3 shards them.
+    """
+    parts = [planned.get_submodule(family.parts[part]) for part in ("vision", "projector")]
+    if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        raise RecipeError(
+            "expected lora.targets outside tower and projector for model.vision_cache, which keeps "
+            "what these make of an image, got some inside: remove model.vision_cache"
+        )
+    if _shards_weights(arguments):
+        raise RecipeError(
+            "expected the whole tower on every process for model.vision_cache, ZeRO-3 shards it: "
+            "use accelerate_configs/ddp.yaml or zero2.yaml, or remove it"
+        )
+
+
+def _shards_weights(arguments: TrainingArguments) -> bool:
+    plugin = arguments.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def _check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
@@ -263,7 +345,8 @@ def _sampler(
     arguments: TrainingArguments,
 ) -> RoundSampler:
     image_counts = [len(images) for images in train["images"]]
-    kinds = [min(count, 1) for count in image_counts] if separates_rows else image_counts
+    mixes = separates_rows and not _shards_weights(arguments)
+    kinds = [min(count, 1) for count in image_counts] if mixes else image_counts
     lengths = None
     if arguments.train_sampling_strategy == "group_by_length":
         rows = train.select_columns(["id", "messages"])
@@ -291,9 +374,9 @@ def _check_validation_batches(
             f"{' and '.join(counts)}, which would see each other's images in one batch: write "
             f"train.per_device_eval_batch_size: 1 or model.cross_attention_fix: true"
         )
-    plugin = arguments.deepspeed_plugin
-    if "0" in counts and len(counts) > 1 and plugin is not None and plugin.zero_stage == 3:
+    if len(counts) > 1 and _shards_weights(arguments):
         raise DataError(
-            "expected validation rows all with or all without images under ZeRO-3, whose processes "
-            "must run the same modules at the same time, got both: split them or use ZeRO-2"
+            f"expected validation rows with equally many images under ZeRO-3, whose processes must "
+            f"run the same modules at the same time, got rows with {' and '.join(counts)}: keep "
+            f"one kind or use ZeRO-2"
         )

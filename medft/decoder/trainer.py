@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
 from medft.callbacks import MeasuredBatches
-from medft.decoder.frozen_tower import run_frozen_parts_without_grad
+from medft.decoder.frozen_tower import run_frozen_parts_without_grad, take_pictures
 from medft.decoder.inputs import DecoderInputs
 from medft.decoder.sampler import RoundSampler
 
@@ -69,6 +69,9 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         frozen = run_frozen_parts_without_grad(base, inputs.family)
         logger.info("without backward pass: %s", ", ".join(frozen) or "nothing")
+        cache = inputs.collator.cache = inputs.open_cache(base)
+        fixed = inputs.model.cross_attention_fix
+        take_pictures(base, inputs.family, prunes=fixed, cache=cache)
         super().__init__(
             model=model,
             args=args,

@@ -189,7 +189,8 @@ def test_step_0_is_that_of_plain_transformers(trainer, bases, family, dtype):
     if dtype == torch.float32:
         loss = trained.compute_loss(trained.model, inputs)
     else:  # TRL's head works in fp32: here the inputs and the model
-        inputs["pixel_values"] = inputs["pixel_values"].double()
+        for picture in inputs["pictures"]:
+            picture["pixel_values"] = picture["pixel_values"].double()
         loss = plain_loss(trained.model, inputs, inputs.pop("labels"))
     loss.backward()
 

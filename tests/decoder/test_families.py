@@ -69,9 +69,10 @@ def row(messages, images=0, name="r"):
 
 def collate(encoder, *rows, max_length=200):
     head_rows = encoder.processor.tokenizer.vocab_size + 2000  # here the labels are looked at
-    return DecoderCollator(
+    batch = DecoderCollator(
         encoder, max_length=max_length, head_rows=head_rows, separates_rows=True
     )(rows)
+    return batch | encoder.family.stack([batch.pop("pictures")])
 
 
 ONE = [turn("user", "What is seen?", images=1), turn("assistant", "A disc.")]

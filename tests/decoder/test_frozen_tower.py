@@ -77,6 +77,7 @@ def stock_loss(bases, family, made, *, reentrant):
     model.enable_input_require_grads()
     batch = made.data_collator([made.train_dataset[0], made.train_dataset[1]])
     del batch["row_ids"]
+    batch |= FAMILIES[family].stack([[picture] for picture in batch.pop("pictures")])
     return model, lambda: model(**batch).loss.backward()
 
 

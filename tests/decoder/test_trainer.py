@@ -132,6 +132,7 @@ def test_the_logged_loss_of_the_first_step_is_the_plain_one(bases, trainer):
     with torch.no_grad():
         for batch in batches:
             labels = batch.pop("labels")
+            batch |= MLLAMA.stack([[picture] for picture in batch.pop("pictures")])
             expected += plain_loss(plain, batch, labels, tokens).item()
     trained.train()
     assert trained.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,189 @@
+"""Features read from disk train what features computed anew train, and damage is never read."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import set_seed
+
+from medft.adapters import attach_adapter
+from medft.check import check, describe_check
+from medft.decoder import vision_cache
+from medft.decoder.inputs import prepare_inputs
+from medft.decoder.model import load_model
+from medft.decoder.trainer import DecoderTrainer, decoder_arguments
+from medft.decoder.vision_cache import VisionCache
+from medft.errors import MedftError
+from medft.recipe import DecoderRecipe
+
+BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def trainer(sections, write_recipe, bases):
+    """A trainer of two epochs of ten rows; towers that were called are counted."""
+
+    def make(family="mllama", changes=(), rows=10, **train):
+        AcceleratorState._reset_state(True)
+        recipe = sections("decoder")
+        recipe["model"]["base"] = str(bases / BASES[family])
+        recipe["data"]["validation"] = None
+        recipe["train"] |= {"num_train_epochs": 2, "save_strategy": "no", **train}
+        recipe = DecoderRecipe.load(write_recipe(recipe), changes)
+        set_seed(3)
+        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
+        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+        model = load_model(
+            recipe.model,
+            inputs.family,
+            None,
+            dtype="float32",
+            cross_attention_fix=recipe.model.cross_attention_fix,
+        )
+        model = attach_adapter(model, recipe.lora, inputs.family.presets, task_type="CAUSAL_LM")
+        made = DecoderTrainer(model, arguments, inputs, {"family": family})
+        tower = model.get_base_model().get_submodule(inputs.family.parts["vision"])
+        made.towers_called = []
+        tower.register_forward_hook(lambda *_: made.towers_called.append(1))
+        return made
+
+    return make
+
+
+def outcome(made):
+    made.train()
+    log = [(e["loss"], e["grad_norm"]) for e in made.state.log_history if "loss" in e]
+    weights = {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
+    return log, weights, len(made.towers_called)
+
+
+def same(left, right):
+    return left[0] == right[0] and all(torch.equal(left[1][n], right[1][n]) for n in left[1])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mllama", []),
+        ("mllama", ["model.cross_attention_fix=true"]),
+        ("paligemma", []),
+        ("gemma3", []),
+    ],
+)
+def test_two_epochs_with_the_cache_are_two_without_bit_for_bit(trainer, tmp_path, family, changes):
+    cached = [*changes, f"model.vision_cache={tmp_path / 'cache'}"]
+    without = outcome(trainer(family, changes))
+    first = outcome(trainer(family, cached))
+    entries = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(entries) == 31
+    assert (without[2], first[2]) == (62, 31)  # the second epoch computes nothing
+    again = outcome(trainer(family, cached, dataloader_num_workers=2))
+    assert again[2] == 0
+    assert same(without, first)
+    assert same(without, again)
+    assert not same(without, outcome(trainer(family, [*cached, "train.seed=18"])))
+
+
+def test_what_is_lost_torn_or_changed_is_computed_again(trainer, tmp_path):
+    cached = [f"model.vision_cache={tmp_path / 'cache'}"]
+    first = outcome(trainer(changes=cached))
+    lost, torn, flipped, empty = sorted((tmp_path / "cache").rglob("*.safetensors"))[:4]
+    whole = flipped.read_bytes()
+    lost.unlink()
+    torn.write_bytes(torn.read_bytes()[:-7])
+    flipped.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    empty.write_bytes(b"")
+    again = outcome(trainer(changes=cached))
+    assert same(first, again)
+    assert again[2] == 4
+    assert flipped.read_bytes() == whole
+    assert not list((tmp_path / "cache").rglob("*.draft"))
+
+
+def test_other_weights_settings_or_flags_take_other_entries(trainer, bases, tmp_path):
+    cache = f"model.vision_cache={tmp_path / 'cache'}"
+    base = trainer(changes=[cache])
+    folders = {base.data_collator.cache.folder}
+    for change in ("data.max_image_tiles=2", "model.cross_attention_fix=true"):
+        folders.add(trainer(changes=[cache, change]).data_collator.cache.folder)
+    with torch.no_grad():
+        made = trainer(changes=[cache])
+        inner = made.model.get_base_model()
+        inner.model.multi_modal_projector.weight[0, 0] += 1e-3
+        key = vision_cache.weights_sha256(inner, base.data_collator.encoder.family)
+    assert key != vision_cache.weights_sha256(
+        base.model.get_base_model(), base.data_collator.encoder.family
+    )
+    assert len(folders) == 3
+
+
+def test_processes_and_runs_may_write_at_once(tmp_path):
+    features = torch.randn(4, 17, 64, generator=torch.Generator().manual_seed(1))
+    caches = [VisionCache(tmp_path, {"k": 1}, limit=10**9) for _ in range(4)]
+    broken = []
+
+    def work(cache):
+        for _ in range(20):
+            cache.write("x", features, 3)
+            found = cache.read("x")
+            if found is None or not torch.equal(found["features"], features):
+                broken.append(found)
+
+    threads = [threading.Thread(target=work, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not broken
+    assert caches[0].read("x")["num_tiles"] == 3
+    assert len(list(tmp_path.rglob("*"))) == 2  # the folder and the one entry
+
+
+def test_the_limit_and_a_full_disk_stop_writing_and_say_so(tmp_path, caplog, monkeypatch):
+    features = torch.zeros(1, 16, 64)
+    cache = VisionCache(tmp_path, {}, limit=2 * features.nbytes + 1)
+    for name in "abc":
+        cache.write(name, features, 1)
+    assert [cache.read(name) is not None for name in "abc"] == [True, True, False]
+    assert "takes no further images: model.vision_cache_gb is reached" in caplog.text
+    other = VisionCache(tmp_path, {}, limit=10 * features.nbytes)
+    usage = vision_cache.shutil.disk_usage(tmp_path)
+    full = usage._replace(free=vision_cache.KEPT_FREE + features.nbytes - 1)
+    monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda path: full)
+    other.write("d", features, 1)
+    assert other.read("d") is None
+    assert "its disk would fill" in caplog.text
+
+
+def test_a_cache_of_what_is_trained_is_refused(trainer):
+    for targets in ("projector", "vision", "all"):
+        with pytest.raises(
+            MedftError, match=r"outside tower and projector for model\.vision_cache"
+        ):
+            trainer(changes=["model.vision_cache=x", f"lora.targets={targets}"])
+    with pytest.raises(MedftError, match="outside tower and projector"):
+        trainer(changes=["model.vision_cache=x", "lora=null"])
+
+
+def test_check_tells_the_size_beforehand(sections, write_recipe, tmp_path):
+    recipe = sections("decoder")
+    recipe["model"] |= {"vision_cache": str(tmp_path / "cache"), "vision_cache_gb": 3}
+    text = describe_check(check(write_recipe(recipe), []))
+    rows = [
+        json.loads(line)
+        for file in ("train", "validation")
+        for line in Path(recipe["data"][file]).read_text().splitlines()
+    ]
+    images = len({name for row in rows for name in row["images"]})
+    # 17 tokens of a 56-pixel tile x 64 wide x 4 bytes
+    assert f"vision cache: at most {images} images x 4 tiles x 0.0 MB" in text
+    assert "may take 3; it is for thousands of images, not for millions" in text
+    assert not (tmp_path / "cache").exists()
