@@ -166,10 +166,20 @@ def _initial_weights(adapted: PeftModel, init_from: str) -> dict[str, torch.Tens
     if other:
         raise BaseModelError(
             f"expected the adapter of lora.init_from to sit on the same layers with the same "
-            f"lora.r, {len(other)} tensors of {folder} differ, first {min(other)}: take "
-            f"lora.targets and lora.r of its recipe.yaml"
+            f"lora.r, {len(other)} tensors of {folder} differ, first {min(other)}: take the "
+            f"section lora of its recipe.yaml"
         )
-    trained, config = PeftConfig.from_pretrained(str(folder)), adapted.peft_config["default"]
+    with _read_by_peft(folder):
+        trained = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(trained, LoraConfig):
+            raise TypeError(f"its adapter_config.json describes a {type(trained).__name__}")
+    if trained.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise BaseModelError(
+            f"expected lora.init_from to name an adapter on the base's own weights, the one in "
+            f"{folder} began with init_lora_weights {trained.init_lora_weights}, which changed "
+            f"them: merge it with medft merge and give the result as model.base"
+        )
+    config = adapted.peft_config["default"]
     for name, key in (("lora_alpha", "alpha"), ("use_rslora",) * 2, ("alpha_pattern",) * 2):
         if getattr(trained, name) != getattr(config, name):
             raise BaseModelError(
@@ -199,11 +209,14 @@ def initial_adapter(lora: LoraSection | None, base: Mapping[str, Any]) -> dict[s
     folder = find_adapter(Path(lora.init_from))
     notes = read_notes(folder)
     keys = ["sha256"] if "sha256" in notes.keys() & base.keys() else ["base", "revision"]
-    if any(notes[key] != masked(base)[key] for key in keys):
-        raise BaseModelError(
-            f"expected the adapter of lora.init_from to be trained on model.base {base['base']}, "
-            f"its base is {notes['base']}: correct one of the two"
-        )
+    given = masked(base)
+    for key in keys:
+        if notes[key] != given[key]:
+            raise BaseModelError(
+                f"expected model.base with {key} {notes[key]}, on which the adapter of "
+                f"lora.init_from was trained, {base['base']} has {given[key]}: correct one of the "
+                f"two"
+            )
     return {"init_from": {"path": str(folder), "sha256": folder_sha256(folder)}}
 
 

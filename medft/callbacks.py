@@ -144,13 +144,14 @@ class NumberGuard(TrainerCallback):
 
 
 class GradientWitness(TrainerCallback):
-    """Stops a run after its first epoch where a tensor of the adapter got no gradient in it.
+    """Stops a run after its first whole epoch where a tensor of the adapter got no gradient in it.
 
     Such a tensor sits on a layer that no row runs, or whose adapter is never called; the adapter
-    would hold it untrained.
+    would hold it untrained. A part of an epoch tells nothing, its rows may be of one kind.
     """
 
     def __init__(self) -> None:
+        self._is_whole = False
         self._without: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -169,6 +170,12 @@ class GradientWitness(TrainerCallback):
                 seen = functools.partial(self._seen, name)
                 self._handles.append(parameter.register_hook(seen))
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note whether the epoch begins here or goes on from a checkpoint."""
+        self._is_whole = float(state.epoch or 0).is_integer()
+
     def _seen(self, name: str, gradient: torch.Tensor) -> None:
         self._without.discard(name)
 
@@ -180,6 +187,8 @@ class GradientWitness(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look which tensors are still without; Trainer comes here in mid-epoch when it stops."""
+        if not (self._is_whole and float(state.epoch).is_integer()):
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -239,6 +248,8 @@ class SigtermStopper(TrainerCallback):
             flag = torch.tensor(int(self.terminated), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             self.terminated = bool(flag)
+        if state.global_step >= state.max_steps:
+            self.terminated = False  # nothing is left to stop
         if self.terminated:
             control.should_save = True
             control.should_training_stop = True

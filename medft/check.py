@@ -35,23 +35,23 @@ def check(file: Path, overrides: list[str]) -> Checked:
     """
     recipe = recipe_class(file, overrides).load(file, overrides)
     findings = Findings()
+    checkpoint = None
     with findings.gather():
         checkpoint = check_output_dir(recipe.train)
+    lora = recipe.lora.resumed() if checkpoint and recipe.lora else recipe.lora
     with findings.gather():
         if isinstance(recipe, SiglipRecipe):
             arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype, use_cpu=True)
             inputs = siglip_inputs.prepare_inputs(
-                recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
+                recipe.model, recipe.data, lora, recipe.contrastive, arguments
             )
         else:
             arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype, use_cpu=True)
-            inputs = decoder_inputs.prepare_inputs(
-                recipe.model, recipe.data, recipe.lora, arguments
-            )
+            inputs = decoder_inputs.prepare_inputs(recipe.model, recipe.data, lora, arguments)
     findings.raise_any()
-    if checkpoint or (recipe.lora and recipe.lora.init_from):
+    if checkpoint or (lora and lora.init_from):
         base = identify_base(recipe.model, inputs.config)
-        initial_adapter(recipe.lora, base)
+        initial_adapter(lora, base)
     if checkpoint:
         check_same_run(recipe, base, inputs.record, checkpoint, None)
     return Checked(recipe, inputs, batch_arithmetic(inputs.rows_per_epoch, arguments))

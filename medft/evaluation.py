@@ -197,6 +197,7 @@ def _answers(
             requests = {}
             for index in chunk:
                 try:
+                    generator.encoder.check_texts(items[index].prompt, items[index].id)
                     images = open_pictures(rows, shown[index])
                 except DataError as error:
                     logger.warning("no answer to %s: %s", items[index].id, error)

@@ -188,7 +188,7 @@ class Predictor:
         if self.generator is not None:
             texts = self.generator.generate(
                 [
-                    Request(messages=[_question(prompt)], images=[image])
+                    Request(messages=[question_of(prompt)], images=[image])
                     for image, prompt in zip(opened, prompts, strict=True)
                 ]
             )
@@ -221,5 +221,6 @@ def open_picture(path: Path) -> Image.Image:
         ) from verdict
 
 
-def _question(prompt: str) -> Message:
+def question_of(prompt: str) -> Message:
+    """The turn of a user that shows a picture and asks."""
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}

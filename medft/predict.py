@@ -18,7 +18,7 @@ from medft.data.pairs import batched
 from medft.data.tables import Rejected, table_rows
 from medft.data.template import text_of
 from medft.errors import DataError, RunError
-from medft.inference import DEFAULT_PROMPT, Prediction, Predictor, open_picture
+from medft.inference import DEFAULT_PROMPT, Prediction, Predictor, open_picture, question_of
 from medft.trained import BATCH, find_trained
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
@@ -144,6 +144,10 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
     errors: dict[int, str] = {}
     for index, entry in enumerate(entries):
         try:
+            if predictor.generator is not None:
+                predictor.generator.encoder.check_texts(
+                    [question_of(entry.prompt)], str(entry.image)
+                )
             pictures[index] = open_picture(entry.image)
         except DataError as error:
             errors[index] = str(error)

@@ -128,6 +128,10 @@ class LoraSection(Section):
     init_from: str | None = Field(None, min_length=1)
     """Run or adapter folder whose weights are the first values; null: fresh ones."""
 
+    def resumed(self) -> Self:
+        """The section of a run that goes on from a checkpoint, which has the weights."""
+        return self.model_copy(update={"init_from": None})
+
 
 class SiglipLoraSection(LoraSection):
     """Where the adapter of an encoder sits."""
@@ -231,6 +235,10 @@ def dump_sections(sections: dict[str, Any]) -> str:
     return stream.getvalue()
 
 
+INITIAL_WEIGHTS = ("gaussian", "orthogonal", "pissa", "olora")
+"""Values of lora.init_lora_weights beside true and false. PEFT draws the base of pissa_niter_N anew
+at each load, and eva, lora_ga and corda want a pass over the data that nobody makes here."""
+
 RECIPE_KINDS: dict[str, type[Recipe]] = {kind.kind: kind for kind in (DecoderRecipe, SiglipRecipe)}
 """Recipe classes by the name of what they train."""
 
@@ -308,6 +316,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         return [
             "train.train_sampling_strategy groups rows by length, and all captions are padded to "
             "the same: remove it"
+        ]
+    first_values = (recipe.lora.model_extra or {}).get("init_lora_weights") if recipe.lora else None
+    if isinstance(first_values, str) and first_values not in INITIAL_WEIGHTS:
+        return [
+            f"lora.init_lora_weights: {first_values} is refused: {', '.join(INITIAL_WEIGHTS)} give "
+            f"the same adapter at every load and need no pass over the data: choose one of these"
         ]
     if recipe.lora and recipe.lora.init_from and "init_lora_weights" in recipe.lora.model_extra:
         return [

@@ -111,7 +111,8 @@ def check_same_run(
         world_size: processes now; None where it is not known yet.
 
     Raises:
-        RunError: a recipe key, the base, the data or the number of processes differs.
+        RunError: a recipe key, the base, the data or the number of processes differs, or nothing is
+            left to do.
     """
     run = checkpoint.parent
     earlier = read_record(run)
@@ -133,6 +134,12 @@ def check_same_run(
                 f"expected the {name} of the interrupted run in {run}, its files have changed: "
                 f"restore them, or start a new run in another folder"
             )
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step >= state.max_steps:
+        raise RunError(
+            f"expected an unfinished run to resume in {run}, {checkpoint.name} is its last step: "
+            f"take {run / 'adapter'}, or the checkpoint itself, which is an adapter folder too"
+        )
     if world_size is not None and world_size_of(checkpoint) != world_size:
         raise RunError(
             f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
@@ -205,10 +212,14 @@ class Run:
             status="completed",
             steps_done=trainer.state.global_step,
             metrics=final_metrics(trainer.state.log_history),
-            best_metric=trainer.state.best_metric,
+            best_metric=self._best_metric(trainer.state),
             peak_memory_bytes=peak_memory(),
             ended=now(),
         )
+
+    def _best_metric(self, state: TrainerState) -> float | None:
+        """The metric of best_model/; None where the untouched base was best."""
+        return state.best_metric if (self.directory / "best_model").is_dir() else None
 
     def _add_early_stopping(self, trainer: Trainer) -> None:
         train = self.record["recipe"]["train"]
@@ -259,7 +270,7 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
         directory.mkdir(parents=True, exist_ok=True)
         if resuming:
             earlier = read_record(directory)
-            entries["started"] = earlier["started"]
+            entries |= {k: earlier[k] for k in ("started", "init_from") if k in earlier}
             entries["resumed"] = [*earlier.get("resumed", []), now()]
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again

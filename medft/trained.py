@@ -138,6 +138,9 @@ class Generator:
         self.max_new_tokens = notes.get("max_length", 512)
         for name in ("temperature", "top_p", "top_k"):  # of sampling, which is off
             setattr(model.generation_config, name, None)
+        ends = model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        model.generation_config.eos_token_id = sorted({*ends, self.encoder.end_of_turn})
 
     @classmethod
     def load(cls, source: Path) -> "Generator":

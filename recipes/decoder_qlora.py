@@ -23,7 +23,8 @@ def main(argv: list[str]) -> None:
     with process_set_up(seed=recipe.train["seed"]):
         arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
         checkpoint = check_output_dir(recipe.train)
-        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+        lora = recipe.lora.resumed() if checkpoint and recipe.lora else recipe.lora
+        inputs = prepare_inputs(recipe.model, recipe.data, lora, arguments)
         base = identify_base(recipe.model, inputs.config)
         if checkpoint:
             check_same_run(recipe, base, inputs.record, checkpoint, arguments.world_size)
@@ -35,19 +36,17 @@ def main(argv: list[str]) -> None:
             base=base,
             data=inputs.record,
             batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
-            **initial_adapter(recipe.lora, base),
+            **initial_adapter(lora, base),
         ) as run:
             model = load_model(
                 recipe.model,
                 inputs.family,
                 recipe.quantization,
-                dtype=recipe.model.dtype if recipe.lora else "float32",
+                dtype=recipe.model.dtype if lora else "float32",
                 cross_attention_fix=recipe.model.cross_attention_fix,
             )
-            if recipe.lora:
-                model = attach_adapter(
-                    model, recipe.lora, inputs.family.presets, task_type="CAUSAL_LM"
-                )
+            if lora:
+                model = attach_adapter(model, lora, inputs.family.presets, task_type="CAUSAL_LM")
             notes = {
                 "family": inputs.family.model_type,
                 **base,

@@ -29,9 +29,8 @@ def main(argv: list[str]) -> None:
     with process_set_up(seed=recipe.train["seed"]):
         arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
         checkpoint = check_output_dir(recipe.train)
-        inputs = prepare_inputs(
-            recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
-        )
+        lora = recipe.lora.resumed() if checkpoint and recipe.lora else recipe.lora
+        inputs = prepare_inputs(recipe.model, recipe.data, lora, recipe.contrastive, arguments)
         base = identify_base(recipe.model, inputs.config)
         if checkpoint:
             check_same_run(recipe, base, inputs.record, checkpoint, arguments.world_size)
@@ -43,16 +42,16 @@ def main(argv: list[str]) -> None:
             base=base,
             data=inputs.record,
             batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
-            **initial_adapter(recipe.lora, base),
+            **initial_adapter(lora, base),
         ) as run:
             model = load_model(
-                recipe.model, image_size=recipe.data.image_size, trains_all=recipe.lora is None
+                recipe.model, image_size=recipe.data.image_size, trains_all=lora is None
             )
-            if recipe.lora:
-                model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
+            if lora:
+                model = attach_adapter(model, lora, PRESETS, task_type=None)
                 train_scale_and_bias(model)
-                if recipe.lora.init_from:
-                    restore_scale_and_bias(model, find_adapter(Path(recipe.lora.init_from)))
+                if lora.init_from:
+                    restore_scale_and_bias(model, find_adapter(Path(lora.init_from)))
             notes = {
                 "family": "siglip",
                 **base,

@@ -203,9 +203,15 @@ def test_missing_required_keys_are_all_named(load):
     assert "train.output_dir is required" in problem
 
 
+@pytest.mark.parametrize("values", ["pissa_niter_4", "eva", "lora_ga"])
+def test_first_values_that_peft_draws_anew_or_leaves_out_are_refused(load, values):
+    [problem] = problems(load, GOOD, f"lora.init_lora_weights={values}")
+    assert f"{values} is refused: gaussian, orthogonal, pissa, olora give" in problem
+
+
 def test_further_lora_keys_are_those_of_peft_and_typed(load):
-    recipe = load(GOOD + "lora: {use_rslora: true, init_lora_weights: pissa_niter_4}\n")
-    assert recipe.lora.model_extra == {"use_rslora": True, "init_lora_weights": "pissa_niter_4"}
+    recipe = load(GOOD + "lora: {use_rslora: true, init_lora_weights: pissa}\n")
+    assert recipe.lora.model_extra == {"use_rslora": True, "init_lora_weights": "pissa"}
     assert "valid boolean" in problems(load, GOOD + "lora: {use_rslora: 'on'}\n")[0]
     assert "lora.alpha" in problems(load, GOOD + "lora: {lora_alpha: 4}\n")[0]
 

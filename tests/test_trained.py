@@ -120,3 +120,12 @@ def test_answers_are_those_of_plain_transformers_and_of_the_merged_model(
     assert brief(tmp_path / "merged").generate(REQUESTS) == answers
     merged = AutoProcessor.from_pretrained(tmp_path / "merged")
     assert merged.chat_template == AutoProcessor.from_pretrained(run / "adapter").chat_template
+
+
+def test_an_answer_ends_where_training_ended_it_whatever_the_base_says(tuned):
+    generator = Generator.load(tuned / "gemma3")
+    end = generator.encoder.end_of_turn
+    assert end in generator.model.generation_config.eos_token_id
+    generator.model.generation_config.eos_token_id = 1
+    again = Generator(generator.model, generator.encoder.processor, notes={}, family="gemma3")
+    assert again.model.generation_config.eos_token_id == [1, end]

@@ -347,7 +347,10 @@ def _parts(content: Any, name: str) -> list[dict[str, str]]:
         if kind == "image":
             parts.append({"type": "image"})
         elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
+            if parts and parts[-1]["type"] == "text":  # templates trim each part by itself
+                parts[-1]["text"] += part["text"]
+            else:
+                parts.append({"type": "text", "text": part["text"]})
         else:
             raise DataError(f"row {name}: expected image and text parts, got {part!r}")
     return parts

@@ -67,9 +67,9 @@ class ConversationEncoder:
         self.family = family
         self.max_image_tiles = max_image_tiles
         self.image_token_id = family.image_token_id(processor)
-        self._end_of_turn = processor.tokenizer.convert_tokens_to_ids(family.end_of_turn)
+        self.end_of_turn = processor.tokenizer.convert_tokens_to_ids(family.end_of_turn)
         pad = processor.tokenizer.pad_token_id
-        self._pad = self._end_of_turn if pad is None else pad  # masked, so that any will do
+        self._pad = self.end_of_turn if pad is None else pad  # masked, so that any will do
         self._special = {
             token
             for token, added in processor.tokenizer.added_tokens_decoder.items()
@@ -90,7 +90,8 @@ class ConversationEncoder:
             DataError: the template refuses the conversation, a text holds a special token, or
                 tokens run across the end of a prompt.
         """
-        self._check_texts(messages, name)
+        self.check_texts(messages, name)
+        self._check_rendered(messages, name)
         input_ids = self._tokens(messages, name)
         labels = [IGNORED] * len(input_ids)
         prompt_length = len(input_ids)
@@ -103,14 +104,15 @@ class ConversationEncoder:
             if input_ids[:start] != prompt or input_ids[:stop] != ended:
                 raise DataError(
                     f"row {name}: expected the tokens of the prompt to begin those of the whole "
-                    f"conversation, they differ: this tokenizer merges across the end of a prompt"
+                    f"conversation, they differ: this tokenizer merges across the end of a prompt, "
+                    f"as where an answer begins with a line break"
                 )
-            if self._end_of_turn not in ended[start:]:
+            if self.end_of_turn not in ended[start:]:
                 raise DataError(
                     f"row {name}: expected the chat template to end the assistant's turn with "
                     f"{self.family.end_of_turn}, it does not: put the base's own template back"
                 )
-            stop = start + ended[start:].index(self._end_of_turn) + 1  # a template may write on
+            stop = start + ended[start:].index(self.end_of_turn) + 1  # a template may write on
             labels[start:stop] = input_ids[start:stop]
             prompt_length = min(prompt_length, start)
         return EncodedRow(input_ids, labels, prompt_length)
@@ -159,9 +161,9 @@ class ConversationEncoder:
             **self.family.inputs(self.processor, pictures, input_ids, pad(answers, 0)),
         }
 
-    def _tokens(self, messages: list[Message], name: str, *, prompt: bool = False) -> list[int]:
+    def _render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
         try:
-            text = self.processor.apply_chat_template(
+            return self.processor.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=prompt,
@@ -171,12 +173,34 @@ class ConversationEncoder:
             raise DataError(
                 f"row {name}: the base's chat template refuses the conversation: {error}"
             ) from error
+
+    def _tokens(self, messages: list[Message], name: str, *, prompt: bool = False) -> list[int]:
+        text = self._render(messages, name, prompt=prompt)
         return self._ids(self.family.expand(text, self.processor))
 
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _check_texts(self, messages: list[Message], name: str) -> None:
+    def _check_rendered(self, messages: list[Message], name: str) -> None:
+        text = self._render(messages, name)
+        for message in messages:
+            for part in message["content"]:
+                if (part.get("text") or "").strip() not in text:
+                    raise DataError(
+                        f"row {name}: expected the chat template to write every text, it leaves "
+                        f"out one of the {message['role']}: {part['text'][:40]!r}"
+                    )
+
+    def check_texts(self, messages: list[Message], name: str) -> None:
+        """Refuse texts that would be read as more than text.
+
+        Args:
+            messages: turns with part lists.
+            name: of the row, for messages.
+
+        Raises:
+            DataError: a text holds a special token.
+        """
         for message in messages:
             for part in message["content"]:
                 found = self._special.intersection(self._ids(part.get("text") or ""))
@@ -291,9 +315,13 @@ def check_labels(
         trained = set(row[row != IGNORED].tolist())
         if not trained:
             raise DataError(f"row {name}: expected at least one token to train, found none")
-        if max(trained) >= head_rows or trained & never:
-            wrong = max(trained & never, default=max(trained))
+        if trained & never:
             raise DataError(
-                f"row {name}: expected labels below {head_rows}, the rows of the output head, and "
-                f"no image token, got {wrong}: an assistant turn holds an image"
+                f"row {name}: expected no image token among the labels, got {min(trained & never)}"
+                f": an assistant turn holds an image"
+            )
+        if max(trained) >= head_rows:
+            raise DataError(
+                f"row {name}: expected labels below {head_rows}, the rows of the output head, got "
+                f"{max(trained)}: an assistant turn holds a token that was added to the tokenizer"
             )

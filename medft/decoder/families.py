@@ -13,6 +13,7 @@ Shape letters in this file:
     D  width of the language model
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -62,6 +63,9 @@ class Family:
     has_tiles: ClassVar[bool] = False
     """Whether an image is cut into tiles, whose number `data.max_image_tiles` limits."""
 
+    recomputes_tower: ClassVar[bool] = True
+    """Whether reentrant checkpointing can train the tower, or the projector behind it."""
+
     mixes_rows: ClassVar[bool] = False
     """Whether the stock code lets a row depend on the images of its neighbours."""
 
@@ -71,6 +75,15 @@ class Family:
         Raises:
             BaseModelError: there is one.
         """
+
+    def runs_without_images(self, name: str, config: PreTrainedConfig) -> bool:
+        """Whether a row without images runs the module of this name.
+
+        Args:
+            name: in the base.
+            config: of the base.
+        """
+        return not name.startswith((self.parts["vision"], self.parts["projector"]))
 
     def image_token_id(self, processor: ProcessorMixin) -> int:
         """The token that stands for what the tower sees."""
@@ -197,7 +210,14 @@ class Mllama(Family):
     # template's own fallback, so that a row has the same tokens tomorrow.
     template_arguments = MappingProxyType({"date_string": "26 Jul 2024"})
     has_tiles = True
+    recomputes_tower = False
     mixes_rows = True
+
+    def runs_without_images(self, name: str, config: PreTrainedConfig) -> bool:
+        """Not in layers of cross-attention either, which such a row leaves out whole."""
+        layer = re.match(r"model\.language_model\.layers\.(\d+)\.", name)
+        crossed = layer and int(layer[1]) in config.text_config.cross_attention_layers
+        return not crossed and super().runs_without_images(name, config)
 
     def tokens_per_image(self, processor: ProcessorMixin) -> int:
         """One: the features are not in the text."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -18,7 +19,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from medft.adapters import ALL_WEIGHTS, NOTES_FILE, plan_adapter, read_notes, target_modules
+from medft.adapters import (
+    ALL_WEIGHTS,
+    NOTES_FILE,
+    find_adapter,
+    plan_adapter,
+    read_notes,
+    target_modules,
+)
 from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import (
     SHOWN_PROBLEMS,
@@ -29,7 +37,13 @@ from medft.data.chat import (
     messages_of,
 )
 from medft.data.tokens import length_percentiles
-from medft.decoder.collator import IGNORED, ConversationEncoder, DecoderCollator, mark_trained
+from medft.decoder.collator import (
+    IGNORED,
+    ConversationEncoder,
+    DecoderCollator,
+    check_labels,
+    mark_trained,
+)
 from medft.decoder.families import Family, family_of
 from medft.decoder.sampler import RoundSampler
 from medft.decoder.vision_cache import VisionCache, weights_sha256
@@ -70,7 +84,7 @@ class DecoderInputs:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Training rows of an epoch, with those that come twice."""
+        """Training rows of an epoch, with those that come again."""
         return len(self.sampler)
 
     def open_cache(self, model: nn.Module) -> VisionCache | None:
@@ -143,7 +157,7 @@ def prepare_inputs(
     with findings.gather():
         config = load_config(model)
         family = family_of(config.model_type)
-        _check_flags(model, data, family)
+        _check_flags(model, data, lora, family)
         processor = load_processor(model)
         encoder = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)
         empty = empty_model(
@@ -152,23 +166,32 @@ def prepare_inputs(
         head_rows = empty.get_output_embeddings().out_features
         _check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
         plan = _plan(empty, lora, family) if lora else ALL_WEIGHTS
-        if model.vision_cache:
-            _check_cache(empty, family, arguments)
+        if _trains_vision(empty, family):
+            _check_trained_vision(model, family, arguments)
+        if model.vision_cache and _shards_weights(arguments):
+            raise RecipeError(
+                "expected the whole tower on every process for model.vision_cache, ZeRO-3 shards "
+                "it: use accelerate_configs/ddp.yaml or zero2.yaml, or remove it"
+            )
     findings.raise_any()
     separates_rows = model.cross_attention_fix or not family.mixes_rows
     kept: dict[str, Dataset] = {}
     record: dict[str, Any] = {}
     for split, (path, rows) in files.items():
         with findings.gather():
-            kept[split], counts = _measured(rows, encoder, data)
+            kept[split], counts = _measured(rows, encoder, data, head_rows)
             if split == "validation":
                 _check_validation_batches(counts["images_a_row"], separates_rows, arguments)
             record[split] = {**fingerprint(path, rows), **counts}
             logger.info("%s: %s", split, describe_counts(counts))
+    if lora and "train" in kept and record["train"]["images_a_row"].keys() == {"0"}:
+        with findings.gather():
+            unadapted = empty_model(AutoModelForImageTextToText, config)
+            _check_layers_run(lora, family, config, unadapted)
     findings.raise_any()
     sampler = _sampler(kept["train"], encoder, separates_rows, arguments)
     if sampler.repeats:
-        logger.info("train: %s rows come twice an epoch, to fill batches", sampler.repeats)
+        logger.info("train: %s rows of an epoch are repeats, to fill batches", sampler.repeats)
     return DecoderInputs(
         config=config,
         family=family,
@@ -201,8 +224,13 @@ def inference_notes(
     }
 
 
-def _check_flags(model: DecoderModelSection, data: DecoderDataSection, family: Family) -> None:
-    """Refuse flags that this family, or a base that medft wrote, cannot follow.
+def _check_flags(
+    model: DecoderModelSection,
+    data: DecoderDataSection,
+    lora: LoraSection | None,
+    family: Family,
+) -> None:
+    """Refuse flags that this family, or what medft trained before, cannot follow.
 
     Raises:
         BaseModelError: there is one.
@@ -218,32 +246,60 @@ def _check_flags(model: DecoderModelSection, data: DecoderDataSection, family: F
             f"expected data.max_image_tiles for a family that cuts images into tiles, "
             f"{family.model_type} does not: remove it"
         )
-    if (Path(model.base) / NOTES_FILE).is_file():
-        trained = read_notes(Path(model.base)).get("cross_attention_fix", False)
+    earlier = [Path(model.base)] if (Path(model.base) / NOTES_FILE).is_file() else []
+    if lora and lora.init_from:
+        earlier.append(find_adapter(Path(lora.init_from)))
+    for folder in earlier:
+        trained = read_notes(folder).get("cross_attention_fix", False)
         if trained != model.cross_attention_fix:
             raise BaseModelError(
-                f"expected model.cross_attention_fix: {str(trained).lower()}, with which the "
-                f"model in {model.base} was trained, got {str(model.cross_attention_fix).lower()}: "
-                f"correct it"
+                f"expected model.cross_attention_fix: {str(trained).lower()}, with which "
+                f"{folder} was trained, got {str(model.cross_attention_fix).lower()}: correct it"
             )
 
 
-def _check_cache(planned: nn.Module, family: Family, arguments: TrainingArguments) -> None:
-    """Refuse a vision cache where it would be wrong, or processes would wait for each other.
+def _trains_vision(planned: nn.Module, family: Family) -> bool:
+    parts = [planned.get_submodule(family.parts[part]) for part in ("vision", "projector")]
+    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def _check_trained_vision(
+    model: DecoderModelSection, family: Family, arguments: TrainingArguments
+) -> None:
+    """Refuse what needs a frozen tower and projector.
 
     Raises:
-        RecipeError: something in tower or projector is trained, or ZeRO-3 shards them.
+        RecipeError: there is such a thing.
     """
-    parts = [planned.get_submodule(family.parts[part]) for part in ("vision", "projector")]
-    if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+    if model.vision_cache:
         raise RecipeError(
             "expected lora.targets outside tower and projector for model.vision_cache, which keeps "
             "what these make of an image, got some inside: remove model.vision_cache"
         )
-    if _shards_weights(arguments):
+    reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    forced = _shards_weights(arguments)  # by TRL, for adapters under ZeRO-3
+    if arguments.gradient_checkpointing and (reentrant or forced) and not family.recomputes_tower:
         raise RecipeError(
-            "expected the whole tower on every process for model.vision_cache, ZeRO-3 shards it: "
-            "use accelerate_configs/ddp.yaml or zero2.yaml, or remove it"
+            f"expected lora.targets outside tower and projector for reentrant checkpointing, which "
+            f"the tower of {family.model_type} cannot do{' and ZeRO-3 needs' if forced else ''}: "
+            f"write train.gradient_checkpointing: false or other targets"
+        )
+
+
+def _check_layers_run(
+    lora: LoraSection, family: Family, config: PreTrainedConfig, empty: nn.Module
+) -> None:
+    """Refuse targets on layers that only images run, for rows without any.
+
+    Raises:
+        BaseModelError: there is one.
+    """
+    names = target_modules(empty, lora.targets, family.presets)
+    idle = [name for name in names if not family.runs_without_images(name, config)]
+    if idle:
+        raise BaseModelError(
+            f"expected lora.targets on layers that data.train runs, it has no image and "
+            f"{len(idle)} of {len(names)} layers need one, first {idle[0]}: leave these out"
         )
 
 
@@ -271,7 +327,7 @@ def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:
 
 
 def _measured(
-    rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection
+    rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection, head_rows: int
 ) -> tuple[Dataset, dict[str, Any]]:
     """The rows that fit, and what is known of them: lengths, images, how many are cut or dropped.
 
@@ -284,10 +340,12 @@ def _measured(
     lengths: list[int] = []
     image_counts: Counter[int] = Counter()
     problems: list[str] = []
+    never = encoder.family.never_labels(encoder.processor)
     for index, row in enumerate(rows.select_columns(["id", "messages", "images"])):
         try:
             encoded = encoder.encode(messages_of(row), row["id"])
             _check_image_tokens(row, encoded.input_ids, encoder)
+            check_labels(torch.tensor([encoded.labels]), head_rows, never, [row["id"]])
         except DataError as error:
             problems.append(str(error))
             continue

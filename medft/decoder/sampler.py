@@ -20,7 +20,7 @@ class RoundSampler(Sampler[int]):
 
     Cut into batches and dealt to the processes in turn, as Trainer and Accelerate do, a round is
     one batch for every process. Each row comes at least once an epoch; what fills the last round
-    of a kind comes twice. The order depends on seed and epoch only, so that a run that resumes in
+    of a kind comes again. The order depends on seed and epoch only, so that a run that resumes in
     the middle of an epoch goes on in it. Rows of one kind come in the same order whatever the
     round's size.
     """
@@ -56,12 +56,12 @@ class RoundSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Indices of an epoch, with those that come twice."""
+        """Indices of an epoch, with those that come again."""
         return sum(len(rows) + self._missing(rows) for rows in self._kinds)
 
     @property
     def repeats(self) -> int:
-        """Rows that come once more in an epoch, to fill rounds."""
+        """How many indices of an epoch only fill rounds."""
         return sum(self._missing(rows) for rows in self._kinds)
 
     def __iter__(self) -> Iterator[int]:

@@ -185,7 +185,7 @@ def test_labels_are_checked_in_every_batch():
     check_labels(fine, 6, frozenset({4}), ["a", "b"])
     with pytest.raises(DataError, match="row b: expected labels below 5"):
         check_labels(fine, 5, frozenset(), ["a", "b"])
-    with pytest.raises(DataError, match=r"row a: .* no image token, got 3"):
+    with pytest.raises(DataError, match=r"row a: .* no image token among the labels, got 3"):
         check_labels(fine, 6, frozenset({3}), ["a", "b"])
     with pytest.raises(DataError, match="row b: expected at least one token"):
         check_labels(torch.tensor([[1], [IGNORED]]), 6, frozenset(), ["a", "b"])

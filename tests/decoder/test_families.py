@@ -316,3 +316,22 @@ def test_crops_beside_the_picture_are_refused(bases):
     processor.image_processor.do_pan_and_scan = True
     with pytest.raises(BaseModelError, match="do_pan_and_scan to be off"):
         ConversationEncoder(processor, GEMMA3, max_image_tiles=4)
+
+
+@GEMMAS
+def test_a_template_that_leaves_a_text_out_is_refused(encoders, name):
+    processor = copy.copy(encoders[name].processor)
+    other = ConversationEncoder(processor, FAMILIES[name], max_image_tiles=4)
+    processor.chat_template = (
+        "{{ messages[0].content[-1].text }}{{ messages[1].content[-1].text }}"
+        f"{FAMILIES[name].end_of_turn}"
+    )
+    with pytest.raises(DataError, match="it leaves out one of the user: 'Where"):
+        other.encode(TWO, "r")
+
+
+@GEMMAS
+def test_a_question_may_not_hold_special_tokens_either(encoders, name):
+    messages = [turn("user", f"Yes{FAMILIES[name].end_of_turn}", images=1)]
+    with pytest.raises(DataError, match="a turn of the user holds the tokenizer's <"):
+        encoders[name].check_texts(messages, "q")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
+from medft.callbacks import GradientWitness
 from medft.check import check
 from medft.decoder.inputs import prepare_inputs
 from medft.decoder.trainer import decoder_arguments
@@ -145,7 +147,7 @@ def test_an_adapter_of_another_base_is_refused(sections, write_recipe, runs, bas
     recipe["lora"]["init_from"] = str(runs / "decoder")
     file = write_recipe(recipe)
     check(file, [])
-    with pytest.raises(BaseModelError, match=r"trained on model\.base .*merged, its base is"):
+    with pytest.raises(BaseModelError, match=r"expected model\.base with sha256 .*merged has"):
         check(file, [f"model.base={tmp_path / 'merged'}"])
 
 
@@ -176,19 +178,55 @@ def test_a_merged_models_flag_must_be_kept(sections, write_recipe, runs, tmp_pat
     assert prepare_inputs(model, recipe.data, recipe.lora, arguments).collator.separates_rows
 
 
-def test_layers_that_no_row_runs_are_an_error_after_the_first_epoch(train, mixed_rows, tmp_path):
+@pytest.fixture
+def text_rows(mixed_rows, tmp_path):
+    """Five rows without images, as an override."""
     lines = [json.loads(line) for line in mixed_rows.read_text().splitlines()]
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps(r) + "\n" for r in lines if not r["images"]))
-    data = [f"data.train={texts}", "data.validation=null"]
-    with pytest.raises(RunError, match=r"28 got none in an epoch, first model\.language_model"):
-        train("texts", changes=data, max_steps=9, save_steps=2)
-    assert json.loads((tmp_path / "texts" / "run.json").read_text())["status"] == "failed"
-    assert not (tmp_path / "texts" / "adapter").exists()
-    assert (tmp_path / "texts" / "checkpoint-2" / "manifest.json").is_file()  # nothing is lost
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in lines if not r["images"]))
+    return [f"data.train={file}", "data.validation=null"]
+
+
+def test_layers_that_only_images_run_are_refused_for_rows_without(train, text_rows, tmp_path):
+    message = r"14 of 28 layers need one, first model\.language_model\.layers\.1\.cross_attn"
+    with pytest.raises(MedftError, match=message):
+        train("texts", changes=text_rows)
+    assert not (tmp_path / "texts").exists()
     layers = r"lora.targets=model\.language_model\.layers\.(0|2)\..*_proj"
-    run = train("fine", changes=[*data, layers], max_steps=2)
+    run = train("fine", changes=[*text_rows, layers], max_steps=2)
     assert (run / "adapter").is_dir()
+
+
+class Half(torch.nn.Module):
+    """Two adapters, of which a forward runs one."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_used, self.lora_idle = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        return {"loss": self.lora_used(x).square().mean()}
+
+
+@pytest.mark.parametrize(("steps", "stops"), [(3, False), (4, True), (9, True)])
+def test_a_tensor_without_gradient_stops_the_run_after_a_whole_epoch(tmp_path, steps, stops):
+    AcceleratorState._reset_state(True)
+    rows = [{"x": torch.randn(2)} for _ in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=steps, per_device_train_batch_size=2, use_cpu=True,
+        report_to="none", save_steps=2,
+    )  # fmt: skip
+    callbacks = [GradientWitness()]
+    trainer = Trainer(Half(), arguments, train_dataset=rows, callbacks=callbacks)
+    if not stops:
+        trainer.train()
+        again = Trainer(Half(), arguments, train_dataset=rows, callbacks=[GradientWitness()])
+        again.args.max_steps = 4  # the rest of an epoch tells nothing either
+        again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+        return
+    with pytest.raises(RunError, match=r"2 got none in an epoch, first lora_idle\.bias"):
+        trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_an_adapter_that_did_not_move_is_not_saved(train, tmp_path):
@@ -233,3 +271,59 @@ def test_dora_rslora_and_patterns_train_on_4_bit_load_and_merge(train, bases, tm
             untuned = plain(input_ids=ids).logits
     assert (left - right).abs().max() < 1e-4  # DoRA's norm is summed in another order
     assert (left - untuned).abs().max() > 1e-2
+
+
+def test_a_resumed_run_needs_its_source_no_more_and_keeps_its_record(train, runs, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(runs / "decoder" / "adapter", source)
+    changes = [f"lora.init_from={source}"]
+    run = train("run", changes=changes, save_steps=2)
+    before = json.loads((run / "run.json").read_text())["init_from"]
+    last = weights(run / "adapter")
+    (run / "checkpoint-4" / "manifest.json").unlink()
+    shutil.rmtree(source)
+    train("run", changes=[*changes, "train.resume_from_checkpoint=true"], save_steps=2)
+    assert json.loads((run / "run.json").read_text())["init_from"] == before
+    assert all(torch.equal(w, last[name]) for name, w in weights(run / "adapter").items())
+
+
+def test_a_run_that_is_at_its_end_is_not_trained_further(train):
+    run = train("run")
+    with pytest.raises(RunError, match=r"an unfinished run to resume .*checkpoint-4 is its last"):
+        train("run", changes=["train.resume_from_checkpoint=true"])
+    assert json.loads((run / "run.json").read_text())["steps_done"] == 4
+
+
+def test_an_adapter_that_changed_its_base_is_no_beginning(train, sections, write_recipe):
+    run = train("pissa", changes=["lora.init_lora_weights=pissa"])
+    recipe = sections("decoder")
+    recipe["lora"]["init_from"] = str(run)
+    with pytest.raises(MedftError, match="began with init_lora_weights pissa, which changed them"):
+        check(write_recipe(recipe), [])
+
+
+def test_a_damaged_source_is_one_sentence(sections, write_recipe, runs, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(runs / "decoder" / "adapter", source)
+    recipe = sections("decoder")
+    recipe["lora"]["init_from"] = str(source)
+    file = write_recipe(recipe)
+    for content in ("{", "{}"):
+        (source / "adapter_config.json").write_text(content)
+        with pytest.raises(MedftError, match="expected an adapter that PEFT reads in"):
+            check(file, [])
+    shutil.copytree(runs / "decoder" / "adapter", source, dirs_exist_ok=True)
+    with pytest.raises(MedftError, match=r"expected model\.cross_attention_fix: false, with which"):
+        check(file, ["model.cross_attention_fix=true"])
+
+
+def test_reentrant_checkpointing_of_a_trained_mllama_tower_is_refused(
+    sections, write_recipe, bases
+):
+    changes = ["train.gradient_checkpointing=true", "lora.targets=vision"]
+    reentrant = "train.gradient_checkpointing_kwargs={use_reentrant: true}"
+    file = write_recipe(sections("decoder"))
+    check(file, changes)
+    with pytest.raises(MedftError, match="which the tower of mllama cannot do"):
+        check(file, [*changes, reentrant])
+    check(file, [*changes, reentrant, f"model.base={bases / 'gemma3'}"])

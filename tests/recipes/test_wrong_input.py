@@ -208,7 +208,8 @@ def test_long_prompts_are_an_error_or_dropped_and_counted(sections, write_recipe
     ]
     path = lines(tmp_path / "x.jsonl", *rows)
     file = write_recipe(sections("decoder"))
-    words = [str(file), f"data.train={path}"]
+    layers = r"lora.targets=model\.language_model\.layers\.0\..*_proj"
+    words = [str(file), f"data.train={path}", layers]
     assert start("check", "decoder", words) == 2
     assert "row long: expected a prompt below data.max_length (96)" in capfd.readouterr().err
     assert start("check", "decoder", [*words, "data.too_long=drop"]) == 0
