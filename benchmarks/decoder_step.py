@@ -11,10 +11,11 @@ The same row, labels, random weights and adapter in every variant, without dropo
     d    c without checkpointing of the text
     d'   d with cross_attention_fix: tiles that no token may see are left out (other numerics)
 
-A step is collating, forward and backward. `small` runs on the CPU in float32, the variants in turn,
-medians of CPU seconds and wall seconds, with an image of 4 tiles and one of 1. `11b` is the real
-configuration with random NF4 weights on a GPU, one variant after the other, first with 24 GiB of
-memory, then with all; it prints rows and supervised tokens a second and peak memory.
+A step is collating, forward and backward; the optimizer is the same everywhere. `small` runs on the
+CPU in float32, the variants in turn, medians of CPU seconds and wall seconds, with an image of 4
+tiles and one of 1. `11b` is the real configuration with random NF4 weights on a GPU, one variant
+after the other, first with 24 GiB of memory, then with all; it prints rows and supervised tokens a
+second and peak memory.
 
 The floor is what every exact step must compute: the text once forward and once backward, without
 tower and without recomputation, which are the FLOPs counted in d. Writes results/decoder_step.json.
@@ -27,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,10 @@ import transformers
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (
     MllamaConfig,
@@ -149,9 +152,10 @@ def write_row(folder: Path, tokenizer: Any, tile: int, tiles: int) -> Path:
     return file
 
 
-def random_model(config: MllamaConfig, *, dtype: torch.dtype, is_4bit: bool) -> nn.Module:
+def random_model(
+    config: MllamaConfig, *, dtype: torch.dtype, is_4bit: bool, device: str
+) -> nn.Module:
     """The model with random weights, made on its device part by part; gates stand half open."""
-    device = torch.device("cuda" if is_4bit else "cpu")
     generator = torch.Generator(device).manual_seed(7)
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(config).to(dtype)
@@ -167,7 +171,7 @@ def random_model(config: MllamaConfig, *, dtype: torch.dtype, is_4bit: bool) -> 
     return model.requires_grad_(False)
 
 
-def draw(name: str, like: Tensor, device: torch.device, generator: torch.Generator) -> nn.Parameter:
+def draw(name: str, like: Tensor, device: str, generator: torch.Generator) -> nn.Parameter:
     """A parameter as a trained model might have it."""
     value = torch.empty(like.shape, dtype=like.dtype, device=device)
     if "norm" in name and name.endswith("weight"):
@@ -195,7 +199,7 @@ def quantize(
     setattr(model.get_submodule(parent), child, layer.to(generator.device))
 
 
-def rebuild_buffers(model: nn.Module, config: MllamaConfig, device: torch.device) -> None:
+def rebuild_buffers(model: nn.Module, config: MllamaConfig, device: str) -> None:
     """Compute what is no parameter (rotary frequencies), which the meta device left empty."""
     real = type(model.model.language_model.rotary_emb)(config.text_config)
     model.model.language_model.rotary_emb = real.to(device)
@@ -224,6 +228,32 @@ class FlopCounter(TorchDispatchMode):
         return output
 
 
+class PeakCounter(TorchDispatchMode):
+    """Follows the bytes of the tensors that are alive, beside those that were there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        output = function(*args, **(kwargs or {}))
+        for tensor in filter(is_tensor, tree_leaves(output)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before and storage._cdata not in self._known:
+                self._known[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+        self.peak = max(self.peak, self.live)
+        return output
+
+    def _free(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+
 class Variant:
     """One way to train the row."""
 
@@ -248,7 +278,9 @@ class Variant:
         recipe = DecoderRecipe.load(base / "recipe.yaml", sections)
         arguments = decoder_arguments(recipe.train, dtype=dtype)
         inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
-        model = random_model(config, dtype=getattr(torch, dtype), is_4bit=is_real)
+        device = "cuda" if is_real else "cpu"
+        weights = getattr(torch, dtype)
+        model = random_model(config, dtype=weights, is_4bit=is_real, device=device)
         if recipe.model.cross_attention_fix:
             MLLAMA.separate_rows(model)
         model = attach_adapter(model, recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
@@ -346,6 +378,13 @@ class Variant:
             "tower": sum(size for size, in_tower in kept.values() if in_tower),
         }
 
+    def peak_bytes(self) -> int:
+        """Bytes of what a step makes that are alive at once, its gradients included."""
+        self.model.zero_grad(set_to_none=True)
+        with PeakCounter() as counter:
+            self.step()
+        return counter.peak
+
     def flops(self) -> int:
         """Floating-point operations of a step, matrix products and attention."""
         with FlopCounter() as counter:
@@ -383,6 +422,7 @@ def compare_small(base: Path, row: Path, config: MllamaConfig) -> list[dict[str,
                 "cpu_seconds": cpu,
                 "wall_seconds": wall,
                 "gradient_gap": gap(variant.gradients(), stock),
+                "peak_bytes": variant.peak_bytes(),
                 "kept_bytes": variant.kept_bytes(),
                 "flops": variant.flops(),
             }
