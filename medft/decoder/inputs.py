@@ -19,14 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from medft.adapters import (
-    ALL_WEIGHTS,
-    NOTES_FILE,
-    find_adapter,
-    plan_adapter,
-    read_notes,
-    target_modules,
-)
+from medft.adapters import ALL_WEIGHTS
 from medft.base import empty_model, load_config, load_processor
 from medft.data.chat import (
     SHOWN_PROBLEMS,
@@ -37,6 +30,15 @@ from medft.data.chat import (
     messages_of,
 )
 from medft.data.tokens import length_percentiles
+from medft.decoder.checks import (
+    check_flags,
+    check_layers_run,
+    check_trained_vision,
+    check_validation_batches,
+    check_vocabulary,
+    plan_targets,
+    shards_weights,
+)
 from medft.decoder.collator import (
     IGNORED,
     ConversationEncoder,
@@ -47,7 +49,7 @@ from medft.decoder.collator import (
 from medft.decoder.families import Family, family_of
 from medft.decoder.sampler import RoundSampler
 from medft.decoder.vision_cache import VisionCache, weights_sha256
-from medft.errors import BaseModelError, DataError, Findings, RecipeError
+from medft.errors import DataError, Findings
 from medft.recipe import (
     DecoderDataSection,
     DecoderModelSection,
@@ -157,22 +159,16 @@ def prepare_inputs(
     with findings.gather():
         config = load_config(model)
         family = family_of(config.model_type)
-        _check_flags(model, data, lora, family)
+        check_flags(model, data, lora, family)
         processor = load_processor(model)
         encoder = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)
         empty = empty_model(
             AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
         )
         head_rows = empty.get_output_embeddings().out_features
-        _check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
-        plan = _plan(empty, lora, family) if lora else ALL_WEIGHTS
-        if _trains_vision(empty, family):
-            _check_trained_vision(model, family, arguments)
-        if model.vision_cache and _shards_weights(arguments):
-            raise RecipeError(
-                "expected the whole tower on every process for model.vision_cache, ZeRO-3 shards "
-                "it: use accelerate_configs/ddp.yaml or zero2.yaml, or remove it"
-            )
+        check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
+        plan = plan_targets(empty, lora, family) if lora else ALL_WEIGHTS
+        check_trained_vision(empty, model, family, arguments)
     findings.raise_any()
     separates_rows = model.cross_attention_fix or not family.mixes_rows
     kept: dict[str, Dataset] = {}
@@ -181,13 +177,13 @@ def prepare_inputs(
         with findings.gather():
             kept[split], counts = _measured(rows, encoder, data, head_rows)
             if split == "validation":
-                _check_validation_batches(counts["images_a_row"], separates_rows, arguments)
+                check_validation_batches(counts["images_a_row"], separates_rows, arguments)
             record[split] = {**fingerprint(path, rows), **counts}
             logger.info("%s: %s", split, describe_counts(counts))
     if lora and "train" in kept and record["train"]["images_a_row"].keys() == {"0"}:
         with findings.gather():
             unadapted = empty_model(AutoModelForImageTextToText, config)
-            _check_layers_run(lora, family, config, unadapted)
+            check_layers_run(lora, family, config, unadapted)
     findings.raise_any()
     sampler = _sampler(kept["train"], encoder, separates_rows, arguments)
     if sampler.repeats:
@@ -222,108 +218,6 @@ def inference_notes(
         "max_length": data.max_length,
         "max_image_tiles": data.max_image_tiles,
     }
-
-
-def _check_flags(
-    model: DecoderModelSection,
-    data: DecoderDataSection,
-    lora: LoraSection | None,
-    family: Family,
-) -> None:
-    """Refuse flags that this family, or what medft trained before, cannot follow.
-
-    Raises:
-        BaseModelError: there is one.
-    """
-    if model.cross_attention_fix and not family.mixes_rows:
-        raise BaseModelError(
-            f"expected model.cross_attention_fix for a family that needs it, the rows of "
-            f"{family.model_type} do not see each other: remove it"
-        )
-    limit = type(data).model_fields["max_image_tiles"].default
-    if data.max_image_tiles != limit and not family.has_tiles:
-        raise BaseModelError(
-            f"expected data.max_image_tiles for a family that cuts images into tiles, "
-            f"{family.model_type} does not: remove it"
-        )
-    earlier = [Path(model.base)] if (Path(model.base) / NOTES_FILE).is_file() else []
-    if lora and lora.init_from:
-        earlier.append(find_adapter(Path(lora.init_from)))
-    for folder in earlier:
-        trained = read_notes(folder).get("cross_attention_fix", False)
-        if trained != model.cross_attention_fix:
-            raise BaseModelError(
-                f"expected model.cross_attention_fix: {str(trained).lower()}, with which "
-                f"{folder} was trained, got {str(model.cross_attention_fix).lower()}: correct it"
-            )
-
-
-def _trains_vision(planned: nn.Module, family: Family) -> bool:
-    parts = [planned.get_submodule(family.parts[part]) for part in ("vision", "projector")]
-    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
-
-
-def _check_trained_vision(
-    model: DecoderModelSection, family: Family, arguments: TrainingArguments
-) -> None:
-    """Refuse what needs a frozen tower and projector.
-
-    Raises:
-        RecipeError: there is such a thing.
-    """
-    if model.vision_cache:
-        raise RecipeError(
-            "expected lora.targets outside tower and projector for model.vision_cache, which keeps "
-            "what these make of an image, got some inside: remove model.vision_cache"
-        )
-    reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    forced = _shards_weights(arguments)  # by TRL, for adapters under ZeRO-3
-    if arguments.gradient_checkpointing and (reentrant or forced) and not family.recomputes_tower:
-        raise RecipeError(
-            f"expected lora.targets outside tower and projector for reentrant checkpointing, which "
-            f"the tower of {family.model_type} cannot do{' and ZeRO-3 needs' if forced else ''}: "
-            f"write train.gradient_checkpointing: false or other targets"
-        )
-
-
-def _check_layers_run(
-    lora: LoraSection, family: Family, config: PreTrainedConfig, empty: nn.Module
-) -> None:
-    """Refuse targets on layers that only images run, for rows without any.
-
-    Raises:
-        BaseModelError: there is one.
-    """
-    names = target_modules(empty, lora.targets, family.presets)
-    idle = [name for name in names if not family.runs_without_images(name, config)]
-    if idle:
-        raise BaseModelError(
-            f"expected lora.targets on layers that data.train runs, it has no image and "
-            f"{len(idle)} of {len(names)} layers need one, first {idle[0]}: leave these out"
-        )
-
-
-def _shards_weights(arguments: TrainingArguments) -> bool:
-    plugin = arguments.deepspeed_plugin
-    return plugin is not None and plugin.zero_stage == 3
-
-
-def _check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
-    tokens = len(processor.tokenizer)
-    if tokens > embeddings:
-        raise BaseModelError(
-            f"expected a tokenizer of at most {embeddings} tokens, the rows of the base's "
-            f"embeddings, it has {tokens}: some were added, put the base's own tokenizer back"
-        )
-
-
-def _plan(empty: nn.Module, lora: LoraSection, family: Family) -> str:
-    if family.parts["lm_head"] in target_modules(empty, lora.targets, family.presets):
-        raise BaseModelError(
-            "expected lora.targets without lm_head, whose weight the loss reads directly so "
-            "that an adapter on it would not be trained: leave it out"
-        )
-    return plan_adapter(empty, lora, family.presets, family.parts)
 
 
 def _measured(
@@ -403,7 +297,7 @@ def _sampler(
     arguments: TrainingArguments,
 ) -> RoundSampler:
     image_counts = [len(images) for images in train["images"]]
-    mixes = separates_rows and not _shards_weights(arguments)
+    mixes = separates_rows and not shards_weights(arguments)
     kinds = [min(count, 1) for count in image_counts] if mixes else image_counts
     lengths = None
     if arguments.train_sampling_strategy == "group_by_length":
@@ -416,25 +310,3 @@ def _sampler(
         fills=arguments.world_size > 1,
         lengths=lengths,
     )
-
-
-def _check_validation_batches(
-    counts: dict[str, int], separates_rows: bool, arguments: TrainingArguments
-) -> None:
-    """Refuse validation rows whose numbers of images may not share a batch.
-
-    Raises:
-        DataError: they would see each other's images, or processes would wait for each other.
-    """
-    if len(counts) > 1 and arguments.per_device_eval_batch_size > 1 and not separates_rows:
-        raise DataError(
-            f"expected rows with equally many images in validation, got rows with "
-            f"{' and '.join(counts)}, which would see each other's images in one batch: write "
-            f"train.per_device_eval_batch_size: 1 or model.cross_attention_fix: true"
-        )
-    if len(counts) > 1 and _shards_weights(arguments):
-        raise DataError(
-            f"expected validation rows with equally many images under ZeRO-3, whose processes must "
-            f"run the same modules at the same time, got rows with {' and '.join(counts)}: keep "
-            f"one kind or use ZeRO-2"
-        )

@@ -1,0 +1,164 @@
+"""What a recipe asks of its base, checked before the base's weights are loaded."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
+
+from medft.adapters import NOTES_FILE, find_adapter, plan_adapter, read_notes, target_modules
+from medft.decoder.families import Family
+from medft.errors import BaseModelError, DataError, RecipeError
+from medft.recipe import DecoderDataSection, DecoderModelSection, LoraSection
+
+
+def check_flags(
+    model: DecoderModelSection,
+    data: DecoderDataSection,
+    lora: LoraSection | None,
+    family: Family,
+) -> None:
+    """Refuse flags that this family, or what medft trained before, cannot follow.
+
+    Raises:
+        BaseModelError: there is one.
+    """
+    if model.cross_attention_fix and not family.mixes_rows:
+        raise BaseModelError(
+            f"expected model.cross_attention_fix for a family that needs it, the rows of "
+            f"{family.model_type} do not see each other: remove it"
+        )
+    limit = type(data).model_fields["max_image_tiles"].default
+    if data.max_image_tiles != limit and not family.has_tiles:
+        raise BaseModelError(
+            f"expected data.max_image_tiles for a family that cuts images into tiles, "
+            f"{family.model_type} does not: remove it"
+        )
+    earlier = [Path(model.base)] if (Path(model.base) / NOTES_FILE).is_file() else []
+    if lora and lora.init_from:
+        earlier.append(find_adapter(Path(lora.init_from)))
+    for folder in earlier:
+        trained = read_notes(folder).get("cross_attention_fix", False)
+        if trained != model.cross_attention_fix:
+            raise BaseModelError(
+                f"expected model.cross_attention_fix: {str(trained).lower()}, with which "
+                f"{folder} was trained, got {str(model.cross_attention_fix).lower()}: correct it"
+            )
+
+
+def check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
+    """Refuse a tokenizer to which tokens were added.
+
+    Args:
+        processor: of the base.
+        embeddings: rows of the base's embeddings.
+
+    Raises:
+        BaseModelError: it has more tokens than there are rows.
+    """
+    tokens = len(processor.tokenizer)
+    if tokens > embeddings:
+        raise BaseModelError(
+            f"expected a tokenizer of at most {embeddings} tokens, the rows of the base's "
+            f"embeddings, it has {tokens}: some were added, put the base's own tokenizer back"
+        )
+
+
+def plan_targets(empty: nn.Module, lora: LoraSection, family: Family) -> str:
+    """What an adapter will sit on, as of `plan_adapter`, which must not be the head.
+
+    Args:
+        empty: the base on the meta device; afterwards with the adapter.
+        lora: the recipe's section.
+        family: of the base.
+
+    Raises:
+        BaseModelError: the targets are wrong.
+    """
+    if family.parts["lm_head"] in target_modules(empty, lora.targets, family.presets):
+        raise BaseModelError(
+            "expected lora.targets without lm_head, whose weight the loss reads directly so "
+            "that an adapter on it would not be trained: leave it out"
+        )
+    return plan_adapter(empty, lora, family.presets, family.parts)
+
+
+def check_trained_vision(
+    planned: nn.Module, model: DecoderModelSection, family: Family, arguments: TrainingArguments
+) -> None:
+    """Refuse what needs tower and projector frozen, or whole, where they are not.
+
+    Args:
+        planned: the base on the meta device, its adapter attached.
+        model: the recipe's section.
+        family: of the base.
+        arguments: of the trainer.
+
+    Raises:
+        RecipeError: there is such a thing.
+    """
+    if model.vision_cache and shards_weights(arguments):
+        raise RecipeError(
+            "expected the whole tower on every process for model.vision_cache, ZeRO-3 shards it: "
+            "use accelerate_configs/ddp.yaml or zero2.yaml, or remove it"
+        )
+    parts = [planned.get_submodule(family.parts[part]) for part in ("vision", "projector")]
+    if not any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        return
+    if model.vision_cache:
+        raise RecipeError(
+            "expected lora.targets outside tower and projector for model.vision_cache, which keeps "
+            "what these make of an image, got some inside: remove model.vision_cache"
+        )
+    reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    forced = shards_weights(arguments)  # by TRL, for adapters under ZeRO-3
+    if arguments.gradient_checkpointing and (reentrant or forced) and not family.recomputes_tower:
+        raise RecipeError(
+            f"expected lora.targets outside tower and projector for reentrant checkpointing, which "
+            f"the tower of {family.model_type} cannot do{' and ZeRO-3 needs' if forced else ''}: "
+            f"write train.gradient_checkpointing: false or other targets"
+        )
+
+
+def check_layers_run(
+    lora: LoraSection, family: Family, config: PreTrainedConfig, empty: nn.Module
+) -> None:
+    """Refuse targets on layers that only images run, for rows without any.
+
+    Raises:
+        BaseModelError: there is one.
+    """
+    names = target_modules(empty, lora.targets, family.presets)
+    idle = [name for name in names if not family.runs_without_images(name, config)]
+    if idle:
+        raise BaseModelError(
+            f"expected lora.targets on layers that data.train runs, it has no image and "
+            f"{len(idle)} of {len(names)} layers need one, first {idle[0]}: leave these out"
+        )
+
+
+def check_validation_batches(
+    counts: dict[str, int], separates_rows: bool, arguments: TrainingArguments
+) -> None:
+    """Refuse validation rows whose numbers of images may not share a batch.
+
+    Raises:
+        DataError: they would see each other's images, or processes would wait for each other.
+    """
+    if len(counts) > 1 and arguments.per_device_eval_batch_size > 1 and not separates_rows:
+        raise DataError(
+            f"expected rows with equally many images in validation, got rows with "
+            f"{' and '.join(counts)}, which would see each other's images in one batch: write "
+            f"train.per_device_eval_batch_size: 1 or model.cross_attention_fix: true"
+        )
+    if len(counts) > 1 and shards_weights(arguments):
+        raise DataError(
+            f"expected validation rows with equally many images under ZeRO-3, whose processes must "
+            f"run the same modules at the same time, got rows with {' and '.join(counts)}: keep "
+            f"one kind or use ZeRO-2"
+        )
+
+
+def shards_weights(arguments: TrainingArguments) -> bool:
+    """Whether processes hold parts of each weight, as under ZeRO-3."""
+    plugin = arguments.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
