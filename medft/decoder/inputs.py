@@ -122,8 +122,8 @@ class DecoderInputs:
         folder = Path(self.model.vision_cache)
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         return (
-            f"vision cache: at most {images:,} images x {tiles} tiles x {each / 1e6:.1f} MB = "
-            f"{images * tiles * each / 1e9:,.1f} GB in {folder}, which has "
+            f"vision cache: at most {images:,} images x {tiles} tiles x {each / 1e6:.3g} MB = "
+            f"{images * tiles * each / 1e9:.3g} GB in {folder}, which has "
             f"{shutil.disk_usage(existing).free / 1e9:,.0f} GB free and may take "
             f"{self.model.vision_cache_gb:g}; it is for thousands of images, not for millions"
         )

@@ -185,6 +185,6 @@ def test_check_tells_the_size_beforehand(sections, write_recipe, tmp_path):
     ]
     images = len({name for row in rows for name in row["images"]})
     # 17 tokens of a 56-pixel tile x 64 wide x 4 bytes
-    assert f"vision cache: at most {images} images x 4 tiles x 0.0 MB" in text
+    assert f"vision cache: at most {images} images x 4 tiles x 0.00435 MB = " in text
     assert "may take 3; it is for thousands of images, not for millions" in text
     assert not (tmp_path / "cache").exists()
