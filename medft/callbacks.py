@@ -248,9 +248,7 @@ class SigtermStopper(TrainerCallback):
             flag = torch.tensor(int(self.terminated), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             self.terminated = bool(flag)
-        if state.global_step >= state.max_steps:
-            self.terminated = False  # nothing is left to stop
-        if self.terminated:
+        if self.terminated and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
@@ -264,7 +262,7 @@ class SigtermStopper(TrainerCallback):
         """Leave out the evaluation of an epoch that did not end."""
         # Trainer comes here also in the middle of an epoch, where no evaluation is due; after a
         # real one the checkpoint is written again, so that it knows the evaluation
-        if self.terminated:
+        if self.terminated and state.global_step < state.max_steps:
             is_real_end = float(state.epoch).is_integer()
             control.should_evaluate = control.should_evaluate and is_real_end
             control.should_save = is_real_end

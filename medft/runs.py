@@ -40,6 +40,7 @@ from medft.recipe_keys import EARLY_STOPPING_KEYS
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
+    r"|model\.vision_cache(_gb)?"
 )
 """Recipe keys that may differ when a run goes on, since they do not change what is trained."""
 
@@ -134,17 +135,22 @@ def check_same_run(
                 f"expected the {name} of the interrupted run in {run}, its files have changed: "
                 f"restore them, or start a new run in another folder"
             )
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step >= state.max_steps:
+    results = [run / name for name in ("adapter", "model") if (run / name).is_dir()]
+    if results and state_of(checkpoint).global_step >= earlier.get("steps_done", math.inf):
         raise RunError(
             f"expected an unfinished run to resume in {run}, {checkpoint.name} is its last step: "
-            f"take {run / 'adapter'}, or the checkpoint itself, which is an adapter folder too"
+            f"take {results[0]}"
         )
     if world_size is not None and world_size_of(checkpoint) != world_size:
         raise RunError(
             f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
             f"got {world_size}: the order of the rows would change"
         )
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    """Trainer's state as a checkpoint holds it."""
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
@@ -200,10 +206,14 @@ class Run:
             total_parameters=_count(parameters),
             resumed_from=checkpoint.name if checkpoint else None,
         )
-        with stopper.listening():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and state_of(checkpoint).global_step >= state_of(checkpoint).max_steps:
+            trainer._load_from_checkpoint(str(checkpoint))  # only the result was not written
+            trainer.state = state_of(checkpoint)
+        else:
+            with stopper.listening():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.write_history(trainer.state)
-        if stopper.terminated:
+        if stopper.terminated and trainer.state.global_step < trainer.state.max_steps:
             self.note(status="interrupted", steps_done=trainer.state.global_step)
             raise Terminated
         is_adapter = hasattr(trainer.model, "peft_config")

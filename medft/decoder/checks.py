@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
 from medft.adapters import NOTES_FILE, find_adapter, plan_adapter, read_notes, target_modules
 from medft.decoder.families import Family
 from medft.errors import BaseModelError, DataError, RecipeError
+from medft.files import check_folder_for_output
 from medft.recipe import DecoderDataSection, DecoderModelSection, LoraSection
 
 
@@ -116,6 +117,27 @@ def check_trained_vision(
             f"expected lora.targets outside tower and projector for reentrant checkpointing, which "
             f"the tower of {family.model_type} cannot do{' and ZeRO-3 needs' if forced else ''}: "
             f"write train.gradient_checkpointing: false or other targets"
+        )
+
+
+def check_cached_tower(folder: str, config: PreTrainedConfig) -> None:
+    """Refuse a cache that cannot be written, or of a tower that gives something else each time.
+
+    Args:
+        folder: of the cache.
+        config: of the base.
+
+    Raises:
+        RunError: the folder cannot be written.
+        BaseModelError: the tower has dropout.
+    """
+    check_folder_for_output(Path(folder), allow_content=True)
+    settings = config.vision_config.to_dict()
+    drops = [name for name, value in settings.items() if "dropout" in name and value]
+    if drops:
+        raise BaseModelError(
+            f"expected a tower without dropout for model.vision_cache, the base's config.json has "
+            f"vision_config.{drops[0]}: {settings[drops[0]]}: remove model.vision_cache"
         )
 
 

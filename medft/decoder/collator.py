@@ -292,7 +292,10 @@ class DecoderCollator:
     def _picture(self, source: Path | bytes) -> Picture:
         if self.cache is None:
             return self.encoder.picture(open_image(source))
-        name = self.cache.name_of(source)
+        try:
+            name = self.cache.name_of(source)
+        except OSError:
+            return self.encoder.picture(open_image(source))  # which says what is wrong
         kept = self.cache.read(name)
         return kept or {**self.encoder.picture(open_image(source)), ENTRY: name}
 

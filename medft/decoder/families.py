@@ -229,14 +229,17 @@ class Mllama(Family):
         """One image in tiles.
 
         Returns:
-            pixel_values [T, 3, height, width], aspect_ratio_ids [], aspect_ratio_mask [T] and
-            num_tiles, how many of them hold something.
+            pixel_values [T, 3, height, width], and as numbers aspect_ratio_id and num_tiles, how
+            many of the tiles hold something; they are the first.
         """
         image_processor = processor.image_processor
         limited = _limit_tiles(image, image_processor, max_image_tiles)
         batch = image_processor([[limited]], return_tensors="pt")
-        num_tiles = batch.pop("num_tiles")[0][0]
-        return {**{name: value[0, 0] for name, value in batch.items()}, "num_tiles": num_tiles}
+        return {
+            "pixel_values": batch["pixel_values"][0, 0],
+            "aspect_ratio_id": int(batch["aspect_ratio_ids"]),
+            "num_tiles": batch["num_tiles"][0][0],
+        }
 
     def inputs(
         self,
@@ -271,10 +274,16 @@ class Mllama(Family):
             pixel_values [B, I, T, 3, height, width], aspect_ratio_ids [B, I] and aspect_ratio_mask
             [B, I, T].
         """
-        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask") if any(pictures) else ()
+        if not any(pictures):
+            return {}
+        pixels = torch.stack([torch.stack([p["pixel_values"] for p in row]) for row in pictures])
+        ids = torch.tensor([[p["aspect_ratio_id"] for p in row] for row in pictures])
+        held = torch.tensor([[p["num_tiles"] for p in row] for row in pictures])
+        mask = torch.arange(pixels.shape[2]) < held[..., None]
         return {
-            name: torch.stack([torch.stack([p[name] for p in row]) for row in pictures])
-            for name in names
+            "pixel_values": pixels,
+            "aspect_ratio_ids": ids.to(pixels.device),
+            "aspect_ratio_mask": mask.long().to(pixels.device),
         }
 
     def features(self, model: nn.Module, picture: Picture, *, prunes: bool) -> Tensor:

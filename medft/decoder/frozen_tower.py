@@ -93,12 +93,14 @@ def take_pictures(
         if not pictures:
             return None
         features = []
+        computed: dict[str, torch.Tensor] = {}  # several rows may show the same image
         for picture in pictures:
-            known = picture.get("features")
+            known = picture.get("features", computed.get(picture.get(ENTRY)))
             if known is None:
                 known = family.features(inner, picture, prunes=prunes)
-                if cache is not None and ENTRY in picture:
+                if cache is not None:
                     cache.write(picture[ENTRY], known, picture.get("num_tiles", 1))
+                    computed[picture[ENTRY]] = known
             features.append(known)
         family.place(inner, inputs, features)
         return args, inputs

@@ -31,6 +31,7 @@ from medft.data.chat import (
 )
 from medft.data.tokens import length_percentiles
 from medft.decoder.checks import (
+    check_cached_tower,
     check_flags,
     check_layers_run,
     check_trained_vision,
@@ -50,6 +51,7 @@ from medft.decoder.families import Family, family_of
 from medft.decoder.sampler import RoundSampler
 from medft.decoder.vision_cache import VisionCache, weights_sha256
 from medft.errors import DataError, Findings
+from medft.provenance import package_versions
 from medft.recipe import (
     DecoderDataSection,
     DecoderModelSection,
@@ -58,6 +60,9 @@ from medft.recipe import (
 )
 
 logger = logging.getLogger(__name__)
+
+_VERSIONS = ("pillow", "torch", "transformers")
+"""Packages whose versions may change the last bits of a feature."""
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -81,6 +86,8 @@ class DecoderInputs:
     model: DecoderModelSection
     """The recipe's section."""
 
+    num_processes: int
+
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
 
@@ -99,11 +106,15 @@ class DecoderInputs:
             return None
         key = {
             "weights": weights_sha256(model, self.family),
+            "config": self.config.vision_config.to_dict(),
+            "attention": model.config.vision_config._attn_implementation,
             "processor": self.processor.image_processor.to_dict(),
             "max_image_tiles": self.collator.encoder.max_image_tiles,
             "prunes": self.model.cross_attention_fix,
+            "versions": {name: package_versions()[name] for name in _VERSIONS},
+            "device": str(torch.accelerator.current_accelerator()),
         }
-        limit = int(self.model.vision_cache_gb * 1e9)
+        limit = int(self.model.vision_cache_gb * 1e9) // self.num_processes
         return VisionCache(Path(self.model.vision_cache), key, limit=limit)
 
     def cache_plan(self) -> str | None:
@@ -169,6 +180,8 @@ def prepare_inputs(
         check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
         plan = plan_targets(empty, lora, family) if lora else ALL_WEIGHTS
         check_trained_vision(empty, model, family, arguments)
+        if model.vision_cache:
+            check_cached_tower(model.vision_cache, config)
     findings.raise_any()
     separates_rows = model.cross_attention_fix or not family.mixes_rows
     kept: dict[str, Dataset] = {}
@@ -203,6 +216,7 @@ def prepare_inputs(
         validation=kept.get("validation"),
         sampler=sampler,
         model=model,
+        num_processes=arguments.world_size,
         record=record,
     )
 

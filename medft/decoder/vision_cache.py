@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import time
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ ENTRY = "entry"
 KEPT_FREE = 2 * 2**30
 """Bytes of the disk that the cache leaves free."""
 
+LOST_AFTER = 3600
+"""Seconds after which a draft was left by a process that is no more."""
+
 
 class VisionCache:
     """Features of images in a folder, for one tower and one way of preparing images."""
@@ -41,66 +45,86 @@ class VisionCache:
         Args:
             folder: of all caches.
             key: everything but the image that features depend on.
-            limit: bytes that the folder may hold.
+            limit: bytes that this process may let the folder grow to.
         """
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self.folder = folder / digest[:16]
+        for draft in folder.rglob("*.draft"):
+            if time.time() - draft.stat().st_mtime > LOST_AFTER:
+                draft.unlink(missing_ok=True)
         self._room = limit - sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
         self._is_full = False
 
     def name_of(self, source: Path | bytes) -> str:
-        """The name of an image's entry, by the bytes of its file."""
-        return (
-            hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else file_sha256(source)
-        )
+        """The name of an image's entry, by the bytes of its file.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if isinstance(source, Path):
+            return file_sha256(source)
+        return hashlib.sha256(source).hexdigest()
 
     def read(self, name: str) -> Picture | None:
-        """The features of an image, or None where they are not there or not whole."""
+        """The features of an image, or None; what is damaged is removed."""
+        file = self._file(name)
         try:
-            with safe_open(self._file(name), "pt") as file:
-                known = file.metadata()
-                features = file.get_tensor("features")
-        except (FileNotFoundError, SafetensorError):
+            with safe_open(file, "pt") as content:
+                known = content.metadata()
+                features = content.get_tensor("features")
+            num_tiles = int(known["num_tiles"])
+            if int(known["crc32"]) == _checksum(features, num_tiles):
+                return {"features": features, "num_tiles": num_tiles}
+        except FileNotFoundError:
             return None
-        if int(known["crc32"]) != _checksum(features):
-            return None
-        return {"features": features, "num_tiles": int(known["num_tiles"])}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            pass  # damaged
+        file.unlink(missing_ok=True)
+        return None
 
     def write(self, name: str, features: torch.Tensor, num_tiles: int) -> None:
-        """Keep the features of an image, unless the cache or the disk is full."""
-        if self._is_full:
+        """Keep the features of an image, unless they are there, or cache or disk are full."""
+        if self._is_full or self._file(name).exists():
             return
         kept = features.detach().cpu().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free - KEPT_FREE
-        if kept.nbytes > min(self._room, free):
-            self._is_full = True
-            logger.warning(
-                "the vision cache in %s takes no further images: %s. The others are computed in "
-                "every epoch",
-                self.folder.parent,
-                "its disk would fill" if kept.nbytes > free else "model.vision_cache_gb is reached",
-            )
-            return
-        metadata = {"crc32": str(_checksum(kept)), "num_tiles": str(num_tiles)}
-        handle, draft = tempfile.mkstemp(dir=self.folder, suffix=".draft")
-        os.close(handle)
         try:
-            save_file({"features": kept}, draft, metadata=metadata)
-            os.replace(draft, self._file(name))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free - KEPT_FREE
+            if kept.nbytes > self._room:
+                self._stop("model.vision_cache_gb is reached")
+            elif kept.nbytes > free:
+                self._stop("its disk would fill")
+            else:
+                self._write(name, kept, num_tiles)
+                self._room -= kept.nbytes
         except (OSError, SafetensorError) as error:
-            Path(draft).unlink(missing_ok=True)
-            self._is_full = True
-            logger.warning("the vision cache cannot be written (%s) and goes on unused", error)
-            return
-        self._room -= kept.nbytes
+            self._stop(f"it cannot be written ({error})")
+
+    def _write(self, name: str, kept: torch.Tensor, num_tiles: int) -> None:
+        known = {"crc32": str(_checksum(kept, num_tiles)), "num_tiles": str(num_tiles)}
+        draft = self.folder / f"{uuid.uuid4().hex}.draft"
+        try:
+            save_file({"features": kept}, draft, metadata=known)
+            os.replace(draft, self._file(name))
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _stop(self, reason: str) -> None:
+        self._is_full = True
+        logger.warning(
+            "the vision cache in %s takes no further images: %s. The others are computed in every "
+            "epoch",
+            self.folder.parent,
+            reason,
+        )
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+def _checksum(features: torch.Tensor, num_tiles: int) -> int:
+    shape = f"{features.dtype} {tuple(features.shape)} {num_tiles}"
+    return zlib.crc32(features.flatten().view(torch.uint8).numpy(), zlib.crc32(shape.encode()))
 
 
 def weights_sha256(model: nn.Module, family: Family) -> str:

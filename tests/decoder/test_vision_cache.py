@@ -1,13 +1,15 @@
 """Features read from disk train what features computed anew train, and damage is never read."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from medft.adapters import attach_adapter
@@ -146,6 +148,61 @@ def test_processes_and_runs_may_write_at_once(tmp_path):
     assert not broken
     assert caches[0].read("x")["num_tiles"] == 3
     assert len(list(tmp_path.rglob("*"))) == 2  # the folder and the one entry
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"num_tiles": "2"}, {"num_tiles": "x"}, {"crc32": "1"}, {"crc32": None}],
+)
+def test_an_entry_whose_numbers_are_damaged_is_removed(tmp_path, metadata):
+    features = torch.randn(4, 17, 64)
+    cache = VisionCache(tmp_path, {}, limit=10**9)
+    cache.write("x", features, 3)
+    [file] = tmp_path.rglob("*.safetensors")
+    with safe_open(file, "pt") as content:
+        known = {k: v for k, v in {**content.metadata(), **metadata}.items() if v is not None}
+    save_file({"features": features}, file, metadata=known)
+    assert cache.read("x") is None
+    assert not file.exists()
+    save_file({"features": features.view(4, 64, 17)}, file, metadata=known | {"num_tiles": "3"})
+    assert cache.read("x") is None
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, caplog, trainer):
+    (tmp_path / "file").write_text("")
+    cache = VisionCache(tmp_path / "file", {}, limit=10**9)
+    cache.write("x", torch.zeros(1), 1)
+    assert "it cannot be written" in caplog.text
+    assert cache.read("x") is None
+    with pytest.raises(MedftError, match="is a file: choose another"):
+        trainer(changes=[f"model.vision_cache={tmp_path / 'file'}"])
+
+
+def test_the_tower_of_another_configuration_takes_other_entries(trainer, tmp_path, bases):
+    base = tmp_path / "base"
+    shutil.copytree(bases / "decoder", base)
+    cache = f"model.vision_cache={tmp_path / 'cache'}"
+    folders = set()
+    for heads in (4, 2):
+        config = json.loads((base / "config.json").read_text())
+        config["vision_config"]["attention_heads"] = heads
+        (base / "config.json").write_text(json.dumps(config))
+        made = trainer(changes=[cache, f"model.base={base}"])
+        folders.add(made.data_collator.cache.folder)
+    assert len(folders) == 2
+    config["vision_config"]["attention_dropout"] = 0.5
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        MedftError, match=r"without dropout .* vision_config\.attention_dropout: 0.5"
+    ):
+        trainer(changes=[cache, f"model.base={base}"])
+
+
+def test_a_lost_picture_is_the_same_sentence_with_the_cache(trainer, tmp_path):
+    made = trainer(changes=[f"model.vision_cache={tmp_path / 'cache'}"])
+    row = {**made.train_dataset[0], "images": [{"bytes": None, "path": str(tmp_path / "gone.png")}]}
+    with pytest.raises(MedftError, match=rf"row {row['id']}: expected a picture at"):
+        made.data_collator([row])
 
 
 def test_the_limit_and_a_full_disk_stop_writing_and_say_so(tmp_path, caplog, monkeypatch):

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from medft.callbacks import GradientWitness
+from medft.callbacks import GradientWitness, MeasuredBatches
 from medft.check import check
 from medft.decoder.inputs import prepare_inputs
 from medft.decoder.trainer import decoder_arguments
@@ -287,11 +289,45 @@ def test_a_resumed_run_needs_its_source_no_more_and_keeps_its_record(train, runs
     assert all(torch.equal(w, last[name]) for name, w in weights(run / "adapter").items())
 
 
-def test_a_run_that_is_at_its_end_is_not_trained_further(train):
-    run = train("run")
-    with pytest.raises(RunError, match=r"an unfinished run to resume .*checkpoint-4 is its last"):
-        train("run", changes=["train.resume_from_checkpoint=true"])
-    assert json.loads((run / "run.json").read_text())["steps_done"] == 4
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, 4), ({"early_stopping_patience": 1, "early_stopping_threshold": 100.0}, 2)],
+)
+def test_a_run_that_is_at_its_end_is_not_trained_further(train, options, steps):
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    run = train("run", **options)
+    with pytest.raises(RunError, match=rf"an unfinished run .*checkpoint-{steps} is its last"):
+        train("run", **options, changes=["train.resume_from_checkpoint=true"])
+    assert json.loads((run / "run.json").read_text())["steps_done"] == steps
+
+
+@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+def test_a_result_that_was_not_written_is_written_without_training_further(train, kind):
+    run = train("run", kind)
+    before = weights(run / "adapter")
+    notes = (run / "adapter" / "medft.json").read_text()
+    shutil.rmtree(run / "adapter")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "failed"}))
+    train("run", kind, changes=["train.resume_from_checkpoint=true"])
+    assert all(torch.equal(w, before[name]) for name, w in weights(run / "adapter").items())
+    assert (run / "adapter" / "medft.json").read_text() == notes
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["steps_done"]) == ("completed", 4)
+
+
+def test_sigterm_in_the_last_evaluation_loses_nothing(train, monkeypatch):
+    evaluate = MeasuredBatches.evaluate
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(MeasuredBatches, "evaluate", interrupted)
+    run = train("run", eval_strategy="steps", eval_steps=2)
+    assert json.loads((run / "run.json").read_text())["status"] == "completed"
+    assert (run / "adapter").is_dir()
 
 
 def test_an_adapter_that_changed_its_base_is_no_beginning(train, sections, write_recipe):
