@@ -158,12 +158,11 @@ class Family:
         """
         raise NotImplementedError
 
-    def place(self, model: nn.Module, inputs: dict[str, Any], features: list[Tensor]) -> None:
+    def place(self, inputs: dict[str, Any], features: list[Tensor]) -> None:
         """Put the features of a batch's images, in order, among the inputs of the base.
 
         Args:
-            model: the base without its head.
-            inputs: keywords of its forward; changed.
+            inputs: keywords of the base's forward; changed.
             features: of all images.
         """
         inputs["pixel_values"] = torch.stack(features)
@@ -298,7 +297,7 @@ class Mllama(Family):
         patches = (vision.image_size // vision.patch_size) ** 2
         return patches + 1, config.text_config.hidden_size
 
-    def place(self, model: nn.Module, inputs: dict[str, Any], features: list[Tensor]) -> None:
+    def place(self, inputs: dict[str, Any], features: list[Tensor]) -> None:
         """Hand the states to cross-attention, tiles beyond the batch's largest number left out.
 
         Rows with fewer images, and images with fewer tiles, are filled with zeros, which the mask

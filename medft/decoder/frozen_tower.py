@@ -102,7 +102,7 @@ def take_pictures(
                     cache.write(picture[ENTRY], known, picture.get("num_tiles", 1))
                     computed[picture[ENTRY]] = known
             features.append(known)
-        family.place(inner, inputs, features)
+        family.place(inputs, features)
         return args, inputs
 
     inner.register_forward_pre_hook(place_features, with_kwargs=True)

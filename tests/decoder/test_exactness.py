@@ -10,14 +10,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from medft.adapters import attach_adapter
 from medft.decoder.families import FAMILIES
-from medft.decoder.inputs import prepare_inputs
-from medft.decoder.model import load_model
-from medft.decoder.trainer import DecoderTrainer, decoder_arguments
-from medft.recipe import DecoderRecipe
 
 BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
 FAMILY = pytest.mark.parametrize("family", BASES)
@@ -36,24 +31,16 @@ def fresh_accelerator():
 
 
 @pytest.fixture
-def trainer(sections, write_recipe, bases, tmp_path):
+def trainer(sections, write_recipe, bases, tmp_path, build_trainer):
     """A trainer of a family on CONVERSATIONS, its adapter away from zero."""
 
     def make(family, changes=(), rows=None, **train):
         recipe = sections("decoder")
         recipe["model"]["base"] = str(bases / BASES[family])
         recipe["data"] |= {"train": str(rows or write_rows(tmp_path)), "validation": None}
+        recipe["lora"]["dropout"] = 0.0
         recipe["train"] |= {"max_steps": 1, "save_strategy": "no", **train}
-        recipe = DecoderRecipe.load(write_recipe(recipe), ["lora.dropout=0", *changes])
-        set_seed(3)
-        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
-        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
-        model = load_model(recipe.model, inputs.family, None, dtype="float32")
-        model = attach_adapter(model, recipe.lora, inputs.family.presets, task_type="CAUSAL_LM")
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        return DecoderTrainer(model, arguments, inputs, {"family": family})
+        return build_trainer(write_recipe(recipe), changes, is_fresh=False)
 
     return make
 

@@ -5,16 +5,11 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForImageTextToText, set_seed
+from transformers import AutoModelForImageTextToText
 
-from medft.adapters import attach_adapter
 from medft.decoder.families import FAMILIES
 from medft.decoder.frozen_tower import run_frozen_parts_without_grad
-from medft.decoder.inputs import prepare_inputs
-from medft.decoder.model import load_model
-from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import BaseModelError
-from medft.recipe import DecoderRecipe
 
 BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
 FAMILY = pytest.mark.parametrize("family", BASES)
@@ -30,19 +25,14 @@ def fresh_accelerator():
 
 
 @pytest.fixture
-def trainer(sections, write_recipe, bases):
+def trainer(sections, write_recipe, bases, build_trainer):
     def make(family, changes=(), **train):
         recipe = sections("decoder")
         recipe["model"]["base"] = str(bases / BASES[family])
         recipe["data"]["validation"] = None
+        recipe["lora"]["dropout"] = 0.0
         recipe["train"] |= {"max_steps": 2, "save_strategy": "no", **train}
-        recipe = DecoderRecipe.load(write_recipe(recipe), ["lora.dropout=0", *changes])
-        set_seed(3)
-        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
-        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
-        model = load_model(recipe.model, inputs.family, recipe.quantization, dtype="float32")
-        model = attach_adapter(model, recipe.lora, inputs.family.presets, task_type="CAUSAL_LM")
-        return DecoderTrainer(model, arguments, inputs, {"family": family})
+        return build_trainer(write_recipe(recipe), changes)
 
     return make
 

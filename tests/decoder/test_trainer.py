@@ -8,11 +8,10 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from medft import callbacks
-from medft.adapters import attach_adapter
 from medft.data.chat import image_source
 from medft.data.images import open_image
 from medft.decoder.families import MLLAMA
@@ -29,27 +28,11 @@ def fresh_accelerator():
 
 
 @pytest.fixture
-def trainer(sections, write_recipe):
+def trainer(sections, write_recipe, build_trainer):
     def make(changes=(), **train):
         recipe = sections("decoder")
         recipe["train"] |= {"max_steps": 1, "save_strategy": "no", **train}
-        recipe = DecoderRecipe.load(write_recipe(recipe), changes)
-        set_seed(3)
-        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
-        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
-        model = load_model(
-            recipe.model,
-            MLLAMA,
-            recipe.quantization,
-            dtype=recipe.model.dtype,
-            cross_attention_fix=recipe.model.cross_attention_fix,
-        )
-        model = attach_adapter(model, recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        return DecoderTrainer(model, arguments, inputs, {"family": "mllama"})
+        return build_trainer(write_recipe(recipe), changes, is_fresh=False)
 
     return make
 

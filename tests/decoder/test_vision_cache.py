@@ -10,17 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import set_seed
 
-from medft.adapters import attach_adapter
 from medft.check import check, describe_check
 from medft.decoder import vision_cache
-from medft.decoder.inputs import prepare_inputs
-from medft.decoder.model import load_model
-from medft.decoder.trainer import DecoderTrainer, decoder_arguments
+from medft.decoder.families import FAMILIES
 from medft.decoder.vision_cache import VisionCache
 from medft.errors import MedftError
-from medft.recipe import DecoderRecipe
 
 BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
 
@@ -31,29 +26,16 @@ def fresh_accelerator():
 
 
 @pytest.fixture
-def trainer(sections, write_recipe, bases):
-    """A trainer of two epochs of ten rows; towers that were called are counted."""
+def trainer(sections, write_recipe, bases, build_trainer):
+    """A trainer of two epochs; the calls of its tower are counted."""
 
-    def make(family="mllama", changes=(), rows=10, **train):
-        AcceleratorState._reset_state(True)
+    def make(family="mllama", changes=(), **train):
         recipe = sections("decoder")
         recipe["model"]["base"] = str(bases / BASES[family])
         recipe["data"]["validation"] = None
         recipe["train"] |= {"num_train_epochs": 2, "save_strategy": "no", **train}
-        recipe = DecoderRecipe.load(write_recipe(recipe), changes)
-        set_seed(3)
-        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
-        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
-        model = load_model(
-            recipe.model,
-            inputs.family,
-            None,
-            dtype="float32",
-            cross_attention_fix=recipe.model.cross_attention_fix,
-        )
-        model = attach_adapter(model, recipe.lora, inputs.family.presets, task_type="CAUSAL_LM")
-        made = DecoderTrainer(model, arguments, inputs, {"family": family})
-        tower = model.get_base_model().get_submodule(inputs.family.parts["vision"])
+        made = build_trainer(write_recipe(recipe), changes)
+        tower = made.model.get_base_model().get_submodule(FAMILIES[family].parts["vision"])
         made.towers_called = []
         tower.register_forward_hook(lambda *_: made.towers_called.append(1))
         return made
