@@ -209,10 +209,8 @@ def trajectory(made):
     return np.array([[entry["loss"], entry["grad_norm"]] for entry in log])
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["mllama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paligemma", "gemma3"))],
-)
+@pytest.mark.slow
+@FAMILY
 def test_accumulation_and_checkpointing_change_nothing_in_20_steps(trainer, data, family):
     # 31 rows: the fourth step of an epoch has seven
     train = {"rows": data / "chat" / "train.jsonl", "max_steps": 20, "learning_rate": 1e-3}

@@ -58,8 +58,8 @@ def same(left, right):
     ("family", "changes"),
     [
         ("mllama", []),
-        ("mllama", ["model.cross_attention_fix=true"]),
-        ("paligemma", []),
+        pytest.param("mllama", ["model.cross_attention_fix=true"], marks=pytest.mark.slow),
+        pytest.param("paligemma", [], marks=pytest.mark.slow),
         ("gemma3", []),
     ],
 )
