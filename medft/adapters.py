@@ -300,7 +300,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         )
     with _read_by_peft(folder):
         saved = load_file(weights_file)
-    refuse_inert(folder, saved)
+    refuse_inert(saved)
     return saved
 
 
@@ -315,21 +315,16 @@ def _read_by_peft(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def refuse_inert(folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+def refuse_inert(weights: Mapping[str, torch.Tensor]) -> None:
     """Refuse an adapter of which a layer does nothing, its lora_B zero as before training.
 
     Args:
-        folder: of the adapter; one without adapter is left alone.
-        weights: what its file holds, where that is known.
+        weights: what its file holds.
 
     Raises:
         BaseModelError: there is such a layer.
     """
-    file = folder / WEIGHTS_FILE
-    if weights is None and not file.is_file():
-        return
-    saved = load_file(file) if weights is None else weights
-    last = {name: weight for name, weight in saved.items() if "lora_B" in name}
+    last = {name: weight for name, weight in weights.items() if "lora_B" in name}
     inert = [name for name, weight in last.items() if not weight.any()]
     if inert:
         which = "every lora_B" if len(inert) == len(last) else f"{min(inert)}"

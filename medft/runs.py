@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 
-from medft.adapters import refuse_inert
+from medft.adapters import WEIGHTS_FILE, refuse_inert
 from medft.callbacks import GradientWitness, HistoryWriter, NumberGuard, SigtermStopper
 from medft.checkpoints import (
     BestModelKeeper,
@@ -206,9 +207,10 @@ class Run:
             total_parameters=_count(parameters),
             resumed_from=checkpoint.name if checkpoint else None,
         )
-        if checkpoint and state_of(checkpoint).global_step >= state_of(checkpoint).max_steps:
+        saved = state_of(checkpoint) if checkpoint else None
+        if saved and saved.global_step >= saved.max_steps:
             trainer._load_from_checkpoint(str(checkpoint))  # only the result was not written
-            trainer.state = state_of(checkpoint)
+            trainer.state = saved
         else:
             with stopper.listening():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -305,7 +307,9 @@ def save_result(trainer: Trainer, folder: Path) -> None:
         return
     with complete_folder(folder) as draft:
         trainer.save_model(str(draft), _internal_call=True)
-        refuse_inert(draft)
+        adapter = draft / WEIGHTS_FILE
+        if adapter.is_file():
+            refuse_inert(load_file(adapter))
         (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle, never read by medft
 
 

@@ -91,15 +91,16 @@ class ConversationEncoder:
                 tokens run across the end of a prompt.
         """
         self.check_texts(messages, name)
-        self._check_rendered(messages, name)
-        input_ids = self._tokens(messages, name)
+        whole = self._render(messages, name)
+        _check_rendered(whole, messages, name)
+        input_ids = self._tokens(whole)
         labels = [IGNORED] * len(input_ids)
         prompt_length = len(input_ids)
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._tokens(messages[:index], name, prompt=True)
-            ended = self._tokens(messages[: index + 1], name)
+            prompt = self._tokens(self._render(messages[:index], name, prompt=True))
+            ended = self._tokens(self._render(messages[: index + 1], name))
             start, stop = len(prompt), len(ended)
             if input_ids[:start] != prompt or input_ids[:stop] != ended:
                 raise DataError(
@@ -123,10 +124,10 @@ class ConversationEncoder:
         Raises:
             DataError: the template refuses the conversation.
         """
-        input_ids = self._tokens(messages, "", prompt=True)
+        input_ids = self._tokens(self._render(messages, "", prompt=True))
         turns = [m["role"] for m in messages]
         first = turns.index("assistant") if "assistant" in turns else len(turns)
-        prompt_length = len(self._tokens(messages[:first], "", prompt=True))
+        prompt_length = len(self._tokens(self._render(messages[:first], "", prompt=True)))
         return EncodedRow(input_ids, [IGNORED] * len(input_ids), prompt_length)
 
     def picture(self, image: Image.Image) -> Picture:
@@ -174,22 +175,11 @@ class ConversationEncoder:
                 f"row {name}: the base's chat template refuses the conversation: {error}"
             ) from error
 
-    def _tokens(self, messages: list[Message], name: str, *, prompt: bool = False) -> list[int]:
-        text = self._render(messages, name, prompt=prompt)
-        return self._ids(self.family.expand(text, self.processor))
+    def _tokens(self, rendered: str) -> list[int]:
+        return self._ids(self.family.expand(rendered, self.processor))
 
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _check_rendered(self, messages: list[Message], name: str) -> None:
-        text = self._render(messages, name)
-        for message in messages:
-            for part in message["content"]:
-                if (part.get("text") or "").strip() not in text:
-                    raise DataError(
-                        f"row {name}: expected the chat template to write every text, it leaves "
-                        f"out one of the {message['role']}: {part['text'][:40]!r}"
-                    )
 
     def check_texts(self, messages: list[Message], name: str) -> None:
         """Refuse texts that would be read as more than text.
@@ -210,6 +200,16 @@ class ConversationEncoder:
                         f"row {name}: expected ordinary text, a turn of the {message['role']} "
                         f"holds the tokenizer's {token}: remove it"
                     )
+
+
+def _check_rendered(rendered: str, messages: list[Message], name: str) -> None:
+    for message in messages:
+        for part in message["content"]:
+            if (part.get("text") or "").strip() not in rendered:
+                raise DataError(
+                    f"row {name}: expected the chat template to write every text, it leaves "
+                    f"out one of the {message['role']}: {part['text'][:40]!r}"
+                )
 
 
 def mark_trained(row: EncodedRow, encoder: ConversationEncoder, max_length: int) -> str:

@@ -185,10 +185,11 @@ def prepare_inputs(
     findings.raise_any()
     separates_rows = model.cross_attention_fix or not family.mixes_rows
     kept: dict[str, Dataset] = {}
+    lengths: dict[str, list[int]] = {}
     record: dict[str, Any] = {}
     for split, (path, rows) in files.items():
         with findings.gather():
-            kept[split], counts = _measured(rows, encoder, data, head_rows)
+            kept[split], lengths[split], counts = _measured(rows, encoder, data, head_rows)
             if split == "validation":
                 check_validation_batches(counts["images_a_row"], separates_rows, arguments)
             record[split] = {**fingerprint(path, rows), **counts}
@@ -198,7 +199,7 @@ def prepare_inputs(
             unadapted = empty_model(AutoModelForImageTextToText, config)
             check_layers_run(lora, family, config, unadapted)
     findings.raise_any()
-    sampler = _sampler(kept["train"], encoder, separates_rows, arguments)
+    sampler = _sampler(kept["train"], lengths["train"], separates_rows, arguments)
     if sampler.repeats:
         logger.info("train: %s rows of an epoch are repeats, to fill batches", sampler.repeats)
     return DecoderInputs(
@@ -236,8 +237,8 @@ def inference_notes(
 
 def _measured(
     rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection, head_rows: int
-) -> tuple[Dataset, dict[str, Any]]:
-    """The rows that fit, and what is known of them: lengths, images, how many are cut or dropped.
+) -> tuple[Dataset, list[int], dict[str, Any]]:
+    """The rows that fit, their lengths in tokens, and counts of all: images, cut, dropped.
 
     Raises:
         DataError: a row cannot be encoded, or its prompt is too long and `too_long` is error.
@@ -246,6 +247,7 @@ def _measured(
     counts: dict[str, Any] = dict.fromkeys(names, 0)
     keep: list[int] = []
     lengths: list[int] = []
+    kept_lengths: list[int] = []
     image_counts: Counter[int] = Counter()
     problems: list[str] = []
     never = encoder.family.never_labels(encoder.processor)
@@ -272,6 +274,7 @@ def _measured(
                 )
             continue
         keep.append(index)
+        kept_lengths.append(len(encoded.input_ids))
         image_counts[len(row["images"])] += 1
         counts["answers_cut"] += len(encoded.input_ids) > data.max_length
         counts["tokens_cut"] += max(len(encoded.input_ids) - data.max_length, 0)
@@ -289,7 +292,8 @@ def _measured(
     counts["rows_kept"] = len(keep)
     counts["tokens_a_row"] = length_percentiles(lengths)
     counts["images_a_row"] = {str(count): image_counts[count] for count in sorted(image_counts)}
-    return (rows if len(keep) == len(rows) else rows.select(keep)), counts
+    kept = rows if len(keep) == len(rows) else rows.select(keep)
+    return kept, kept_lengths, counts
 
 
 def _check_image_tokens(
@@ -306,21 +310,18 @@ def _check_image_tokens(
 
 def _sampler(
     train: Dataset,
-    encoder: ConversationEncoder,
+    lengths: list[int],
     separates_rows: bool,
     arguments: TrainingArguments,
 ) -> RoundSampler:
     image_counts = [len(images) for images in train["images"]]
     mixes = separates_rows and not shards_weights(arguments)
     kinds = [min(count, 1) for count in image_counts] if mixes else image_counts
-    lengths = None
-    if arguments.train_sampling_strategy == "group_by_length":
-        rows = train.select_columns(["id", "messages"])
-        lengths = [len(encoder.encode(messages_of(row), row["id"]).input_ids) for row in rows]
+    groups = arguments.train_sampling_strategy == "group_by_length"
     return RoundSampler(
         kinds,
         round_size=arguments.per_device_train_batch_size * arguments.world_size,
         seed=arguments.seed,
         fills=arguments.world_size > 1,
-        lengths=lengths,
+        lengths=lengths if groups else None,
     )
