@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -13,54 +12,69 @@ pytestmark = pytest.mark.slow
 
 FILES = ("pairs.parquet", "rejects.jsonl", "summary.json", "report.html")
 
+PREPARE = """
+import os, signal, sys
+from medft.cli import main
 
-def start(sources, out):
-    command = [
-        sys.executable,
-        "-m",
-        "medft.cli",
-        "data",
-        "prepare",
-        str(sources),
-        "--out",
-        str(out),
-    ]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+out, kind, moment = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sys.argv[1:] = ["data", "prepare", sys.argv[4], "--out", out]
+process = os.getpid()
+seen = {"any": 0, "move": 0}
+began = False
+
+def count(event, arguments):
+    global began
+    began = began or out in repr(arguments)
+    if os.getpid() != process or event == "os.kill" or not began:
+        return
+    seen["any"] += 1
+    seen["move"] += event in ("os.rename", "os.remove", "os.rmdir")
+    if seen[kind] == moment:
+        os.kill(process, signal.SIGKILL)
+
+sys.addaudithook(count)
+code = main()
+print(seen["any"], seen["move"])
+sys.exit(code)
+"""
+"""Prepares, and kills itself at an exact moment: before the n-th thing that the interpreter does
+after it began to write, or before the n-th time that it moves or removes a file."""
+
+
+def prepare(sources, out, kind="any", moment=0):
+    command = [sys.executable, "-c", PREPARE, str(out), kind, str(moment), str(sources)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def contents(out):
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name in FILES}
 
 
-def test_killed_at_20_moments_and_repeated(tmp_path):
+def test_killed_at_any_moment_and_repeated(tmp_path):
     sources = write_exports(tmp_path / "raw", pairs=400, seed=4)
-    durations = []
-    for _ in range(2):  # the first one may have had a busy machine
-        began = time.monotonic()
-        assert start(sources, tmp_path / "whole").wait() == 0
-        durations.append(time.monotonic() - began)
-    duration = min(durations)
+    undisturbed = prepare(sources, tmp_path / "whole")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    things, moves = map(int, undisturbed.stdout.splitlines()[-1].split())
     whole = contents(tmp_path / "whole")
     assert whole.keys() == set(FILES)
-    early = [duration * 0.8 * i / 10 for i in range(10)]
-    late = [duration * (0.8 + 0.2 * i / 10) for i in range(10)]
-    killed = 0
+    early = [("any", 1 + things * i // 12) for i in range(11)]
+    late = [("move", 1 + i) for i in range(moves)]
+    assert len(early) + len(late) >= 20
+    seen = set()
     for number, moment in enumerate([*early, *late]):
         out = tmp_path / f"out{number}"
         if number % 2:  # an earlier output of other data, which must stay whole
             out.mkdir()
             for name in FILES:
                 (out / name).write_text("earlier")
-        process = start(sources, out)
-        time.sleep(moment)
-        process.kill()
-        killed += process.wait() != 0
+        assert prepare(sources, out, *moment).returncode == -9, moment
         left = contents(out) if out.exists() else {}
         earlier = dict.fromkeys(FILES, b"earlier") if number % 2 else {}
         for name, content in left.items():
-            assert content in (whole[name], earlier.get(name)), (number, name)
-        assert start(sources, out).wait() == 0
+            assert content in (whole[name], earlier.get(name)), (moment, name)
+        seen.add(sum(content == whole[name] for name, content in left.items()))
+        assert prepare(sources, out).returncode == 0
         assert contents(out) == whole
         assert {path.name for path in out.iterdir()} == set(FILES)
         shutil.rmtree(out)
-    assert killed >= 15
+    assert seen == {0, 1, 2, 3, 4}  # killed between the renames too
