@@ -62,7 +62,8 @@ def target_modules(
         ):
             raise BaseModelError(
                 f"expected lora.targets to name layers whose adapter runs, {name} belongs to an "
-                f"nn.MultiheadAttention, which never calls it: leave the pooling head out"
+                f"nn.MultiheadAttention, which never calls it: leave it out, or write a preset "
+                f"that splits it (SigLIP: vision, both)"
             )
         if not isinstance(modules[name], nn.Linear):
             kind = type(modules[name]).__name__

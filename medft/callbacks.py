@@ -201,6 +201,19 @@ class GradientWitness(TrainerCallback):
             )
 
 
+class EpochTeller(TrainerCallback):
+    """Tells the number of an epoch, also to what Accelerate's wrappers hide from Trainer."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell = tell
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the epoch, counted from 0, that begins or goes on."""
+        self.tell(int(state.epoch or 0))
+
+
 class HistoryWriter(TrainerCallback):
     """Writes the history at every save."""
 

@@ -1,6 +1,6 @@
 """What can be known of a recipe before any weights are loaded."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from medft.adapters import initial_adapter
@@ -67,6 +67,8 @@ def describe_check(checked: Checked) -> str:
     lines += [f"adapters: {inputs.adapter_plan}"]
     if isinstance(inputs, DecoderInputs) and (plan := inputs.cache_plan()):
         lines.append(plan)
+    if isinstance(inputs, SiglipInputs):
+        lines.append(f"compared: {describe_counts(asdict(inputs.batches))}")
     lines += [f"example: {example}" for example in inputs.examples()]
     lines += [
         f"batch: {batch['per_device']} per device x {batch['accumulation']} accumulation x "

@@ -89,6 +89,18 @@ class SiglipDataSection(DataSection):
     caption: str | None = None
     """Template over the row, such as "{question} {answer}"; null: the first assistant text."""
 
+    random_rotation: float = Field(0, ge=0, le=45)
+    """Degrees by which training pictures are turned at the most, either way."""
+
+    random_crop: float = Field(1, gt=0, le=1)
+    """Smallest share of each side that training pictures keep."""
+
+    random_brightness: float = Field(0, ge=0, lt=1)
+    """Share by which training pictures are made brighter or darker at the most."""
+
+    random_flip: bool = False
+    """Mirror half of the training pictures; it swaps left and right, which reports name."""
+
 
 class QuantizationSection(Section):
     """How bitsandbytes stores the frozen base."""

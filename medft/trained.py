@@ -31,6 +31,7 @@ from medft.siglip.model import (
     embed_texts,
     resize_positions,
     restore_scale_and_bias,
+    split_pooling_head,
 )
 
 BATCH = 8
@@ -251,6 +252,8 @@ class Encoder:
         if trained.is_adapter:
             check_same_base(trained.base, trained.notes)
             resize_positions(model, trained.notes["image_size"])
+            if trained.notes["splits_head"]:
+                split_pooling_head(model)
             model = load_adapter(model, trained.folder)
             restore_scale_and_bias(model, trained.folder)
         processor = load_processor(ModelSection(base=str(trained.folder)))

@@ -6,6 +6,7 @@ Without RECIPE.yaml: recipes/siglip/siglip_base_448.yaml.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from medft.adapters import attach_adapter, find_adapter, initial_adapter
@@ -19,6 +20,7 @@ from medft.siglip.model import (
     PRESETS,
     load_model,
     restore_scale_and_bias,
+    splits_head,
     train_scale_and_bias,
 )
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
@@ -41,12 +43,10 @@ def main(argv: list[str]) -> None:
             resuming=checkpoint is not None,
             base=base,
             data=inputs.record,
-            batch=batch_arithmetic(inputs.rows_per_epoch, arguments),
+            batch=batch_arithmetic(inputs.rows_per_epoch, arguments) | asdict(inputs.batches),
             **initial_adapter(lora, base),
         ) as run:
-            model = load_model(
-                recipe.model, image_size=recipe.data.image_size, trains_all=lora is None
-            )
+            model = load_model(recipe.model, lora, image_size=recipe.data.image_size)
             if lora:
                 model = attach_adapter(model, lora, PRESETS, task_type=None)
                 train_scale_and_bias(model)
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
                 "max_length": recipe.data.max_length,
                 "dtype": recipe.model.dtype,
                 "caption": recipe.data.caption,
+                "splits_head": splits_head(lora),
             }
             trainer = SiglipTrainer(model, arguments, inputs, recipe.contrastive, notes)
             run.train(trainer, checkpoint)

@@ -15,7 +15,7 @@ ORDER = [
     ["recipe_keys"],
     ["recipe"],
     ["provenance"],
-    ["checkpoints", "callbacks", "adapters"],
+    ["checkpoints", "callbacks", "adapters", "frozen"],
     ["runs", "launch"],
     ["arguments", "base", "data"],
     ["decoder", "siglip"],

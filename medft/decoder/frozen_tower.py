@@ -1,8 +1,7 @@
 """The vision tower: image by image, and without backward pass where nothing in it is trained.
 
-With PEFT and gradient checkpointing transformers makes the tower's patch embedding require grad, so
-that the stock code stores the activations of a tower without one trainable parameter and runs its
-backward; under reentrant checkpointing it then fails.
+Stock code runs the backward pass of a tower without one trainable parameter, see `medft.frozen`;
+under reentrant checkpointing it then fails.
 
 Each image goes through tower and projector by itself. What comes out then does not depend on the
 images beside it, not in the last bit, which is what makes it worth keeping.
@@ -17,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from medft.decoder.families import Family
 from medft.decoder.vision_cache import ENTRY, VisionCache
-from medft.errors import BaseModelError
+from medft.frozen import is_frozen, run_without_grad
 
 PICTURES = "pictures"
 """Key of a batch's images, a list of `medft.decoder.families.Picture`."""
@@ -36,41 +35,11 @@ def run_frozen_parts_without_grad(model: nn.Module, family: Family) -> list[str]
     frozen = []
     for part in ("vision", "projector"):
         module = model.get_submodule(family.parts[part])
-        if any(parameter.requires_grad for parameter in module.parameters()):
+        if not is_frozen(module):
             break
-        module.forward = _without_grad(module)
-        _check_first_output(module, part)
+        run_without_grad(module, part)
         frozen.append(part)
     return frozen
-
-
-def _without_grad(module: nn.Module) -> Any:
-    forward = module.forward
-    layers = [layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")]
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        for layer in layers:  # Trainer switches them all on when training begins
-            layer.gradient_checkpointing = False
-        with torch.no_grad():
-            return forward(*args, **kwargs)
-
-    return run
-
-
-def _check_first_output(module: nn.Module, part: str) -> None:
-    """Assert once that no hook of a library has made the output require grad again."""
-
-    def check(module: nn.Module, args: tuple, output: Any) -> None:
-        handle.remove()
-        tensors = [output] if torch.is_tensor(output) else list(output.values())
-        if any(torch.is_tensor(tensor) and tensor.requires_grad for tensor in tensors):
-            raise BaseModelError(
-                f"expected the frozen {part} to run without grad, its output requires grad: a "
-                f"hook of this version of the libraries has changed it, report this"
-            )
-
-    handle = module.register_forward_hook(check)
 
 
 def take_pictures(

@@ -19,19 +19,14 @@ from torch.utils.data import Sampler
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
-from medft.callbacks import MeasuredBatches
+from medft.callbacks import EpochTeller, MeasuredBatches
 from medft.decoder.frozen_tower import run_frozen_parts_without_grad, take_pictures
 from medft.decoder.inputs import DecoderInputs
-from medft.decoder.sampler import RoundSampler
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +76,7 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
             processing_class=inputs.processor,
             compute_metrics=_validation_metrics,
         )
-        self.add_callback(_EpochOfSampler(inputs.sampler))
+        self.add_callback(EpochTeller(inputs.sampler.set_epoch))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = float32[name].to(parameter.device)
@@ -123,18 +118,6 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_notes(Path(output_dir or self.args.output_dir), self._notes)
-
-
-class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler its epoch, also where Accelerate's wrappers hide it from Trainer."""
-
-    def __init__(self, sampler: RoundSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -18,7 +18,12 @@ from medft.adapters import (
 from medft.base import check_local_base, load_processor, load_weights
 from medft.files import check_folder_for_output, complete_folder
 from medft.recipe import ModelSection
-from medft.siglip.model import resize_positions, restore_scale_and_bias
+from medft.siglip.model import (
+    join_pooling_head,
+    resize_positions,
+    restore_scale_and_bias,
+    split_pooling_head,
+)
 
 
 def merge(source: Path, out: Path) -> Path:
@@ -47,10 +52,14 @@ def merge(source: Path, out: Path) -> Path:
     model = load_weights(model_class, base, dtype="auto")
     if is_siglip:
         resize_positions(model, notes["image_size"])
+        if notes["splits_head"]:
+            split_pooling_head(model)
     adapted = load_adapter(model, adapter)
     if is_siglip:
         restore_scale_and_bias(adapted, adapter)
     merged = adapted.merge_and_unload(safe_merge=True)
+    if notes.get("splits_head"):
+        join_pooling_head(merged)
     with complete_folder(out) as draft:
         merged.save_pretrained(draft)
         processor.save_pretrained(draft)

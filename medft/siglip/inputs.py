@@ -5,7 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingAr
 from medft.adapters import ALL_WEIGHTS, plan_adapter
 from medft.base import empty_model, load_config, load_processor
 from medft.callbacks import ROW_IDS
+from medft.data.augmentation import augment, augments
 from medft.data.chat import (
     describe_counts,
     fingerprint,
@@ -28,9 +29,10 @@ from medft.data.chat import (
 from medft.data.images import open_image
 from medft.data.template import fill_template, template_names
 from medft.data.tokens import collisions, length_percentiles
-from medft.errors import BaseModelError, DataError, Findings, RecipeError
+from medft.errors import DataError, Findings, RecipeError
 from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
-from medft.siglip.model import HEAD_PRESETS, PARTS, PRESETS, check_family
+from medft.siglip.floor import sigmoid_floor
+from medft.siglip.model import PARTS, PRESETS, check_family, split_pooling_head, splits_head
 
 logger = logging.getLogger(__name__)
 
@@ -39,24 +41,60 @@ class PairDataset(Dataset):
     """One image and its caption an entry; a row with several images gives one entry each."""
 
     def __init__(self, rows: Rows, captions: Sequence[str]) -> None:
+        """Make the dataset; `captions` has one for each row."""
         self.rows = rows
         self.captions = captions
-        counts = (len(row["images"]) for row in rows.select_columns(["images"]))
-        self._places = [(row, i) for row, count in enumerate(counts) for i in range(count)]
+        self._places: list[tuple[int, int]] = []
+        self.image_keys: list[str] = []
+        """Of each entry, equal for equal files."""
+        for number, row in enumerate(rows.select_columns(["images"])):
+            self._places += [(number, place) for place in range(len(row["images"]))]
+            self.image_keys += [_image_key(image) for image in row["images"]]
+        self._changes: tuple[SiglipDataSection, int] | None = None
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers live on
+
+    def augment(self, data: SiglipDataSection, seed: int) -> None:
+        """Change pictures at random from here on, drawn from seed, epoch and entry."""
+        self._changes = (data, seed) if augments(data) else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the changes of an epoch, counted from 0; also in workers that run already."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """id, image (bytes or path), caption and group_id of an entry."""
+        """id, image (RGB), caption and group_id of an entry.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
         row_index, image_index = self._places[index]
         row = self.rows[row_index]
+        try:
+            image = open_image(image_source(row["images"][image_index]))
+        except DataError as error:
+            raise DataError(f"row {row['id']}: {error}") from error
+        if self._changes:
+            data, seed = self._changes
+            image = augment(image, data, (seed, int(self._epoch), index))
         return {
             "id": row["id"],
             "group_id": row["group_id"],
-            "image": row["images"][image_index],
+            "image": image,
             "caption": self.captions[row_index],
         }
+
+    def by_entry(self, of_rows: Sequence[Any]) -> list[Any]:
+        """What belongs to each row, for each entry."""
+        return [of_rows[row] for row, _ in self._places]
+
+
+def _image_key(image: dict[str, Any]) -> str:
+    if image["bytes"] is None:
+        return image["path"]
+    return hashlib.sha256(image["bytes"]).hexdigest()
 
 
 class PairCollator:
@@ -70,16 +108,7 @@ class PairCollator:
         """The batch, with its ids under ROW_IDS.
 
         Captions are padded to max_length and come without attention mask, as in training SigLIP.
-
-        Raises:
-            DataError: an image cannot be read.
         """
-        images = []
-        for entry in entries:
-            try:
-                images.append(open_image(image_source(entry["image"])))
-            except DataError as error:
-                raise DataError(f"row {entry['id']}: {error}") from error
         texts = self.processor.tokenizer(
             [entry["caption"] for entry in entries],
             padding="max_length",
@@ -87,6 +116,7 @@ class PairCollator:
             max_length=self.max_length,
             return_tensors="pt",
         )
+        images = [entry["image"] for entry in entries]
         pixels = self.processor.image_processor(images, return_tensors="pt")
         groups = [
             int.from_bytes(hashlib.sha256(entry["group_id"].encode()).digest()[:7])
@@ -98,6 +128,20 @@ class PairCollator:
             "group_ids": torch.tensor(groups),
             ROW_IDS: [entry["id"] for entry in entries],
         }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """How many pairs a loss compares, and what of it the labels make impossible to learn."""
+
+    pairs_compared: int
+    pairs_left_out_an_epoch: int
+    """Others in each epoch; a smaller last batch would have fewer negatives."""
+
+    loss_floor: float | None
+    """The mean loss of the best embeddings there can be; None but for the sigmoid loss."""
+
+    validation_loss_floor: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,10 +159,13 @@ class SiglipInputs:
     record: dict[str, Any]
     """Fingerprints of the files and what became of their rows, for run.json."""
 
+    batches: BatchPlan
+    """Which pairs are compared with each other, for run.json."""
+
     @property
     def rows_per_epoch(self) -> int:
         """Training pairs of an epoch."""
-        return len(self.train)
+        return len(self.train) - self.batches.pairs_left_out_an_epoch
 
     def examples(self, num_rows: int = 3) -> list[str]:
         """The first captions, as the tokenizer gives them back."""
@@ -148,7 +195,7 @@ def prepare_inputs(
     """
     findings = Findings()
     with findings.gather():
-        _check_batch(contrastive, arguments)
+        _check_launch(arguments)
     files: dict[str, tuple[Path, PairDataset]] = {}
     for split in ("train", "validation"):
         path = getattr(data, split)
@@ -163,37 +210,78 @@ def prepare_inputs(
         processor.image_processor.size = {"height": data.image_size, "width": data.image_size}
         plan = _plan(config, lora, arguments) if lora else ALL_WEIGHTS
     findings.raise_any()
-    record = {}
+    record, tokens = {}, {}
     for split, (path, pairs) in files.items():
-        counts = _measured(pairs, processor, data.max_length)
+        tokens[split], counts = _measured(pairs, processor, data.max_length)
         record[split] = {**fingerprint(path, pairs.rows), **counts}
         logger.info("%s: %s", split, describe_counts(counts))
+    train = files["train"][1]
+    train.augment(data, arguments.seed)
+    batches = _plan_batches(
+        {split: (pairs, tokens[split]) for split, (_, pairs) in files.items()},
+        contrastive,
+        arguments,
+    )
+    logger.info("batches: %s", describe_counts(asdict(batches)))
     return SiglipInputs(
         config=config,
         processor=processor,
         collator=PairCollator(processor, max_length=data.max_length),
         adapter_plan=plan,
-        train=files["train"][1],
+        train=train,
         validation=files["validation"][1] if "validation" in files else None,
         record=record,
+        batches=batches,
     )
 
 
-def _check_batch(contrastive: ContrastiveSection, arguments: TrainingArguments) -> None:
+def _check_launch(arguments: TrainingArguments) -> None:
     plugin = arguments.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise RecipeError(
-            "expected SigLIP whole on every process, ZeRO-3 shards it and the loss reads scale and "
-            "bias outside the forward: use accelerate_configs/ddp.yaml or zero2.yaml"
+            "expected SigLIP whole on every process, ZeRO-3 shards it, and the loss needs scale, "
+            "bias and the towers' first pass outside the forward: use accelerate_configs/ddp.yaml "
+            "or zero2.yaml"
         )
-    rounds = arguments.gradient_accumulation_steps * arguments.world_size
-    if contrastive.exact_batch and rounds > 1:
+
+
+def _plan_batches(
+    splits: dict[str, tuple[PairDataset, list[tuple[int, ...]]]],
+    contrastive: ContrastiveSection,
+    arguments: TrainingArguments,
+) -> BatchPlan:
+    """The plan of the splits, of which the tokens of each entry are given too."""
+    pairs = len(splits["train"][0])
+    compared = arguments.per_device_train_batch_size
+    left_out = 0
+    if contrastive.exact_batch:
+        compared *= arguments.gradient_accumulation_steps * arguments.world_size
+        left_out = pairs % compared
+    if left_out == pairs:
         raise RecipeError(
-            f"expected contrastive.exact_batch with one process and no accumulation, got "
-            f"{arguments.world_size} processes and {arguments.gradient_accumulation_steps} "
-            f"accumulation steps: raise train.per_device_train_batch_size instead, or write "
-            f"contrastive.exact_batch: false, with negatives from each micro-batch only"
+            f"expected pairs for one exact batch of {compared} at least, data.train has {pairs}: "
+            f"lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
         )
+
+    def floor(split: str, batch: int | None = None) -> float | None:
+        if contrastive.loss != "sigmoid" or split not in splits:
+            return None
+        entries, texts = splits[split]
+        groups = entries.by_entry(entries.rows["group_id"])
+        return sigmoid_floor(
+            entries.image_keys,
+            texts,
+            groups,
+            batch=batch or len(entries),
+            positives=contrastive.positives,
+        )
+
+    return BatchPlan(
+        pairs_compared=compared,
+        pairs_left_out_an_epoch=left_out,
+        loss_floor=floor("train", compared),
+        validation_loss_floor=floor("validation"),
+    )
 
 
 def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
@@ -212,12 +300,9 @@ def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
 
 
 def _plan(config: PreTrainedConfig, lora: LoraSection, arguments: TrainingArguments) -> str:
-    if lora.targets in HEAD_PRESETS:
-        raise BaseModelError(
-            f"expected lora.targets without the pooling head, whose adapter would never run, got "
-            f"{lora.targets!r}: write {lora.targets}_no_head"
-        )
     empty = empty_model(AutoModel, config, deepspeed_plugin=arguments.deepspeed_plugin)
+    if splits_head(lora):
+        split_pooling_head(empty)
     return plan_adapter(empty, lora, PRESETS, PARTS)
 
 
@@ -255,14 +340,27 @@ def caption_of(row: dict[str, Any], template: str | None) -> str:
     return fill_template(template, values)
 
 
-def _measured(pairs: PairDataset, processor: ProcessorMixin, max_length: int) -> dict[str, Any]:
+def _measured(
+    pairs: PairDataset, processor: ProcessorMixin, max_length: int
+) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
+    """The tokens of each entry as the model sees them, and what is known of them."""
     captions = list(dict.fromkeys(pairs.captions))
     tokens = processor.tokenizer(captions)["input_ids"]
     length_of = dict(zip(captions, map(len, tokens), strict=True))
     lengths = [length_of[caption] for caption in pairs.captions]
-    image_counts = Counter(len(images) for images in pairs.rows["images"])
-    alike = collisions(captions, (ids[:max_length] for ids in tokens))
-    return {
+    images_of = Counter(pairs.by_entry(range(len(pairs.captions))))
+    image_counts = Counter(images_of[row] for row in range(len(pairs.captions)))
+    seen = [
+        tuple(
+            processor.tokenizer(caption, truncation=True, max_length=max_length)["input_ids"]
+            if len(ids) > max_length
+            else ids
+        )
+        for caption, ids in zip(captions, tokens, strict=True)
+    ]
+    alike = collisions(captions, seen)
+    tokens_of = dict(zip(captions, seen, strict=True))
+    return pairs.by_entry([tokens_of[caption] for caption in pairs.captions]), {
         "pairs": len(pairs),
         "captions_cut": sum(length > max_length for length in lengths),
         "tokens_a_caption": length_percentiles(lengths),

@@ -1,42 +1,101 @@
 """Contrastive losses over image and text embeddings, in float32 whatever the training precision.
 
-Pure functions: tensors in, a scalar out. No model, no files, no process group.
+Pure functions: tensors in, numbers out. No model, no files, no process group.
 
 Shape letters in this file:
     N  images and as many texts
     D  embedding width
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+TILE = 1024
+"""Images and texts of the similarities that are held at once; 4 MB in float32."""
 
 
-def match_labels(input_ids: Tensor, group_ids: Tensor, positives: str) -> Tensor:
-    """Which image-text pairs match: +1 yes, -1 no, 0 neither, left out of the loss.
+class Pairs(NamedTuple):
+    """Embeddings whose images and texts are all compared with each other, and what they show."""
 
-    Args:
-        input_ids: [N, S] tokens of the texts.
-        group_ids: [N] integers, equal for rows of one patient or study.
-        positives: diagonal (an image matches its own text), caption (every text with the same
-            tokens), group (as caption; other texts of the image's group are left out).
+    images: Tensor
+    """[N, D], any norm."""
 
-    Returns:
-        [N, N] float32; row i belongs to image i.
-    """
-    own = torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    if positives == "diagonal":
-        return torch.where(own, 1.0, -1.0)
-    same_text = (input_ids[:, None] == input_ids[None]).all(dim=-1)
-    labels = torch.where(same_text, 1.0, -1.0)
-    if positives == "group":
-        same_group = group_ids[:, None] == group_ids[None]
-        labels = torch.where(same_group & ~same_text, 0.0, labels)
-    return labels
+    texts: Tensor
+    """[N, D], any norm."""
+
+    input_ids: Tensor
+    """[N, S] tokens of the texts."""
+
+    group_ids: Tensor
+    """[N] integers, equal for rows of one patient or study."""
+
+
+class Gradients(NamedTuple):
+    """A loss and its derivatives by everything it was computed from."""
+
+    loss: Tensor
+    images: Tensor
+    """[N, D], by the embeddings at length 1."""
+
+    texts: Tensor
+    """[N, D], by the embeddings at length 1."""
+
+    logit_scale: Tensor
+    logit_bias: Tensor
+
+
+class Labels:
+    """Which images and texts match: +1 yes, -1 no, 0 neither, left out of the loss."""
+
+    def __init__(self, input_ids: Tensor, group_ids: Tensor, positives: str) -> None:
+        """Compare texts by their tokens.
+
+        Args:
+            input_ids: [N, S] tokens of the texts.
+            group_ids: [N] integers, equal for rows of one patient or study.
+            positives: diagonal (an image matches its own text), caption (every text with the same
+                tokens), group (as caption; other texts of the image's group are left out).
+        """
+        self.texts = torch.unique(input_ids, dim=0, return_inverse=True)[1]
+        self.groups = group_ids
+        self.positives = positives
+        self._places = torch.arange(len(input_ids), device=input_ids.device)
+
+    def tile(self, images: slice = slice(None), texts: slice = slice(None)) -> Tensor:
+        """[images, texts] float32; the whole [N, N] by default."""
+
+        def equal(keys: Tensor) -> Tensor:
+            return keys[images, None] == keys[texts]
+
+        match = equal(self._places if self.positives == "diagonal" else self.texts)
+        labels = torch.where(match, 1.0, -1.0)
+        if self.positives == "group":
+            labels = torch.where(equal(self.groups) & ~match, 0.0, labels)
+        return labels
+
+
+@contextmanager
+def float32(device_type: str) -> Iterator[None]:
+    """Without autocast, and without the 10-bit mantissa that training in bfloat16 switches on."""
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = precision
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Embeddings [N, D] at length 1, in float32."""
+    with float32(embeddings.device.type):
+        return functional.normalize(embeddings.float(), dim=-1)
 
 
 def sigmoid_loss(
@@ -44,17 +103,19 @@ def sigmoid_loss(
 ) -> Tensor:
     """Every pair is a decision of its own: match or not. Summed over texts, averaged over images.
 
+    What `sigmoid_gradients` computes tile by tile, written down once for all pairs.
+
     Args:
         images: [N, D] embeddings, any norm.
         texts: [N, D] embeddings, any norm.
-        labels: [N, N] in {+1, -1, 0}, from `match_labels`.
+        labels: [N, N] in {+1, -1, 0}, from `Labels`.
         logit_scale: logarithm of the factor t on the cosine.
         logit_bias: b, added to t * cosine.
 
     Source: arXiv:2303.15343, algorithm 1; the label 0 is ours.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        logits = logit_scale.float().exp() * _cosines(images, texts) + logit_bias.float()
+    with float32(images.device.type):
+        logits = logit_scale.float().exp() * (unit(images) @ unit(texts).T) + logit_bias.float()
         terms = functional.softplus(-labels * logits)
         return (terms * labels.abs()).sum() / len(images)
 
@@ -68,8 +129,8 @@ def softmax_loss(
 
     Source: arXiv:2103.00020, figure 3; leaving out other matches is ours.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        logits = logit_scale.float().exp() * _cosines(images, texts) + logit_bias.float()
+    with float32(images.device.type):
+        logits = logit_scale.float().exp() * (unit(images) @ unit(texts).T) + logit_bias.float()
         logits = logits.masked_fill(_left_out(labels), -torch.inf)
         target = torch.arange(len(images), device=images.device)
         by_image = functional.cross_entropy(logits, target)
@@ -87,8 +148,8 @@ def row_sigmoid_loss(
 
     Source: ours, after such write-ups.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        cosines = _cosines(images, texts)
+    with float32(images.device.type):
+        cosines = unit(images) @ unit(texts).T
         rows = cosines.masked_fill(_left_out(labels), -torch.inf)
         margin = cosines.diagonal() - rows.logsumexp(dim=1)
         return -functional.logsigmoid(
@@ -96,20 +157,107 @@ def row_sigmoid_loss(
         ).mean()
 
 
-LOSSES: dict[str, Loss] = {
-    "sigmoid": sigmoid_loss,
-    "softmax": softmax_loss,
-    "row_sigmoid": row_sigmoid_loss,
-}
-"""Losses by the name in `contrastive.loss`."""
-
-
-def _cosines(images: Tensor, texts: Tensor) -> Tensor:
-    images = functional.normalize(images.float(), dim=-1)
-    texts = functional.normalize(texts.float(), dim=-1)
-    return images @ texts.T
-
-
 def _left_out(labels: Tensor) -> Tensor:
     own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return (labels >= 0) & ~own
+
+
+@torch.no_grad()
+def sigmoid_gradients(
+    images: Tensor,
+    texts: Tensor,
+    labels: Labels,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    tile: int = TILE,
+) -> Gradients:
+    """`sigmoid_loss` and all its derivatives in one pass that never holds more than a tile.
+
+    Args:
+        images: [N, D] embeddings of length 1, float32.
+        texts: [N, D] embeddings of length 1, float32.
+        labels: of these pairs.
+        logit_scale: logarithm of the factor t on the cosine.
+        logit_bias: b, added to t * cosine.
+        tile: images and texts whose similarities are held at once.
+
+    Source: the derivatives of arXiv:2303.15343, algorithm 1. With z the labels, s the cosines and
+    g = -z sigmoid(-z (t s + b)) / N: by the images t g Y, by the texts t g^T X, by log t the sum of
+    t g s, by b the sum of g.
+    """
+    with float32(images.device.type):
+        t, b = logit_scale.float().exp(), logit_bias.float()
+        by_images, by_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        loss, by_scale, by_bias = torch.zeros(3, dtype=torch.float64, device=images.device)
+        for rows, columns in _tiles(len(images), tile):
+            cosines = images[rows] @ texts[columns].T
+            z = labels.tile(rows, columns)
+            logits = t * cosines + b
+            loss += (functional.softplus(-z * logits) * z.abs()).sum()
+            g = -z * torch.sigmoid(-z * logits) / len(images)
+            by_images[rows] += t * (g @ texts[columns])
+            by_texts[columns] += t * (g.T @ images[rows])
+            by_scale += (g * cosines).sum() * t.squeeze()
+            by_bias += g.sum()
+        return Gradients(
+            loss=(loss / len(images)).float(),
+            images=by_images,
+            texts=by_texts,
+            logit_scale=by_scale.to(logit_scale).expand_as(logit_scale),
+            logit_bias=by_bias.to(logit_bias).expand_as(logit_bias),
+        )
+
+
+def _tiles(count: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    steps = [slice(start, start + tile) for start in range(0, count, tile)]
+    return ((rows, columns) for rows in steps for columns in steps)
+
+
+MATRIX_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "softmax": softmax_loss,
+    "row_sigmoid": row_sigmoid_loss,
+}
+"""Losses that need all similarities at once, by the name in `contrastive.loss`."""
+
+
+def loss_gradients(
+    name: str, pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
+) -> Gradients:
+    """A loss of all pairs of images and texts, with its derivatives.
+
+    Args:
+        name: sigmoid, softmax or row_sigmoid.
+        pairs: what is compared.
+        positives: as for `Labels`.
+        logit_scale: logarithm of the factor t on the cosine.
+        logit_bias: b, added to t * cosine.
+    """
+    labels = Labels(pairs.input_ids, pairs.group_ids, positives)
+    images, texts = unit(pairs.images.detach()), unit(pairs.texts.detach())
+    if name == "sigmoid":
+        return sigmoid_gradients(images, texts, labels, logit_scale, logit_bias)
+    with torch.enable_grad():
+        leaves = [
+            part.detach().requires_grad_() for part in (images, texts, logit_scale, logit_bias)
+        ]
+        loss = MATRIX_LOSSES[name](*leaves[:2], labels.tile(), *leaves[2:])
+        found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return Gradients(loss.detach(), *found)
+
+
+@torch.no_grad()
+def mean_logits(
+    pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean logit t * cosine + b of the pairs that match, and of those that do not."""
+    labels = Labels(pairs.input_ids, pairs.group_ids, positives)
+    images, texts = unit(pairs.images), unit(pairs.texts)
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=images.device)
+    with float32(images.device.type):
+        for rows, columns in _tiles(len(images), TILE):
+            cosines, z = images[rows] @ texts[columns].T, labels.tile(rows, columns)
+            for kind, chosen in enumerate((z > 0, z < 0)):
+                sums[kind] += torch.stack([(cosines * chosen).sum(), chosen.sum()])
+    means = logit_scale.double().exp() * sums[:, 0] / sums[:, 1] + logit_bias.double()
+    return means[0], means[1]

@@ -18,16 +18,20 @@ from transformers import AutoModel, PreTrainedConfig, SiglipModel
 from medft.adapters import cast_trainable_to_float32, exact_float, read_notes
 from medft.base import load_weights
 from medft.errors import BaseModelError
-from medft.recipe import ModelSection
+from medft.frozen import is_frozen, run_without_grad
+from medft.recipe import LoraSection, ModelSection
 
 PARTS: Mapping[str, str] = MappingProxyType({"vision": "vision_model", "text": "text_model"})
 """Prefixes of module names, by tower."""
 
 _LAYER = r"encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
+_HEAD = r"head\.(attention\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
 
 PRESETS: Mapping[str, str] = MappingProxyType(
     {
         "text": rf"text_model\.{_LAYER}",
+        "vision": rf"vision_model\.({_LAYER}|{_HEAD})",
+        "both": rf"text_model\.{_LAYER}|vision_model\.({_LAYER}|{_HEAD})",
         "vision_no_head": rf"vision_model\.{_LAYER}",
         "both_no_head": rf"(text_model|vision_model)\.{_LAYER}",
     }
@@ -35,7 +39,12 @@ PRESETS: Mapping[str, str] = MappingProxyType(
 """Regular expressions over whole module names, by the name of a `lora.targets` preset."""
 
 HEAD_PRESETS = ("vision", "both")
-"""Presets that include the pooling head, an nn.MultiheadAttention, which must be split first."""
+"""Presets that include the pooling head, whose attention must be split first."""
+
+
+def splits_head(lora: LoraSection | None) -> bool:
+    """Whether an adapter sits on the pooling head."""
+    return lora is not None and lora.targets in HEAD_PRESETS
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -52,20 +61,22 @@ def check_family(config: PreTrainedConfig) -> None:
         )
 
 
-def load_model(model: ModelSection, *, image_size: int, trains_all: bool) -> SiglipModel:
+def load_model(model: ModelSection, lora: LoraSection | None, *, image_size: int) -> SiglipModel:
     """The base with its weights, its position embeddings interpolated to `image_size`.
 
     Args:
         model: the recipe's section.
+        lora: the recipe's section; None is full fine-tuning, for which all weights are float32.
         image_size: side of the square input in pixels.
-        trains_all: full fine-tuning; then all weights are float32.
 
     Raises:
         BaseModelError: it cannot be loaded.
     """
-    dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
+    dtype = getattr(torch, model.dtype) if lora else torch.float32
     loaded = load_weights(AutoModel, model, dtype=dtype)
     resize_positions(loaded, image_size)
+    if splits_head(lora):
+        split_pooling_head(loaded)
     return loaded
 
 
@@ -89,6 +100,90 @@ def resize_positions(model: SiglipModel, image_size: int) -> None:
     embeddings.image_size = config.image_size = image_size
     positions = torch.arange(new * new, device=weight.device).expand(1, -1)
     embeddings.register_buffer("position_ids", positions, persistent=False)
+
+
+class SplitAttention(nn.Module):
+    """An nn.MultiheadAttention as four linear layers, on which adapters live.
+
+    The stock module never calls its output layer and keeps the other three in one parameter, so
+    that an adapter would sit there without effect.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        """Attention of [B, Q, D] over [B, K, D]; the weights are not given."""
+        heads = [
+            projection(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, part in (
+                (self.q_proj, query),
+                (self.k_proj, key),
+                (self.v_proj, value),
+            )
+        ]
+        attended = functional.scaled_dot_product_attention(*heads)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+    def joined(self) -> nn.MultiheadAttention:
+        """The stock module with the weights as they are now."""
+        width, like = self.out_proj.in_features, self.out_proj.weight
+        joined = nn.MultiheadAttention(
+            width, self.num_heads, batch_first=True, device=like.device, dtype=like.dtype
+        )
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        joined.in_proj_weight.data = torch.cat([part.weight.data for part in parts])
+        joined.in_proj_bias.data = torch.cat([part.bias.data for part in parts])
+        joined.out_proj.weight.data = self.out_proj.weight.data
+        joined.out_proj.bias.data = self.out_proj.bias.data
+        return joined.train(self.training)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    made = nn.Linear(*weight.shape[::-1], device="meta")
+    made.weight = nn.Parameter(weight.detach().clone())
+    made.bias = nn.Parameter(bias.detach().clone())
+    return made
+
+
+def split_pooling_head(model: SiglipModel) -> None:
+    """Split the attention of the pooling head, so that adapters can sit on its layers.
+
+    Raises:
+        BaseModelError: the base has no pooling head.
+    """
+    head = getattr(model.vision_model, "head", None)
+    if head is None:
+        raise BaseModelError(
+            "expected a base with a pooling head for lora.targets vision or both, it has none: "
+            "write vision_no_head or both_no_head"
+        )
+    head.attention = SplitAttention(head.attention)
+
+
+def join_pooling_head(model: SiglipModel) -> None:
+    """Undo `split_pooling_head`, the adapter merged, so that plain transformers loads the model."""
+    model.vision_model.head.attention = model.vision_model.head.attention.joined()
+
+
+def run_locked_towers_without_grad(model: nn.Module) -> list[str]:
+    """Make the towers that hold nothing to train run without grad.
+
+    Args:
+        model: with its adapter attached.
+
+    Returns:
+        Their names.
+    """
+    bare = bare_model(model)
+    locked = [part for part, name in PARTS.items() if is_frozen(bare.get_submodule(name))]
+    for part in locked:
+        run_without_grad(bare.get_submodule(PARTS[part]), f"{part} tower")
+    return locked
 
 
 def bare_model(model: nn.Module) -> SiglipModel:

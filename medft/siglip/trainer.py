@@ -1,25 +1,48 @@
 """A contrastive trainer on transformers.Trainer: loop, precision and checkpoints are Trainer's.
 
-The loss is taken in float32 on normalised embeddings; scale and bias have their own parameter
-group without weight decay; the validation loss sees the whole split as one batch.
+With `exact_batch` every pair of the effective batch is compared with every other, whatever the
+accumulation and the number of processes. The loss is taken in float32 on normalised embeddings;
+scale and bias have their own parameter group without weight decay; validation sees the whole split
+as one batch.
 """
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import EvalPrediction, TrainingArguments
 
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
-from medft.callbacks import MeasuredBatches
+from medft.callbacks import EpochTeller, MeasuredBatches
+from medft.metrics.retrieval import chance_recall, median_rank, ranks, recall_at
+from medft.metrics.scores import RECALLS
 from medft.recipe import ContrastiveSection
+from medft.siglip.exact_batch import Share, random_numbers_again, share_out
 from medft.siglip.inputs import SiglipInputs
-from medft.siglip.loss import LOSSES, match_labels
-from medft.siglip.model import embed, restore_scale_and_bias, scale_and_bias, scale_and_bias_notes
+from medft.siglip.loss import Gradients, Pairs, loss_gradients, mean_logits, unit
+from medft.siglip.model import (
+    embed,
+    restore_scale_and_bias,
+    run_locked_towers_without_grad,
+    scale_and_bias,
+    scale_and_bias_notes,
+)
 
-METRICS = {"loss": False}
+logger = logging.getLogger(__name__)
+
+WAYS = ("image_to_text", "text_to_image")
+
+METRICS = {
+    "loss": False,
+    **{f"{way}_recall@{k}": True for way in WAYS for k in RECALLS},
+    **{f"{way}_median_rank": False for way in WAYS},
+}
 """Figures that may choose best_model/, and whether more is better."""
 
 
@@ -52,6 +75,8 @@ class SiglipTrainer(MeasuredBatches):
             contrastive: the recipe's section.
             notes: content of medft.json beside every saved adapter, but for scale and bias.
         """
+        locked = run_locked_towers_without_grad(model)
+        logger.info("towers without backward pass: %s", ", ".join(locked) or "none")
         super().__init__(
             model=model,
             args=args,
@@ -62,8 +87,13 @@ class SiglipTrainer(MeasuredBatches):
             compute_metrics=self._validation_metrics,
         )
         self.model_accepts_loss_kwargs = False  # a mean over pairs: Trainer divides by the steps
+        self.add_callback(EpochTeller(inputs.train.set_epoch))
         self._contrastive = contrastive
+        self._plan = inputs.batches
+        self._pairs_an_epoch = inputs.rows_per_epoch
         self._notes = notes
+        self._shares: list[Share] = []
+        self._compared: Pairs | None = None
 
     def compute_loss(
         self,
@@ -72,10 +102,48 @@ class SiglipTrainer(MeasuredBatches):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The contrastive loss of the micro-batch."""
-        images, texts = embed(model, inputs["input_ids"], inputs["pixel_values"])
-        loss = self._loss(images, texts, inputs["input_ids"], inputs["group_ids"])
+        """The loss of the batch that the micro-batch belongs to, with the micro-batch's gradient.
+
+        Raises:
+            RunError: its embeddings are others than when the batch's loss was taken.
+        """
+        pairs = _pairs(model, inputs)
+        if not self._shares:
+            self._shares = self._share_out([pairs])
+        share = self._shares.pop(0)
+        loss = share.loss_of(pairs.images, pairs.texts, *scale_and_bias(self.model))
         return (loss, {}) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The micro-batches of a step; for an exact batch of several the loss is known here."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._shares = []
+        if self._contrastive.exact_batch and len(batches) > 1:
+            self.model.train()
+            with random_numbers_again(device), torch.no_grad(), self.compute_loss_context_manager():
+                parts = [_pairs(self.model, self._prepare_inputs(batch)) for batch in batches]
+            self._shares = self._share_out(parts)
+        return batches, items
+
+    def _share_out(self, parts: list[Pairs]) -> list[Share]:
+        exact = self._contrastive.exact_batch
+        return share_out(
+            parts,
+            self._gradients_of,
+            across_processes=exact,
+            divided_by=len(parts) if exact else 1,
+        )
+
+    def _gradients_of(self, pairs: Pairs) -> Gradients:
+        self._compared = pairs
+        chosen = self._contrastive
+        return loss_gradients(chosen.loss, pairs, chosen.positives, *scale_and_bias(self.model))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        # as the library's, but for the last batch of an epoch that would be smaller
+        return RandomSampler(self.train_dataset, num_samples=self._pairs_an_epoch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The library's optimizer, with scale and bias in a group of their own."""
@@ -94,10 +162,13 @@ class SiglipTrainer(MeasuredBatches):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add scale and bias as they stand to what is logged of training."""
-        if "loss" in logs:
+        """Add how far the loss is above its floor, scale, bias and the last batch's logits."""
+        if "loss" in logs and self._compared is not None:
+            logs.update(_above(self._plan.loss_floor, logs["loss"]))
             scale, bias = scale_and_bias(self.model)
             logs["scale"], logs["bias"] = scale.exp().item(), bias.item()
+            means = mean_logits(self._compared, self._contrastive.positives, scale, bias)
+            logs["positive_logit"], logs["negative_logit"] = (mean.item() for mean in means)
         super().log(logs, start_time)
 
     def prediction_step(
@@ -112,22 +183,23 @@ class SiglipTrainer(MeasuredBatches):
         Returns:
             None, embeddings of images and of texts [B, D], and input_ids [B, S] with groups [B].
         """
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            images, texts = embed(model, inputs["input_ids"], inputs["pixel_values"])
-        return None, (images.float(), texts.float()), (inputs["input_ids"], inputs["group_ids"])
+            pairs = _pairs(model, self._prepare_inputs(inputs))
+        return None, (pairs.images.float(), pairs.texts.float()), (pairs.input_ids, pairs.group_ids)
 
     def _validation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        images, texts = (torch.as_tensor(part) for part in prediction.predictions)
-        input_ids, group_ids = (torch.as_tensor(part) for part in prediction.label_ids)
-        with torch.no_grad():
-            loss = self._loss(images, texts, input_ids, group_ids)
-        return {"loss": loss.item(), "pairs": len(images)}
+        """The loss of all pairs as one batch, where the matches stand, and what chance would give.
 
-    def _loss(self, images: Tensor, texts: Tensor, input_ids: Tensor, group_ids: Tensor) -> Tensor:
-        labels = match_labels(input_ids, group_ids, self._contrastive.positives)
-        scale, bias = (parameter.to(images.device) for parameter in scale_and_bias(self.model))
-        return LOSSES[self._contrastive.loss](images, texts, labels, scale, bias)
+        Raises:
+            DataError: an embedding is no number.
+        """
+        arrays = (*prediction.predictions, *prediction.label_ids)
+        pairs = Pairs(*(torch.as_tensor(array) for array in arrays))
+        chosen = self._contrastive
+        scale, bias = (parameter.detach().cpu() for parameter in scale_and_bias(self.model))
+        loss = loss_gradients(chosen.loss, pairs, chosen.positives, scale, bias).loss.item()
+        figures = {"loss": loss, **_above(self._plan.validation_loss_floor, loss)}
+        return figures | _retrieval(pairs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -140,3 +212,29 @@ class SiglipTrainer(MeasuredBatches):
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore_scale_and_bias(self.model if model is None else model, Path(resume_from_checkpoint))
+
+
+def _pairs(model: nn.Module, inputs: dict[str, Tensor]) -> Pairs:
+    """The embeddings of a micro-batch, as the towers give them."""
+    images, texts = embed(model, inputs["input_ids"], inputs["pixel_values"])
+    return Pairs(images, texts, inputs["input_ids"], inputs["group_ids"])
+
+
+def _above(floor: float | None, loss: float) -> dict[str, float]:
+    return {} if floor is None else {"floor": floor, "excess": loss - floor}
+
+
+def _retrieval(pairs: Pairs) -> dict[str, float]:
+    """Recalls and median ranks among all pairs, texts with the same tokens being all right."""
+    keys = torch.unique(pairs.input_ids, dim=0, return_inverse=True)[1].numpy()
+    images, texts = unit(pairs.images).numpy(), unit(pairs.texts).numpy()
+    weights = np.ones(len(keys))
+    figures = {}
+    for way, queries, candidates in zip(WAYS, (images, texts), (texts, images), strict=True):
+        found = ranks(queries, candidates, keys, keys)
+        for k in RECALLS:
+            figures[f"{way}_recall@{k}"] = recall_at(found, k).score(weights)
+        figures[f"{way}_median_rank"] = median_rank(found).score(weights)
+    positives = np.bincount(keys)[keys]
+    chance = {f"chance_recall@{k}": chance_recall(k, positives, len(keys)) for k in RECALLS}
+    return {**figures, **chance, "pool": len(keys)}

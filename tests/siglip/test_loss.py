@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModel
 
-from medft.siglip.loss import match_labels, row_sigmoid_loss, sigmoid_loss, softmax_loss
+from medft.siglip.loss import Labels, row_sigmoid_loss, sigmoid_loss, softmax_loss
 
 
 @pytest.fixture
@@ -100,9 +100,9 @@ def test_labels_know_equal_captions_and_groups():
     ids = torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6]])
     groups = torch.tensor([7, 8, 9, 7])
     own = torch.eye(4)
-    assert torch.equal(match_labels(ids, groups, "diagonal"), 2 * own - 1)
+    assert torch.equal(Labels(ids, groups, "diagonal").tile(), 2 * own - 1)
     caption = 2 * own - 1
     caption[0, 2] = caption[2, 0] = 1
-    assert torch.equal(match_labels(ids, groups, "caption"), caption)
+    assert torch.equal(Labels(ids, groups, "caption").tile(), caption)
     caption[0, 3] = caption[3, 0] = 0
-    assert torch.equal(match_labels(ids, groups, "group"), caption)
+    assert torch.equal(Labels(ids, groups, "group").tile(), caption)

@@ -17,6 +17,8 @@ from medft.siglip.model import (
     train_scale_and_bias,
 )
 
+LORA = SiglipLoraSection(r=4, alpha=8)
+
 
 @pytest.fixture
 def section(bases):
@@ -29,7 +31,7 @@ def test_interpolating_once_is_what_transformers_does_on_every_forward(section, 
     stock = AutoModel.from_pretrained(section.base)
     with torch.no_grad():
         expected = stock.vision_model(pixels, interpolate_pos_encoding=True).pooler_output
-        model = load_model(section, image_size=size, trains_all=False)
+        model = load_model(section, LORA, image_size=size)
         assert torch.equal(model.vision_model(pixels).pooler_output, expected)
         model.save_pretrained(tmp_path / "resized")
         again = AutoModel.from_pretrained(tmp_path / "resized")
@@ -40,28 +42,28 @@ def test_interpolating_once_is_what_transformers_does_on_every_forward(section, 
 
 
 def test_the_bases_own_size_is_left_alone(section):
-    model = load_model(section, image_size=56, trains_all=False)
+    model = load_model(section, LORA, image_size=56)
     before = model.vision_model.embeddings.position_embedding
     resize_positions(model, 56)
     assert model.vision_model.embeddings.position_embedding is before
 
 
 def test_peft_freezes_scale_and_bias_and_medft_frees_them(section):
-    model = load_model(section, image_size=56, trains_all=False)
-    adapted = attach_adapter(model, SiglipLoraSection(r=4, alpha=8), PRESETS, task_type=None)
+    model = load_model(section, LORA, image_size=56)
+    adapted = attach_adapter(model, LORA, PRESETS, task_type=None)
     assert not any(p.requires_grad for p in scale_and_bias(adapted))  # the trap
     train_scale_and_bias(adapted)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in scale_and_bias(adapted))
 
 
 def test_scale_and_bias_come_back_bit_for_bit(section, tmp_path):
-    model = load_model(section, image_size=56, trains_all=False)
+    model = load_model(section, LORA, image_size=56)
     with torch.no_grad():
         model.logit_scale.fill_(4.7123457)
         model.logit_bias.fill_(-12.912345)
     notes = {"family": "siglip", "base": "x", "revision": None}
     write_notes(tmp_path, {**notes, **scale_and_bias_notes(model)})
-    other = load_model(section, image_size=56, trains_all=False)
+    other = load_model(section, LORA, image_size=56)
     assert not torch.equal(other.logit_scale, model.logit_scale)
     restore_scale_and_bias(other, tmp_path)
     assert torch.equal(other.logit_scale, model.logit_scale)

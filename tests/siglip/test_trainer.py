@@ -6,7 +6,6 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from medft.adapters import attach_adapter
-from medft.data.images import open_image
 from medft.errors import MedftError
 from medft.recipe import SiglipRecipe
 from medft.siglip.inputs import prepare_inputs
@@ -30,7 +29,7 @@ def trainer(sections, write_recipe):
         inputs = prepare_inputs(
             recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
         )
-        model = load_model(recipe.model, image_size=recipe.data.image_size, trains_all=False)
+        model = load_model(recipe.model, recipe.lora, image_size=recipe.data.image_size)
         model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
         train_scale_and_bias(model)
         return SiglipTrainer(model, arguments, inputs, recipe.contrastive, {})
@@ -45,7 +44,7 @@ def test_the_step_0_loss_is_transformers_own(bases, trainer):
     loss = trained.compute_loss(trained.model, inputs)
 
     processor = AutoProcessor.from_pretrained(bases / "siglip", backend="pil")
-    images = [open_image(entry["image"]["bytes"] or entry["image"]["path"]) for entry in entries]
+    images = [entry["image"] for entry in entries]
     batch = processor(
         text=[entry["caption"] for entry in entries], images=images, padding="max_length",
         max_length=64, return_tensors="pt",
@@ -109,7 +108,7 @@ def test_validation_sees_the_split_as_one_batch(trainer):
     with torch.no_grad():
         expected = large.compute_loss(large.model.eval(), whole).item()
     assert first["eval_loss"] == pytest.approx(expected, rel=1e-6)
-    assert first["eval_pairs"] == len(entries)
+    assert first["eval_pool"] == len(entries)
 
 
 def test_accumulation_is_not_taken_for_a_larger_batch(trainer):
@@ -127,7 +126,6 @@ def test_accumulation_is_not_taken_for_a_larger_batch(trainer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("lora.targets=both", "write both_no_head"),
         ("data.max_length=65", "at most 64"),
         ("data.image_size=7", "at least one patch"),
         ('data.caption="{answer} {nothing}"', "nothing is none in row"),

@@ -1,0 +1,41 @@
+"""Small random changes to training pictures that leave what a report says of them true."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from medft.recipe import SiglipDataSection
+
+
+def augments(data: SiglipDataSection) -> bool:
+    """Whether anything is changed at random."""
+    return bool(
+        data.random_rotation or data.random_crop < 1 or data.random_brightness or data.random_flip
+    )
+
+
+def augment(image: Image.Image, data: SiglipDataSection, seed: Sequence[int]) -> Image.Image:
+    """A picture turned, cropped, made brighter or darker and mirrored as far as a recipe allows.
+
+    Args:
+        image: RGB.
+        data: the recipe's section; its `random_` keys say how much.
+        seed: what the changes are drawn from; equal seeds give equal pictures.
+    """
+    draw = np.random.default_rng(seed)
+    angle, kept, left, top, brightness = (
+        draw.uniform(-data.random_rotation, data.random_rotation),
+        draw.uniform(data.random_crop, 1),
+        draw.random(),
+        draw.random(),
+        1 + draw.uniform(-data.random_brightness, data.random_brightness),
+    )
+    if angle:
+        image = image.rotate(angle, resample=Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * kept)) for side in image.size)
+    x, y = round((image.width - width) * left), round((image.height - height) * top)
+    image = image.crop((x, y, x + width, y + height))
+    if brightness != 1:
+        image = ImageEnhance.Brightness(image).enhance(brightness)
+    return ImageOps.mirror(image) if data.random_flip and draw.random() < 0.5 else image
