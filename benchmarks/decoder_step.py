@@ -28,7 +28,6 @@ import statistics
 import sys
 import tempfile
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from live_memory import PeakCounter
 from peft import PeftModel
 from PIL import Image
-from torch import Tensor, is_tensor, nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (
     MllamaConfig,
@@ -226,32 +225,6 @@ class FlopCounter(TorchDispatchMode):
         if formula:
             self.total += formula(*args, **(kwargs or {}), out_val=output)
         return output
-
-
-class PeakCounter(TorchDispatchMode):
-    """Follows the bytes of the tensors that are alive, beside those that were there before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
-        output = function(*args, **(kwargs or {}))
-        for tensor in filter(is_tensor, tree_leaves(output)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in before and storage._cdata not in self._known:
-                self._known[storage._cdata] = storage.nbytes()
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata)
-        self.peak = max(self.peak, self.live)
-        return output
-
-    def _free(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
 
 
 class Variant:

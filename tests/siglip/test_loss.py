@@ -1,13 +1,27 @@
 """Losses against transformers and plain torch, at scales and biases of released checkpoints."""
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
-from medft.siglip.loss import Labels, row_sigmoid_loss, sigmoid_loss, softmax_loss
+from medft.siglip.loss import (
+    Labels,
+    Pairs,
+    float32,
+    loss_gradients,
+    mean_logits,
+    row_sigmoid_loss,
+    sigmoid_gradients,
+    sigmoid_loss,
+    softmax_loss,
+    unit,
+)
 
 
 @pytest.fixture
@@ -20,6 +34,8 @@ def batch():
 
 SCALE, BIAS = torch.tensor([math.log(117.3)]), torch.tensor([-12.9])
 DIAGONAL = 2 * torch.eye(7) - 1
+TEXTS = torch.tensor([[1], [2], [1], [3], [2], [4], [1]])
+GROUPS = torch.tensor([5, 5, 6, 6, 7, 8, 8])
 
 
 def test_sigmoid_is_transformers_own_loss(bases):
@@ -106,3 +122,132 @@ def test_labels_know_equal_captions_and_groups():
     assert torch.equal(Labels(ids, groups, "caption").tile(), caption)
     caption[0, 3] = caption[3, 0] = 0
     assert torch.equal(Labels(ids, groups, "group").tile(), caption)
+
+
+def double_precision(images, texts, labels, scale, bias):
+    """Loss and derivatives by unit embeddings, scale and bias, by autograd in float64."""
+    leaves = [part.double().requires_grad_() for part in (images, texts, scale, bias)]
+    logits = leaves[2].exp() * leaves[0] @ leaves[1].T + leaves[3]
+    terms = functional.softplus(-labels.double() * logits) * labels.double().abs()
+    loss = terms.sum() / len(images)
+    return loss, *torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("positives", ["diagonal", "caption", "group"])
+@pytest.mark.parametrize("tile", [1, 3, 7, 50])
+def test_tiles_give_the_loss_and_every_gradient(batch, positives, tile):
+    images, texts = map(unit, batch)
+    labels = Labels(TEXTS, GROUPS, positives)
+    expected = double_precision(images, texts, labels.tile(), SCALE, BIAS)
+    found = sigmoid_gradients(images, texts, labels, SCALE, BIAS, tile=tile)
+    assert found.logit_scale.shape == SCALE.shape
+    for name, left, right in zip(found._fields, found, expected, strict=True):
+        # float32 cosines times 117 are wrong by 1e-5, and the bias' gradient is a small difference
+        gap = (left.double() - right).norm() / right.norm()
+        assert gap < 2e-5, name
+    other = sigmoid_gradients(images, texts.flip(0), labels, SCALE, BIAS, tile=tile)
+    assert (other.images - found.images).norm() > 0.1 * found.images.norm()
+    plain = sigmoid_loss(images, texts, labels.tile(), SCALE, BIAS)
+    assert found.loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax", "row_sigmoid"])
+@pytest.mark.parametrize("positives", ["diagonal", "caption", "group"])
+def test_gradients_of_raw_embeddings_are_autograds(batch, name, positives):
+    scale, bias = torch.tensor([math.log(10.7)]), torch.tensor([-9.1])
+    images, texts = (part.clone().requires_grad_() for part in batch)
+    scale.requires_grad_(), bias.requires_grad_()
+    losses = {"sigmoid": sigmoid_loss, "softmax": softmax_loss, "row_sigmoid": row_sigmoid_loss}
+    labels = Labels(TEXTS, GROUPS, positives).tile()
+    plain = losses[name](images, texts, labels, scale, bias)
+    expected = torch.autograd.grad(plain, [images, texts, scale, bias], materialize_grads=True)
+
+    found = loss_gradients(name, Pairs(*batch, TEXTS, GROUPS), positives, scale, bias)
+    carrier = (unit(images) * found.images).sum() + (unit(texts) * found.texts).sum()
+    ours = [
+        *torch.autograd.grad(carrier, [images, texts]), found.logit_scale, found.logit_bias
+    ]  # fmt: skip
+    assert found.loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for left, right in zip(ours, expected, strict=True):
+        # the bias cancels in softmax: what is left of its gradient is rounding
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
+class LargestLive(TorchDispatchMode):
+    """The most bytes of tensors that operations in the block made and that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.most = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._known:
+                    self._known.add(storage.data_ptr())
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
+        self.most = max(self.most, self.live)
+        return output
+
+    def _free(self, pointer, size):
+        self._known.discard(pointer)
+        self.live -= size
+
+
+@pytest.mark.slow
+def test_memory_of_the_tiled_pass_grows_linearly_to_16k():
+    found = {}
+    for count in (4096, 8192, 16384):
+        generator = torch.Generator().manual_seed(count)
+        images, texts = (unit(torch.randn(count, 8, generator=generator)) for _ in range(2))
+        ids = torch.arange(count)[:, None]
+        with LargestLive() as memory:
+            labels = Labels(ids, ids[:, 0], "caption")
+            sigmoid_gradients(images, texts, labels, SCALE, BIAS)
+        found[count] = memory.most
+    matrix = 16384**2 * 4
+    assert found[16384] < matrix / 10
+    # tiles of 1024 x 1024 whatever the batch, then a few vectors for each pair
+    assert found[16384] - found[8192] <= 2.2 * (found[8192] - found[4096])
+    with LargestLive() as memory:
+        labels = Labels(torch.arange(2048)[:, None], torch.arange(2048), "caption")
+        sigmoid_loss(images[:2048], texts[:2048], labels.tile(), SCALE, BIAS)
+    assert memory.most > 2048**2 * 4  # the reference holds the matrix
+
+
+def test_the_loss_is_float32_under_bfloat16_training_whatever_the_library_switched_on():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"  # as Trainer does for bf16 on Ampere
+    try:
+        with float32("cpu"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_mean_logits_are_those_of_matches_and_of_others(batch):
+    labels = Labels(TEXTS, GROUPS, "group").tile()
+    logits = 117.3 * unit(batch[0]) @ unit(batch[1]).T - 12.9
+    positive, negative = mean_logits(Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS)
+    assert positive.item() == pytest.approx(logits[labels > 0].mean().item(), rel=1e-5)
+    assert negative.item() == pytest.approx(logits[labels < 0].mean().item(), rel=1e-5)
+    assert (labels == 0).any()
+
+
+def test_no_clamp_at_100_as_in_open_clip(batch):
+    scale = torch.tensor([math.log(250.0)])
+    found = sigmoid_gradients(
+        *map(unit, batch), Labels(torch.arange(7)[:, None], GROUPS, "caption"), scale, BIAS
+    )
+    images, texts = map(unit, batch)
+    expected = double_precision(images, texts, DIAGONAL, scale, BIAS)
+    assert found.loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert found.logit_scale.abs() > 1e-3  # a clamp gives none
+    clamped = double_precision(images, texts, DIAGONAL, torch.tensor([math.log(100.0)]), BIAS)[0]
+    assert abs(clamped.item() - expected[0].item()) > 0.1

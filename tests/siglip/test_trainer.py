@@ -1,16 +1,20 @@
 """The contrastive trainer against transformers' own loss; scale, bias and captions as released."""
 
+import itertools
+import json
+import subprocess
+import sys
+
 import pytest
+import siglip_steps
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoModel, AutoProcessor, set_seed
+from siglip_steps import build_trainer, first_step
+from transformers import AutoModel, AutoProcessor
 
-from medft.adapters import attach_adapter
 from medft.errors import MedftError
-from medft.recipe import SiglipRecipe
-from medft.siglip.inputs import prepare_inputs
-from medft.siglip.model import PRESETS, load_model, scale_and_bias, train_scale_and_bias
-from medft.siglip.trainer import SiglipTrainer, siglip_arguments
+from medft.siglip.model import scale_and_bias
+from medft.siglip.trainer import SiglipTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +27,7 @@ def trainer(sections, write_recipe):
     def make(changes=(), **train):
         recipe = sections("siglip")
         recipe["train"] |= {"max_steps": 1, "save_strategy": "no", **train}
-        recipe = SiglipRecipe.load(write_recipe(recipe), changes)
-        set_seed(3)
-        arguments = siglip_arguments(recipe.train, dtype="float32")
-        inputs = prepare_inputs(
-            recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
-        )
-        model = load_model(recipe.model, recipe.lora, image_size=recipe.data.image_size)
-        model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
-        train_scale_and_bias(model)
-        return SiglipTrainer(model, arguments, inputs, recipe.contrastive, {})
+        return build_trainer(write_recipe(recipe), changes)
 
     return make
 
@@ -111,9 +106,131 @@ def test_validation_sees_the_split_as_one_batch(trainer):
     assert first["eval_pool"] == len(entries)
 
 
-def test_accumulation_is_not_taken_for_a_larger_batch(trainer):
-    with pytest.raises(MedftError, match="exact_batch with one process and no accumulation"):
-        trainer(gradient_accumulation_steps=2)
+@pytest.fixture
+def many_rows(data):
+    """A chat file of 70 rows: drawn pictures twice or more, 20 captions that come again."""
+    lines = (data / "chat" / "train.jsonl").read_text().splitlines()
+    rows = []
+    for number in range(70):
+        row = json.loads(lines[number % len(lines)])
+        row["id"], row["group_id"] = f"row {number}", f"patient {number // 2}"
+        row["messages"][1]["content"][0]["text"] = f"Finding {min(number, 50) * 7919} seen."
+        rows.append(row)
+    file = data / "chat" / "many.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def step(sections, write_recipe, many_rows):
+    """Make one step of as many rows and micro-batches, from a random adapter."""
+    numbers = itertools.count()
+
+    def file(per_device, accumulation, **lora):
+        recipe = sections("siglip")
+        recipe["data"] |= {"train": str(many_rows), "validation": None}
+        recipe["lora"] |= {"dropout": 0.0, "init_lora_weights": False, **lora}
+        recipe["train"] |= {
+            "per_device_train_batch_size": per_device,
+            "gradient_accumulation_steps": accumulation,
+        }
+        return write_recipe(recipe, f"run{next(numbers)}")
+
+    return file
+
+
+def assert_same_gradients(left, right, relative=1e-5):
+    assert left.keys() == right.keys()
+    assert any("logit_scale" in name for name in left)
+    for name, gradient in left.items():
+        gap = (gradient - right[name]).norm()
+        assert gap <= relative * right[name].norm(), (name, float(gap / right[name].norm()))
+
+
+def test_eight_by_eight_is_sixty_four_and_plain_accumulation_is_not(step):
+    _, whole, of_whole = first_step(step(64, 1))
+    _, parts, of_parts = first_step(step(8, 8))
+    assert len(whole) == 50  # 24 layers of two matrices, scale and bias
+    assert of_parts["loss"] == pytest.approx(of_whole["loss"], rel=1e-6)
+    assert_same_gradients(parts, whole)  # fp32, summed in another order
+
+    _, plain, of_plain = first_step(step(8, 8), ("contrastive.exact_batch=false",))
+    assert of_plain["loss"] < 0.5 * of_whole["loss"]
+    assert all((plain[name] - whole[name]).norm() > 0.1 * whole[name].norm() for name in whole)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_four_by_eight_are_sixty_four(step, tmp_path):
+    _, whole, of_whole = first_step(step(64, 1))
+    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    out = tmp_path / "found.pt"
+    command = [sys.executable, "-m", *words, siglip_steps.__file__, str(step(8, 4)), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(out, weights_only=True)
+    assert found["loss"] == pytest.approx(of_whole["loss"], rel=1e-6)
+    assert_same_gradients(found["gradients"], whole)
+
+    plain = [*command, "contrastive.exact_batch=false"]
+    subprocess.run(plain, capture_output=True, check=True)
+    other = torch.load(out, weights_only=True)["gradients"]
+    assert all((other[name] - whole[name]).norm() > 0.1 * whole[name].norm() for name in whole)
+
+
+class Remembering(SiglipTrainer):
+    """Keeps the micro-batches of a step and the random state in which they are computed."""
+
+    def get_batch_samples(self, *args):
+        batches, items = super().get_batch_samples(*args)
+        if batches:
+            self.seen = [dict(batch) for batch in batches]
+            self.random_state = torch.get_rng_state()
+        return batches, items
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 4), (64, 1)])
+def test_dropout_is_replayed_as_in_one_graph_over_the_same_micro_batches(step, shape):
+    trained, found, logged = first_step(step(*shape, dropout=0.3), trainer_class=Remembering)
+    again = build_trainer(step(*shape, dropout=0.3))
+    model = again.model.train()
+    torch.set_rng_state(trained.random_state)
+    outputs = [
+        model(input_ids=b["input_ids"], pixel_values=b["pixel_values"]) for b in trained.seen
+    ]
+    images, texts = (
+        torch.nn.functional.normalize(torch.cat(parts).double(), dim=-1)
+        for parts in (
+            [o.vision_model_output.pooler_output for o in outputs],
+            [o.text_model_output.pooler_output for o in outputs],
+        )
+    )
+    ids = torch.cat([b["input_ids"] for b in trained.seen])
+    scale, bias = scale_and_bias(model)
+    logits = scale.double().exp() * images @ texts.T + bias.double()
+    matches = (ids[:, None] == ids).all(dim=-1)
+    assert matches.sum() > len(ids)
+    loss = torch.nn.functional.softplus(torch.where(matches, -logits, logits)).sum() / len(ids)
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients(found, expected)
+    _, other, _ = first_step(step(*shape))
+    assert any((other[name] - found[name]).norm() > 0.05 * found[name].norm() for name in found)
+
+
+def test_a_smaller_last_group_is_left_out_and_counted(step, caplog):
+    with caplog.at_level("INFO", "medft.siglip.inputs"):
+        trained, _, _ = first_step(step(8, 4))
+    assert "pairs compared 32; pairs left out an epoch 6; loss floor" in caplog.text
+    sampler = trained._get_train_sampler()
+    first, second = ([*sampler] for _ in range(2))
+    assert len(first) == len(set(first)) == 64
+    assert set(first) != set(second)  # others in every epoch
+    with pytest.raises(MedftError, match=r"batch of 128 at least, data\.train has 70"):
+        first_step(step(32, 4))
+
+
+def test_plain_accumulation_is_the_mean_of_its_micro_batches(trainer):
     changes = ("contrastive.exact_batch=false", "lora.dropout=0")
     plain = trainer(changes, gradient_accumulation_steps=2)
     batches = list(plain.get_train_dataloader())[:2]

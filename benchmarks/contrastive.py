@@ -1,0 +1,304 @@
+"""The exact batch of contrastive training against what other loops make of the same micro-batches.
+
+    python benchmarks/contrastive.py
+
+The same SigLIP, adapter and pairs in every variant, in micro-batches of 8:
+
+    a    transformers.Trainer with the loss of SiglipModel: negatives of the micro-batch only
+    b    open_clip's SigLipLoss in the accumulation of open_clip's training loop
+    c    medft with contrastive.exact_batch
+    d    the whole batch in one autograd graph, in plain torch
+
+The shapes are those of SigLIP-base with 2 layers a tower; the weights are random, the adapter's as
+well. It runs on the CPU in float32 without dropout, the variants in turn. A step is forward and
+backward; batches are collated before. The peak is of the bytes that a step makes beyond what was
+there, and stands beside that of one micro-batch alone, forward and backward. Cosine and errors are
+of the gradient against d's: of everything trained (adapter, scale, bias), and of the adapter alone.
+
+b needs `pip install --no-deps open_clip_torch` and is left out without it. Writes
+results/contrastive.json.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from live_memory import PeakCounter
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from transformers import (
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+    Trainer,
+)
+
+from medft.adapters import attach_adapter
+from medft.callbacks import ROW_IDS
+from medft.demo.bases import siglip_tokenizer, tokenizer_corpus
+from medft.recipe import SiglipRecipe
+from medft.siglip.inputs import prepare_inputs
+from medft.siglip.model import PRESETS, scale_and_bias, train_scale_and_bias
+from medft.siglip.trainer import SiglipTrainer, siglip_arguments
+
+MICRO_BATCH = 8
+ROUNDS = {64: 3, 256: 1}
+"""Repetitions, by the pairs of the effective batch."""
+
+LOGIT_SCALE, LOGIT_BIAS = math.log(117), -12.9
+RESULTS = Path(__file__).parent / "results" / "contrastive.json"
+
+Batch = dict[str, Any]
+
+
+def siglip_config(
+    *, width: int = 768, layers: int = 2, heads: int = 12, image_size: int = 224
+) -> SiglipConfig:
+    """SigLIP-base with patches of 16, but for the number of layers."""
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return SiglipConfig(
+        vision_config={**tower, "image_size": image_size, "patch_size": 16},
+        text_config={
+            **tower,
+            "vocab_size": 32000,
+            "max_position_embeddings": 64,
+            "projection_size": width,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+        },
+    )
+
+
+def write_base(folder: Path, config: SiglipConfig) -> None:
+    """What a recipe needs of a base before weights: configuration and processor."""
+    side = config.vision_config.image_size
+    images = SiglipImageProcessorPil(size={"height": side, "width": side})
+    SiglipProcessor(images, siglip_tokenizer(tokenizer_corpus(), folder)).save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def write_rows(folder: Path, count: int, side: int) -> Path:
+    """Coloured blurs, each with a caption of its own that fills the text positions."""
+    random = np.random.default_rng(5)
+    words = " ".join(tokenizer_corpus()).split()
+    lines = []
+    for index in range(count):
+        blocks = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        blocks.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+        question = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]
+        answer = [{"type": "text", "text": " ".join(random.choice(words, 64))}]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        row = {"id": str(index), "images": [f"{index}.png"], "messages": messages}
+        lines.append(json.dumps(row) + "\n")
+    file = folder / "train.jsonl"
+    file.write_text("".join(lines))
+    return file
+
+
+def exact_trainer(folder: Path, config: SiglipConfig, pairs: int, micro: int) -> SiglipTrainer:
+    """medft's trainer of a random model with a random adapter, for exact batches of all pairs."""
+    side = config.vision_config.image_size
+    write_base(folder, config)
+    (folder / "recipe.yaml").write_text("{}\n")
+    sections = [
+        f"model.base={folder}",
+        "model.dtype=float32",
+        f"data.train={write_rows(folder, pairs, side)}",
+        f"data.image_size={side}",
+        "lora.r=16",
+        "lora.alpha=32",
+        "lora.dropout=0",
+        "lora.targets=both_no_head",
+        "lora.init_lora_weights=false",
+        "contrastive.positives=diagonal",
+        f"train.output_dir={folder / 'run'}",
+        f"train.per_device_train_batch_size={micro}",
+        f"train.gradient_accumulation_steps={pairs // micro}",
+        "train.use_cpu=true",
+    ]
+    recipe = SiglipRecipe.load(folder / "recipe.yaml", sections)
+    arguments = siglip_arguments(recipe.train, dtype="float32")
+    inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments)
+    torch.manual_seed(7)
+    model = SiglipModel(config)
+    nn.init.constant_(model.logit_scale, LOGIT_SCALE)
+    nn.init.constant_(model.logit_bias, LOGIT_BIAS)
+    adapted = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
+    train_scale_and_bias(adapted)
+    return SiglipTrainer(adapted, arguments, inputs, recipe.contrastive, {})
+
+
+def accumulate(trainer: Trainer, batches: Sequence[Batch]) -> float:
+    """The micro-batches of a step, as Trainer's loop takes them."""
+    taken, items = trainer.get_batch_samples(map(dict, batches), len(batches), trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(taken)
+    return sum(trainer.training_step(trainer.model, batch, items).item() for batch in taken)
+
+
+def open_clip_loss() -> nn.Module | None:
+    """SigLipLoss; its file alone, which needs nothing but torch."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        return None
+    spec = importlib.util.spec_from_file_location(
+        "open_clip_loss", Path(package.origin).with_name("loss.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SigLipLoss()
+
+
+def accumulate_as_open_clip(model: nn.Module, loss_of: nn.Module, batches: Sequence[Batch]) -> float:
+    """The micro-batches of a step, each compared with the cached features of the others.
+
+    Source: train_one_epoch with accum_freq > 1 in open_clip_train/train.py of open_clip 3.3.0.
+    """
+    with torch.no_grad():
+        cached = [embeddings(model, batch) for batch in batches]
+    for index, batch in enumerate(batches):
+        features = [*cached[:index], embeddings(model, batch), *cached[index + 1 :]]
+        images, texts = map(torch.cat, zip(*features, strict=True))
+        scale, bias = scale_and_bias(model)
+        loss = loss_of(images, texts, scale.exp(), bias)
+        loss.backward()
+    return loss.item()
+
+
+def full_batch(model: nn.Module, whole: Batch) -> float:
+    """The loss of all pairs as it is defined, one graph.
+
+    Source: arXiv:2303.15343, algorithm 1.
+    """
+    images, texts = embeddings(model, whole)
+    scale, bias = scale_and_bias(model)
+    logits = scale.exp() * images @ texts.T + bias
+    signs = 2 * torch.eye(len(images)) - 1
+    loss = -logsigmoid(signs * logits).sum() / len(images)
+    loss.backward()
+    return loss.item()
+
+
+def embeddings(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of images and texts, at length 1."""
+    outputs = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
+    return outputs.image_embeds, outputs.text_embeds
+
+
+class Variant:
+    """One way to take a step, and what its steps took."""
+
+    def __init__(self, name: str, model: nn.Module, step: Callable[[], float]) -> None:
+        self.name = name
+        self.model = model
+        self.step = step
+        self.cpu: list[float] = []
+        self.wall: list[float] = []
+
+    def run(self) -> None:
+        """Take a step and keep its figures."""
+        self.model.zero_grad(set_to_none=True)
+        with PeakCounter() as counter:
+            wall, cpu = time.perf_counter(), time.process_time()
+            self.loss = self.step()
+            self.cpu.append(time.process_time() - cpu)
+            self.wall.append(time.perf_counter() - wall)
+        self.peak = counter.peak
+        own = scale_and_bias(self.model)
+        self.by_scale, self.by_bias = (parameter.grad.item() for parameter in own)
+        self.by_adapter = flat(
+            p.grad for n, p in self.model.named_parameters() if p.requires_grad and "lora_" in n
+        )
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of everything that is trained."""
+        return torch.cat([self.by_adapter, torch.tensor([self.by_scale, self.by_bias])])
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def compare(
+    folder: Path, config: SiglipConfig, *, pairs: int, micro: int, rounds: int
+) -> list[dict[str, Any]]:
+    """All variants in turn over the same pairs.
+
+    Args:
+        folder: for base, pictures and rows.
+        config: of the model.
+        pairs: of the effective batch.
+        micro: pairs of a micro-batch.
+        rounds: steps of each variant.
+    """
+    exact = exact_trainer(folder, config, pairs, micro)
+    model = exact.model
+    entries = list(exact.train_dataset)
+    batches = [
+        exact.data_collator(entries[start : start + micro]) for start in range(0, pairs, micro)
+    ]
+    plain = [{key: batch[key] for key in ("input_ids", "pixel_values")} for batch in batches]
+    whole = {key: torch.cat([batch[key] for batch in plain]) for key in plain[0]}
+    stock = Trainer(model, exact.args)
+    stock_batches = [{**batch, "return_loss": True} for batch in plain]
+
+    variants = [
+        Variant("a", model, lambda: accumulate(stock, stock_batches)),
+        Variant("c", model, lambda: accumulate(exact, batches)),
+        Variant("d", model, lambda: full_batch(model, whole)),
+    ]
+    if loss_of := open_clip_loss():
+        step = lambda: accumulate_as_open_clip(model, loss_of, plain)  # noqa: E731
+        variants.insert(1, Variant("b", model, step))
+    alone = Variant("micro-batch", model, lambda: accumulate(stock, stock_batches[:1]))
+    alone.run()
+    for _ in range(rounds):
+        for variant in variants:
+            variant.run()
+
+    first, last = variants[0], variants[-1]
+    return [
+        {
+            "variant": variant.name,
+            "cpu_over_a": statistics.median(variant.cpu) / statistics.median(first.cpu),
+            "peak_over_micro_batch": variant.peak / alone.peak,
+            "cpu_seconds": statistics.median(variant.cpu),
+            "wall_seconds": statistics.median(variant.wall),
+            "peak_bytes": variant.peak,
+            "loss": variant.loss,
+            "cosine": float(torch.cosine_similarity(variant.gradient, last.gradient, dim=0)),
+            "error": error(variant.gradient, last.gradient),
+            "adapter_error": error(variant.by_adapter, last.by_adapter),
+            "by_scale": variant.by_scale,
+            "by_bias": variant.by_bias,
+        }
+        for variant in variants
+    ]

@@ -1,0 +1,64 @@
+"""The gradient of an encoder's first optimizer step, in this process or under torchrun.
+
+torchrun --nproc_per_node 2 tests/siglip_steps.py RECIPE.yaml OUT.pt [section.key=value ...]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback, set_seed
+
+from medft.adapters import attach_adapter
+from medft.recipe import SiglipRecipe
+from medft.siglip.inputs import prepare_inputs
+from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
+from medft.siglip.trainer import SiglipTrainer, siglip_arguments
+
+
+def build_trainer(file, changes=(), trainer_class=SiglipTrainer):
+    """A trainer as the script makes it, its adapter drawn from a seed."""
+    recipe = SiglipRecipe.load(file, changes)
+    set_seed(3)
+    arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
+    inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments)
+    model = load_model(recipe.model, recipe.lora, image_size=recipe.data.image_size)
+    if recipe.lora:
+        model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
+        train_scale_and_bias(model)
+    return trainer_class(model, arguments, inputs, recipe.contrastive, {})
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step as the optimizer gets them."""
+
+    def __init__(self):
+        self.found = None
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        """Copy them once."""
+        if self.found is None:
+            self.found = {
+                name.removeprefix("module."): parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+
+
+def first_step(file, changes=(), trainer_class=SiglipTrainer):
+    """The trainer after one step, the gradient of that step and what was logged."""
+    AcceleratorState._reset_state(True)
+    fixed = ("train.max_steps=1", "train.save_strategy=no", "train.max_grad_norm=0")
+    trainer = build_trainer(file, (*fixed, *changes), trainer_class)
+    callback = Gradients()
+    trainer.add_callback(callback)
+    trainer.train()
+    return trainer, callback.found, trainer.state.log_history[0]
+
+
+if __name__ == "__main__":
+    trainer, found, logged = first_step(Path(sys.argv[1]), sys.argv[3:])
+    if trainer.is_world_process_zero():
+        torch.save({"gradients": found, "loss": logged["loss"]}, sys.argv[2])
+    torch.distributed.destroy_process_group()
