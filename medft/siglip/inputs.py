@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
 from medft.adapters import ALL_WEIGHTS, plan_adapter
-from medft.base import empty_model, load_config, load_processor
+from medft.base import empty_model, load_config
 from medft.callbacks import ROW_IDS
 from medft.data.augmentation import augment, augments
 from medft.data.chat import (
@@ -32,7 +32,14 @@ from medft.data.tokens import collisions, length_percentiles
 from medft.errors import DataError, Findings, RecipeError
 from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
 from medft.siglip.floor import sigmoid_floor
-from medft.siglip.model import PARTS, PRESETS, check_family, split_pooling_head, splits_head
+from medft.siglip.model import (
+    PARTS,
+    PRESETS,
+    check_family,
+    load_siglip_processor,
+    split_pooling_head,
+    splits_head,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +213,7 @@ def prepare_inputs(
         config = load_config(model)
         check_family(config)
         _check_sizes(config, data)
-        processor = load_processor(model)
-        processor.image_processor.size = {"height": data.image_size, "width": data.image_size}
+        processor = load_siglip_processor(model, image_size=data.image_size)
         plan = _plan(config, lora, arguments) if lora else ALL_WEIGHTS
     findings.raise_any()
     record, tokens = {}, {}

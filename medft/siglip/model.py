@@ -4,7 +4,11 @@ The scale and bias are bare parameters: PEFT freezes them and leaves them out of
 they are unfrozen here and travel in medft.json.
 """
 
-from collections.abc import Mapping
+import functools
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,13 +17,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, PreTrainedConfig, SiglipModel
+from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, Siglip2Tokenizer, SiglipModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from medft.adapters import cast_trainable_to_float32, exact_float, read_notes
-from medft.base import load_weights
+from medft.base import load_processor, load_weights
 from medft.errors import BaseModelError
 from medft.frozen import is_frozen, run_without_grad
 from medft.recipe import LoraSection, ModelSection
+
+logger = logging.getLogger(__name__)
 
 PARTS: Mapping[str, str] = MappingProxyType({"vision": "vision_model", "text": "text_model"})
 """Prefixes of module names, by tower."""
@@ -59,6 +66,25 @@ def check_family(config: PreTrainedConfig) -> None:
             f"model_type {config.model_type!r}: choose another base; decoders are trained with "
             f"decoder_qlora.py"
         )
+
+
+def load_siglip_processor(model: ModelSection, *, image_size: int) -> ProcessorMixin:
+    """The base's processor, for pictures of `image_size`, texts in lower case and padded behind.
+
+    Released SigLIP 2 models name Gemma's tokenizer, which keeps upper case; they were trained on
+    lower case (transformers#43054). transformers' own Siglip2Tokenizer takes its place, here and in
+    what is saved.
+
+    Raises:
+        BaseModelError: it cannot be read.
+    """
+    processor = load_processor(model)
+    if processor.tokenizer("A")["input_ids"] != processor.tokenizer("a")["input_ids"]:
+        logger.info("the base's tokenizer keeps upper case: Siglip2Tokenizer takes its place")
+        processor.tokenizer = Siglip2Tokenizer.from_pretrained(model.base, revision=model.revision)
+    processor.tokenizer.padding_side = "right"
+    processor.image_processor.size = {"height": image_size, "width": image_size}
+    return processor
 
 
 def load_model(model: ModelSection, lora: LoraSection | None, *, image_size: int) -> SiglipModel:
@@ -170,20 +196,49 @@ def join_pooling_head(model: SiglipModel) -> None:
     model.vision_model.head.attention = model.vision_model.head.attention.joined()
 
 
-def run_locked_towers_without_grad(model: nn.Module) -> list[str]:
-    """Make the towers that hold nothing to train run without grad.
+class LockedTowers:
+    """The towers with nothing to train: without grad or dropout, and never computed twice.
 
-    Args:
-        model: with its adapter attached.
-
-    Returns:
-        Their names.
+    Where a batch is computed once without grad and once with, their outputs are kept in between.
     """
-    bare = bare_model(model)
-    locked = [part for part, name in PARTS.items() if is_frozen(bare.get_submodule(name))]
-    for part in locked:
-        run_without_grad(bare.get_submodule(PARTS[part]), f"{part} tower")
-    return locked
+
+    def __init__(self, model: nn.Module) -> None:
+        """Change the forward of each such tower; `model` has its adapter attached."""
+        self._kept: dict[str, deque[Tensor]] = {}
+        self._keeps = False
+        bare = bare_model(model)
+        for part, name in PARTS.items():
+            tower = bare.get_submodule(name)
+            if is_frozen(tower):
+                self._kept[part] = deque()
+                run_without_grad(tower, f"{part} tower")
+                tower.forward = functools.partial(self._run, part, tower, tower.forward)
+
+    @property
+    def parts(self) -> list[str]:
+        """Their names."""
+        return list(self._kept)
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Keep what comes out in the block; forwards after it give that again, in its order."""
+        for outputs in self._kept.values():
+            outputs.clear()
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+
+    def _run(self, part: str, tower: nn.Module, forward: Any, *args: Any, **inputs: Any) -> Any:
+        outputs = self._kept[part]
+        if outputs and not self._keeps:
+            return BaseModelOutputWithPooling(pooler_output=outputs.popleft())
+        tower.eval()
+        output = forward(*args, **inputs)
+        if self._keeps:
+            outputs.append(output.pooler_output)
+        return output
 
 
 def bare_model(model: nn.Module) -> SiglipModel:

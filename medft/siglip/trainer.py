@@ -27,9 +27,9 @@ from medft.siglip.exact_batch import Share, random_numbers_again, share_out
 from medft.siglip.inputs import SiglipInputs
 from medft.siglip.loss import Gradients, Pairs, loss_gradients, mean_logits, unit
 from medft.siglip.model import (
+    LockedTowers,
     embed,
     restore_scale_and_bias,
-    run_locked_towers_without_grad,
     scale_and_bias,
     scale_and_bias_notes,
 )
@@ -75,8 +75,8 @@ class SiglipTrainer(MeasuredBatches):
             contrastive: the recipe's section.
             notes: content of medft.json beside every saved adapter, but for scale and bias.
         """
-        locked = run_locked_towers_without_grad(model)
-        logger.info("towers without backward pass: %s", ", ".join(locked) or "none")
+        self._locked = LockedTowers(model)
+        logger.info("without backward pass: %s", ", ".join(self._locked.parts) or "nothing")
         super().__init__(
             model=model,
             args=args,
@@ -122,7 +122,12 @@ class SiglipTrainer(MeasuredBatches):
         self._shares = []
         if self._contrastive.exact_batch and len(batches) > 1:
             self.model.train()
-            with random_numbers_again(device), torch.no_grad(), self.compute_loss_context_manager():
+            with (
+                random_numbers_again(device),
+                self._locked.first_pass(),
+                torch.no_grad(),
+                self.compute_loss_context_manager(),
+            ):
                 parts = [_pairs(self.model, self._prepare_inputs(batch)) for batch in batches]
             self._shares = self._share_out(parts)
         return batches, items
