@@ -22,6 +22,7 @@ def test_the_recipes_that_ship_are_counted():
         "decoder/medgemma_4b_24gb.yaml",
         "decoder/paligemma2_3b_24gb.yaml",
         "decoder/tiny.yaml",
+        "siglip/medsiglip_448.yaml",
         "siglip/siglip_base_448.yaml",
         "siglip/tiny.yaml",
     }

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from medft.data.chat import (
 from medft.data.images import open_image
 from medft.data.template import fill_template, template_names
 from medft.data.tokens import collisions, length_percentiles
-from medft.errors import DataError, Findings, RecipeError
+from medft.errors import BaseModelError, DataError, Findings, RecipeError
 from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
 from medft.siglip.floor import sigmoid_floor
 from medft.siglip.model import (
@@ -219,6 +219,7 @@ def prepare_inputs(
     record, tokens = {}, {}
     for split, (path, pairs) in files.items():
         tokens[split], counts = _measured(pairs, processor, data.max_length)
+        _check_tokens(tokens[split], config)
         record[split] = {**fingerprint(path, pairs.rows), **counts}
         logger.info("%s: %s", split, describe_counts(counts))
     train = files["train"][1]
@@ -302,6 +303,15 @@ def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
         raise RecipeError(
             f"expected data.image_size of at least one patch of {patch} pixels, got "
             f"{data.image_size}: raise it"
+        )
+
+
+def _check_tokens(tokens: Iterable[tuple[int, ...]], config: PreTrainedConfig) -> None:
+    largest, rows = max(map(max, tokens)), config.text_config.vocab_size
+    if largest >= rows:
+        raise BaseModelError(
+            f"expected tokens below {rows}, the text embeddings of the base, a caption has "
+            f"{largest}: the tokenizer in model.base is another model's"
         )
 
 

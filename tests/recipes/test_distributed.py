@@ -105,13 +105,24 @@ def test_siglip_on_two_processes_keeps_scale_and_bias_in_step(recipe):
     assert notes["logit_bias"] != -10
 
 
-def test_siglip_trains_under_zero2_and_is_refused_under_zero3(recipe, tmp_path):
-    file = recipe("siglip")
-    words = [script("siglip"), str(file), "contrastive.exact_batch=false"]
+def test_siglip_has_exact_batches_under_zero2_and_is_refused_under_zero3(recipe, tmp_path):
+    file = recipe("siglip", gradient_accumulation_steps=2, learning_rate=1e-3)
+    words = [script("siglip"), str(file)]
     finish([*launched(tmp_path, "zero2"), *words])
     found, run = losses(file)
-    assert found[-1] < found[0]
-    notes = json.loads((run / "adapter" / "medft.json").read_text())
+
+    (run.parent / "one").mkdir()
+    one = run.parent / "one.yaml"
+    one.write_text(file.read_text().replace(str(run), str(run.parent / "one")))
+    changes = ["train.per_device_train_batch_size=12", "train.gradient_accumulation_steps=1"]
+    finish(["accelerate.commands.launch", script("siglip"), str(one), *changes])
+    alone, other_run = losses(one)
+    assert found == pytest.approx(alone, rel=1e-5)  # fp32, other orders of summation
+    notes, other = (
+        json.loads((r / "adapter" / "medft.json").read_text()) for r in (run, other_run)
+    )
+    assert notes["logit_scale"] == pytest.approx(other["logit_scale"], rel=1e-6)
+    assert notes["logit_bias"] == pytest.approx(other["logit_bias"], rel=1e-6)
     assert notes["logit_bias"] != -10
 
     other = f"train.output_dir={tmp_path / 'other'}"
@@ -123,19 +134,28 @@ def test_siglip_trains_under_zero2_and_is_refused_under_zero3(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, processes):
-    # 31 rows in rounds of 3 or 6: 11 or 6 steps an epoch
-    middle, end = {1: (15, 19), 2: (8, 10)}[processes]
-    file = recipe("decoder", max_steps=end, save_steps=middle, dataloader_num_workers=2)
+@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kind, processes):
+    # 31 rows: 11 or 6 rounds an epoch of the decoder, 5 or 2 exact batches of SigLIP
+    middle, end = {
+        ("decoder", 1): (15, 19),
+        ("decoder", 2): (8, 10),
+        ("siglip", 1): (7, 9),
+        ("siglip", 2): (3, 5),
+    }[kind, processes]
+    file = recipe(kind, max_steps=end, save_steps=middle, dataloader_num_workers=2)
     content = yaml.safe_load(file.read_text())
     content["lora"]["dropout"] = 0.1
+    if kind == "siglip":
+        content["data"] |= {"random_rotation": 5, "random_crop": 0.9, "random_brightness": 0.1}
+        content["train"]["gradient_accumulation_steps"] = 2
     file.write_text(yaml.safe_dump(content))
     words = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29614"]
-    finish([*words, script("decoder"), str(file)])
+    finish([*words, script(kind), str(file)])
     whole, run = losses(file)
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     (run / f"checkpoint-{end}" / "manifest.json").unlink()
-    finish([*words, script("decoder"), str(file), "train.resume_from_checkpoint=true"])
+    finish([*words, script(kind), str(file), "train.resume_from_checkpoint=true"])
     again, _ = losses(file)
     assert json.loads((run / "run.json").read_text())["resumed_from"] == f"checkpoint-{middle}"
     assert again == whole
