@@ -92,6 +92,7 @@ class SiglipTrainer(MeasuredBatches):
         self._plan = inputs.batches
         self._pairs_an_epoch = inputs.rows_per_epoch
         self._notes = notes
+        self._micro_batches: list[dict[str, Tensor]] = []
         self._shares: list[Share] = []
         self._compared: Pairs | None = None
 
@@ -107,6 +108,8 @@ class SiglipTrainer(MeasuredBatches):
         Raises:
             RunError: its embeddings are others than when the batch's loss was taken.
         """
+        if self._micro_batches:
+            self._shares = self._share_out(self._first_pass())
         pairs = _pairs(model, inputs)
         if not self._shares:
             self._shares = self._share_out([pairs])
@@ -117,20 +120,22 @@ class SiglipTrainer(MeasuredBatches):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of a step; for an exact batch of several the loss is known here."""
+        """The micro-batches of a step, kept where they are one exact batch."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._shares = []
-        if self._contrastive.exact_batch and len(batches) > 1:
-            self.model.train()
-            with (
-                random_numbers_again(device),
-                self._locked.first_pass(),
-                torch.no_grad(),
-                self.compute_loss_context_manager(),
-            ):
-                parts = [_pairs(self.model, self._prepare_inputs(batch)) for batch in batches]
-            self._shares = self._share_out(parts)
+        is_one = self._contrastive.exact_batch and len(batches) > 1
+        self._micro_batches, self._shares = batches if is_one else [], []
         return batches, items
+
+    def _first_pass(self) -> list[Pairs]:
+        """The step's embeddings without grad; the random numbers drawn for them come again."""
+        # not before the first micro-batch: until then a resumed run restores its random state
+        batches, self._micro_batches = self._micro_batches, []
+        with (
+            random_numbers_again(self.args.device),
+            self._locked.first_pass(),
+            torch.no_grad(),
+        ):
+            return [_pairs(self.model, self._prepare_inputs(batch)) for batch in batches]
 
     def _share_out(self, parts: list[Pairs]) -> list[Share]:
         exact = self._contrastive.exact_batch
