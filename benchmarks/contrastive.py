@@ -16,8 +16,9 @@ there, over that of one micro-batch alone, forward and backward; counting them c
 a step's varies. Cosine and error are of the gradient of adapter, scale and bias against d's, the
 adapter's error is also given by itself.
 
-b needs `pip install --no-deps open_clip_torch` and is left out without it. Writes
-results/contrastive.json.
+In b scale and bias, which every micro-batch sees in full, get their whole gradient from each: it
+comes out as many times too large as there are micro-batches. b needs `pip install --no-deps
+open_clip_torch` and is left out without it. Writes results/contrastive.json.
 """
 
 import importlib.metadata

@@ -36,8 +36,8 @@ def training_arguments(
         **owned: fields that medft sets and a recipe may not.
 
     Raises:
-        RecipeError: the library refuses a value, this machine lacks the precision, or the
-            launcher was told another one.
+        RecipeError: the library refuses a value, this machine lacks the precision, the launcher
+            was told another one, or a process sees several GPUs, which Trainer would use at once.
     """
     mixed = _mixed_precision(dtype)
     fields = {
@@ -73,6 +73,12 @@ def training_arguments(
             f"expected values that the trainer accepts in train, it says: "
             f"{' '.join(str(error).split())}"
         ) from error
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"expected one GPU in a process, this one sees {arguments.n_gpu} and Trainer would "
+            f"spread every batch over them: start with --config_file accelerate_configs/ddp.yaml, "
+            f"or set CUDA_VISIBLE_DEVICES=0"
+        )
     return arguments
 
 

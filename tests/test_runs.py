@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from medft.errors import RunError
+from medft.arguments import training_arguments
+from medft.errors import RecipeError, RunError
 from medft.provenance import folder_sha256, hardware, masked, masked_words
 from medft.runs import batch_arithmetic, check_output_dir, draw_curves, final_metrics
 
@@ -95,6 +96,19 @@ def test_the_arithmetic_is_trainers(tmp_path, rows, options):
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     )
     assert batch["warmup_steps"] == arguments.get_warmup_steps(trainer.state.max_steps)
+
+
+def test_a_process_that_sees_several_gpus_is_refused(monkeypatch, tmp_path):
+    train = {"output_dir": str(tmp_path), "use_cpu": True}
+
+    def arguments():
+        return training_arguments(TrainingArguments, train, dtype="float32", metrics={})
+
+    assert arguments().train_batch_size == 8
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    assert TrainingArguments(**train).train_batch_size == 32  # the trap
+    with pytest.raises(RecipeError, match="one GPU in a process, this one sees 4"):
+        arguments()
 
 
 def test_a_folder_that_holds_something_is_not_written_into(tmp_path):

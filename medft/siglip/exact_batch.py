@@ -104,7 +104,7 @@ def share_out(
         across_processes: whether the other processes' micro-batches belong to the batch.
         divided_by: what the training loop divides the loss of each micro-batch by.
     """
-    whole = [torch.cat(parts) for parts in zip(*micro_batches, strict=True)]
+    whole = [torch.cat(parts).detach() for parts in zip(*micro_batches, strict=True)]
     own = slice(0, len(whole[0]))
     world = 1
     if across_processes:

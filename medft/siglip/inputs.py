@@ -53,7 +53,7 @@ class PairDataset(Dataset):
         self.captions = captions
         self._places: list[tuple[int, int]] = []
         self.image_keys: list[str] = []
-        """Of each entry, equal for equal files."""
+        """Of each entry, the path of its image or a hash of its bytes."""
         for number, row in enumerate(rows.select_columns(["images"])):
             self._places += [(number, place) for place in range(len(row["images"]))]
             self.image_keys += [_image_key(image) for image in row["images"]]
@@ -202,7 +202,7 @@ def prepare_inputs(
     """
     findings = Findings()
     with findings.gather():
-        _check_launch(arguments)
+        _check_launch(model, arguments)
     files: dict[str, tuple[Path, PairDataset]] = {}
     for split in ("train", "validation"):
         path = getattr(data, split)
@@ -242,9 +242,16 @@ def prepare_inputs(
     )
 
 
-def _check_launch(arguments: TrainingArguments) -> None:
+def _check_launch(model: ModelSection, arguments: TrainingArguments) -> None:
     plugin = arguments.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if plugin is None:
+        return
+    if model.dtype != "float32":
+        raise RecipeError(
+            f"expected model.dtype float32 under DeepSpeed, which would round adapter, scale and "
+            f"bias to {model.dtype}: use accelerate_configs/ddp.yaml, or write float32"
+        )
+    if plugin.zero_stage == 3:
         raise RecipeError(
             "expected SigLIP whole on every process, ZeRO-3 shards it, and the loss needs scale, "
             "bias and the towers' first pass outside the forward: use accelerate_configs/ddp.yaml "

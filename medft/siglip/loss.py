@@ -250,7 +250,10 @@ def loss_gradients(
 def mean_logits(
     pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The mean logit t * cosine + b of the pairs that match, and of those that do not."""
+    """The mean logit t * cosine + b of the pairs that match, and of those that do not.
+
+    NaN where there is no such pair.
+    """
     labels = Labels(pairs.input_ids, pairs.group_ids, positives)
     images, texts = unit(pairs.images), unit(pairs.texts)
     sums = torch.zeros(2, 2, dtype=torch.float64, device=images.device)

@@ -178,7 +178,9 @@ class SiglipTrainer(MeasuredBatches):
             scale, bias = scale_and_bias(self.model)
             logs["scale"], logs["bias"] = scale.exp().item(), bias.item()
             means = mean_logits(self._compared, self._contrastive.positives, scale, bias)
-            logs["positive_logit"], logs["negative_logit"] = (mean.item() for mean in means)
+            for name, mean in zip(("positive_logit", "negative_logit"), means, strict=True):
+                if not mean.isnan():  # there may be no such pair
+                    logs[name] = mean.item()
         super().log(logs, start_time)
 
     def prediction_step(

@@ -125,12 +125,17 @@ def test_siglip_has_exact_batches_under_zero2_and_is_refused_under_zero3(recipe,
     assert notes["logit_bias"] == pytest.approx(other["logit_bias"], rel=1e-6)
     assert notes["logit_bias"] != -10
 
-    other = f"train.output_dir={tmp_path / 'other'}"
-    command = [sys.executable, "-m", *launched(tmp_path, "zero3"), *words, other]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode != 0
-    assert done.stderr.count("medft: error: expected SigLIP whole on every process") == 1
-    assert not (tmp_path / "other").exists()
+    # DeepSpeed would keep scale and bias in bfloat16, 10 as 10.25
+    for stage, change, sentence in (
+        ("zero3", "model.dtype=float32", "expected SigLIP whole on every process"),
+        ("zero2", "model.dtype=bfloat16", "expected model.dtype float32 under DeepSpeed"),
+    ):
+        other = f"train.output_dir={tmp_path / 'other'}"
+        command = [sys.executable, "-m", *launched(tmp_path, stage), *words, other, change]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode != 0
+        assert done.stderr.count(f"medft: error: {sentence}") == 1
+        assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
