@@ -252,7 +252,7 @@ class Encoder:
         if trained.is_adapter:
             check_same_base(trained.base, trained.notes)
             resize_positions(model, trained.notes["image_size"])
-            if trained.notes["splits_head"]:
+            if trained.notes.get("splits_head"):
                 split_pooling_head(model)
             model = load_adapter(model, trained.folder)
             restore_scale_and_bias(model, trained.folder)

@@ -204,12 +204,15 @@ def fingerprint(path: Path, rows: Dataset) -> dict[str, Any]:
 
 def describe_counts(counts: dict[str, Any]) -> str:
     """A line such as "rows kept 200, rows dropped 3, images a row 1: 190, 2: 10"."""
-    return "; ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in counts.items())
+    known = ((name, value) for name, value in counts.items() if value is not None)
+    return "; ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in known)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {count}" for name, count in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return " = ".join(map(repr, value)) if isinstance(value, list) else str(value)
 
 

@@ -52,7 +52,7 @@ def merge(source: Path, out: Path) -> Path:
     model = load_weights(model_class, base, dtype="auto")
     if is_siglip:
         resize_positions(model, notes["image_size"])
-        if notes["splits_head"]:
+        if notes.get("splits_head"):
             split_pooling_head(model)
     adapted = load_adapter(model, adapter)
     if is_siglip:

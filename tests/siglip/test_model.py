@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, SiglipConfig, SiglipModel
 
 from medft.adapters import attach_adapter, write_notes
 from medft.errors import BaseModelError
@@ -39,6 +39,27 @@ def test_interpolating_once_is_what_transformers_does_on_every_forward(section, 
     assert again.config.vision_config.image_size == size
     with pytest.raises(RuntimeError, match="must match"):
         stock.vision_model(pixels)  # the trap: without the flag a stock forward refuses
+
+
+@pytest.mark.parametrize("size", [224, 256, 384, 512])
+def test_released_sizes_become_448(size, tmp_path):
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = SiglipConfig(
+        vision_config={**tower, "num_hidden_layers": 1, "image_size": size, "patch_size": 16},
+        text_config={**tower, "num_hidden_layers": 1, "vocab_size": 32, "projection_size": 16},
+    )
+    torch.manual_seed(size)
+    model = SiglipModel(config).eval()
+    pixels = torch.randn(1, 3, 448, 448)
+    with torch.no_grad():
+        expected = model.vision_model(pixels, interpolate_pos_encoding=True).pooler_output
+        resize_positions(model, 448)
+        model.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path).eval()
+        found = again.vision_model(pixels).pooler_output
+    # the embeddings lie otherwise in memory, which changes the order of summation
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert again.vision_model.embeddings.position_embedding.weight.shape == (28 * 28, 16)
 
 
 def test_the_bases_own_size_is_left_alone(section):

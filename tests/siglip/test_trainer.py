@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -104,6 +105,84 @@ def test_validation_sees_the_split_as_one_batch(trainer):
         expected = large.compute_loss(large.model.eval(), whole).item()
     assert first["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert first["eval_pool"] == len(entries)
+
+
+def test_an_evaluation_ranks_every_caption_that_is_right(step, many_rows):
+    recipe = step(16, 1)
+    trained = build_trainer(recipe, (f"data.validation={many_rows}",))
+    found = trained.evaluate()
+    whole = trained.data_collator([trained.eval_dataset[index] for index in range(70)])
+    model = trained.model.eval()
+    with torch.no_grad():
+        outputs = model(input_ids=whole["input_ids"], pixel_values=whole["pixel_values"])
+    images, texts = (
+        torch.nn.functional.normalize(part.double(), dim=-1)
+        for part in (outputs.image_embeds, outputs.text_embeds)
+    )
+    ids = whole["input_ids"]
+    right = (ids[:, None] == ids).all(dim=-1)
+    assert right.sum(dim=1).max() == 20  # captions that come again
+
+    for way, similarity in (
+        ("image_to_text", images @ texts.T),
+        ("text_to_image", texts @ images.T),
+    ):
+        places = []
+        for row, matches in zip(similarity, right, strict=True):
+            best = row[matches].max()
+            before = (row > best + 1e-6).sum()
+            tied = ((row - best).abs() <= 1e-6).logical_and(~matches).sum()
+            places.append(float(1 + before + tied / 2))
+        places = torch.tensor(places)
+        for k in (1, 5, 10):
+            expected = (places <= k).double().mean().item()
+            assert found[f"eval_{way}_recall@{k}"] == pytest.approx(expected)
+        middle = torch.quantile(places, 0.5).item()
+        assert found[f"eval_{way}_median_rank"] == pytest.approx(middle)
+    missed = [math.prod((70 - m - i) / (70 - i) for i in range(5)) for m in right.sum(1).tolist()]
+    assert found["eval_chance_recall@5"] == pytest.approx(1 - sum(missed) / 70)
+    assert found["eval_pool"] == 70
+    assert found["eval_excess"] == pytest.approx(found["eval_loss"] - found["eval_floor"])
+    assert found["eval_floor"] > 0  # pictures come again with other captions
+
+
+def test_best_model_is_the_best_by_the_metric_that_the_recipe_names(sections, write_recipe):
+    recipe = sections("siglip")
+    recipe["train"] |= {
+        "metric_for_best_model": "eval_text_to_image_recall@1",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    trained = build_trainer(write_recipe(recipe), ("train.max_steps=6",))
+    assert trained.args.greater_is_better
+    recipe["train"]["metric_for_best_model"] = "eval_text_to_image_median_rank"
+    assert not build_trainer(write_recipe(recipe)).args.greater_is_better
+    trained.train()
+    history = [e for e in trained.state.log_history if "eval_loss" in e]
+    figures = [entry["eval_text_to_image_recall@1"] for entry in history]
+    assert trained.state.best_metric == max(figures)
+    recipe["train"]["metric_for_best_model"] = "eval_recall"
+    with pytest.raises(MedftError, match="eval_image_to_text_recall@1, "):
+        build_trainer(write_recipe(recipe))
+
+
+def test_a_scale_beyond_100_is_trained_and_stays_there(trainer):
+    trained = trainer(max_steps=3, learning_rate=1e-3)
+    with torch.no_grad():
+        scale_and_bias(trained.model)[0].fill_(math.log(118.0))
+    trained.train()
+    scales = [entry["scale"] for entry in trained.state.log_history if "scale" in entry]
+    assert all(110 < scale < 125 for scale in scales)
+    assert scales[-1] != scales[0]
+
+
+def test_the_log_tells_floor_excess_and_mean_logits(step):
+    _, _, logged = first_step(step(16, 2))
+    assert logged["excess"] == pytest.approx(logged["loss"] - logged["floor"])
+    assert logged["floor"] > 0
+    assert logged["positive_logit"] != logged["negative_logit"]
+    _, _, softmax = first_step(step(16, 2), ("contrastive.loss=softmax",))
+    assert not {"floor", "excess"} & softmax.keys()
 
 
 @pytest.fixture
