@@ -32,7 +32,7 @@ from medft.demo.bases import build_decoder, build_siglip
 from medft.demo.phantoms import MODALITIES, caption, draw_phantom, render, report
 from medft.files import complete_folder
 from medft.launch import process_set_up
-from medft.siglip.loss import match_labels, sigmoid_loss
+from medft.siglip.loss import Labels, sigmoid_loss
 from medft.siglip.model import embed
 
 PICTURE = 56
@@ -172,7 +172,7 @@ def pretrain_siglip(
         chosen = random.integers(len(captions), size=128)
         ids = input_ids[chosen]
         vectors = embed(model, ids, pixels[chosen])
-        labels = match_labels(ids, torch.arange(len(ids)), "caption")
+        labels = Labels(ids, torch.arange(len(ids)), "caption").tile()
         return sigmoid_loss(*vectors, labels, model.logit_scale, model.logit_bias)
 
     _train("siglip", model, loss, steps=steps, learning_rate=1e-3)
