@@ -31,8 +31,8 @@ from medft.siglip.model import (
     embed_texts,
     resize_positions,
     restore_scale_and_bias,
-    split_pooling_head,
 )
+from medft.siglip.pooling_head import split_pooling_head
 
 BATCH = 8
 """Pictures or conversations that go through a model together."""

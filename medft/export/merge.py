@@ -18,12 +18,8 @@ from medft.adapters import (
 from medft.base import check_local_base, load_processor, load_weights
 from medft.files import check_folder_for_output, complete_folder
 from medft.recipe import ModelSection
-from medft.siglip.model import (
-    join_pooling_head,
-    resize_positions,
-    restore_scale_and_bias,
-    split_pooling_head,
-)
+from medft.siglip.model import resize_positions, restore_scale_and_bias
+from medft.siglip.pooling_head import join_pooling_head, split_pooling_head
 
 
 def merge(source: Path, out: Path) -> Path:

@@ -37,9 +37,9 @@ from medft.siglip.model import (
     PRESETS,
     check_family,
     load_siglip_processor,
-    split_pooling_head,
     splits_head,
 )
+from medft.siglip.pooling_head import split_pooling_head
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,8 @@ The scale and bias are bare parameters: PEFT freezes them and leaves them out of
 they are unfrozen here and travel in medft.json.
 """
 
-import functools
 import logging
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,13 +15,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, Siglip2Tokenizer, SiglipModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from medft.adapters import cast_trainable_to_float32, exact_float, read_notes
-from medft.base import load_processor, load_weights
+from medft.base import load_processor, load_weights, readable_base
 from medft.errors import BaseModelError
-from medft.frozen import is_frozen, run_without_grad
 from medft.recipe import LoraSection, ModelSection
+from medft.siglip.pooling_head import split_pooling_head
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +77,10 @@ def load_siglip_processor(model: ModelSection, *, image_size: int) -> ProcessorM
     processor = load_processor(model)
     if processor.tokenizer("A")["input_ids"] != processor.tokenizer("a")["input_ids"]:
         logger.info("the base's tokenizer keeps upper case: Siglip2Tokenizer takes its place")
-        processor.tokenizer = Siglip2Tokenizer.from_pretrained(model.base, revision=model.revision)
+        with readable_base(model):
+            processor.tokenizer = Siglip2Tokenizer.from_pretrained(
+                model.base, revision=model.revision
+            )
     processor.tokenizer.padding_side = "right"
     processor.image_processor.size = {"height": image_size, "width": image_size}
     return processor
@@ -126,119 +125,6 @@ def resize_positions(model: SiglipModel, image_size: int) -> None:
     embeddings.image_size = config.image_size = image_size
     positions = torch.arange(new * new, device=weight.device).expand(1, -1)
     embeddings.register_buffer("position_ids", positions, persistent=False)
-
-
-class SplitAttention(nn.Module):
-    """An nn.MultiheadAttention as four linear layers, on which adapters live.
-
-    The stock module never calls its output layer and keeps the other three in one parameter, so
-    that an adapter would sit there without effect.
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.num_heads = attention.num_heads
-        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
-        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        """Attention of [B, Q, D] over [B, K, D]; the weights are not given."""
-        heads = [
-            projection(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, part in (
-                (self.q_proj, query),
-                (self.k_proj, key),
-                (self.v_proj, value),
-            )
-        ]
-        attended = functional.scaled_dot_product_attention(*heads)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
-
-    def joined(self) -> nn.MultiheadAttention:
-        """The stock module with the weights as they are now."""
-        width, like = self.out_proj.in_features, self.out_proj.weight
-        joined = nn.MultiheadAttention(
-            width, self.num_heads, batch_first=True, device=like.device, dtype=like.dtype
-        )
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        joined.in_proj_weight.data = torch.cat([part.weight.data for part in parts])
-        joined.in_proj_bias.data = torch.cat([part.bias.data for part in parts])
-        joined.out_proj.weight.data = self.out_proj.weight.data
-        joined.out_proj.bias.data = self.out_proj.bias.data
-        return joined.train(self.training)
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = nn.Linear(*weight.shape[::-1], device="meta")
-    made.weight = nn.Parameter(weight.detach().clone())
-    made.bias = nn.Parameter(bias.detach().clone())
-    return made
-
-
-def split_pooling_head(model: SiglipModel) -> None:
-    """Split the attention of the pooling head, so that adapters can sit on its layers.
-
-    Raises:
-        BaseModelError: the base has no pooling head.
-    """
-    head = getattr(model.vision_model, "head", None)
-    if head is None:
-        raise BaseModelError(
-            "expected a base with a pooling head for lora.targets vision or both, it has none: "
-            "write vision_no_head or both_no_head"
-        )
-    head.attention = SplitAttention(head.attention)
-
-
-def join_pooling_head(model: SiglipModel) -> None:
-    """Undo `split_pooling_head`, the adapter merged, so that plain transformers loads the model."""
-    model.vision_model.head.attention = model.vision_model.head.attention.joined()
-
-
-class LockedTowers:
-    """The towers with nothing to train: without grad or dropout, and never computed twice.
-
-    Where a batch is computed once without grad and once with, their outputs are kept in between.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        """Change the forward of each such tower; `model` has its adapter attached."""
-        self._kept: dict[str, deque[Tensor]] = {}
-        self._keeps = False
-        bare = bare_model(model)
-        for part, name in PARTS.items():
-            tower = bare.get_submodule(name)
-            if is_frozen(tower):
-                self._kept[part] = deque()
-                run_without_grad(tower, f"{part} tower")
-                tower.forward = functools.partial(self._run, part, tower, tower.forward)
-
-    @property
-    def parts(self) -> list[str]:
-        """Their names."""
-        return list(self._kept)
-
-    @contextmanager
-    def first_pass(self) -> Iterator[None]:
-        """Keep what comes out in the block; forwards after it give that again, in its order."""
-        for outputs in self._kept.values():
-            outputs.clear()
-        self._keeps = True
-        try:
-            yield
-        finally:
-            self._keeps = False
-
-    def _run(self, part: str, tower: nn.Module, forward: Any, *args: Any, **inputs: Any) -> Any:
-        outputs = self._kept[part]
-        if outputs and not self._keeps:
-            return BaseModelOutputWithPooling(pooler_output=outputs.popleft())
-        tower.eval()
-        output = forward(*args, **inputs)
-        if self._keeps:
-            outputs.append(output.pooler_output)
-        return output
 
 
 def bare_model(model: nn.Module) -> SiglipModel:

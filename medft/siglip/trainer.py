@@ -25,9 +25,9 @@ from medft.metrics.scores import RECALLS
 from medft.recipe import ContrastiveSection
 from medft.siglip.exact_batch import Share, random_numbers_again, share_out
 from medft.siglip.inputs import SiglipInputs
+from medft.siglip.locked_towers import LockedTowers
 from medft.siglip.loss import Gradients, Pairs, loss_gradients, mean_logits, unit
 from medft.siglip.model import (
-    LockedTowers,
     embed,
     restore_scale_and_bias,
     scale_and_bias,

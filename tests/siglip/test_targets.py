@@ -12,13 +12,8 @@ from medft.adapters import attach_adapter
 from medft.errors import BaseModelError
 from medft.export.merge import merge
 from medft.recipe import ModelSection, SiglipLoraSection
-from medft.siglip.model import (
-    PRESETS,
-    embed,
-    join_pooling_head,
-    load_model,
-    split_pooling_head,
-)
+from medft.siglip.model import PRESETS, embed, load_model
+from medft.siglip.pooling_head import join_pooling_head, split_pooling_head
 from medft.trained import Encoder
 
 HEAD = "vision_model.head.attention"
@@ -171,7 +166,7 @@ def test_a_locked_tower_runs_once_and_without_grad(locked):
 def test_a_locked_tower_leaves_the_gradients_as_they_are(locked, monkeypatch):
     file = locked("text", "lit")
     _, found, logged = first_step(file)
-    monkeypatch.setattr("medft.siglip.model.is_frozen", lambda tower: False)
+    monkeypatch.setattr("medft.siglip.locked_towers.is_frozen", lambda tower: False)
     _, expected, as_stock = first_step(file)
     assert logged["loss"] == pytest.approx(as_stock["loss"], rel=1e-6)
     assert found.keys() == expected.keys()

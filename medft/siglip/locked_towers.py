@@ -1,0 +1,61 @@
+"""Towers that hold nothing to train, as the picture tower in locked-image tuning.
+
+Source: the name is that of arXiv:2111.07991.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from medft.frozen import is_frozen, run_without_grad
+from medft.siglip.model import PARTS, bare_model
+
+
+class LockedTowers:
+    """The towers with nothing to train: without grad or dropout, and never computed twice.
+
+    Where a batch is computed once without grad and once with, their outputs are kept in between.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Change the forward of each such tower; `model` has its adapter attached."""
+        self._kept: dict[str, deque[Tensor]] = {}
+        self._keeps = False
+        bare = bare_model(model)
+        for part, name in PARTS.items():
+            tower = bare.get_submodule(name)
+            if is_frozen(tower):
+                self._kept[part] = deque()
+                run_without_grad(tower, f"{part} tower")
+                tower.forward = functools.partial(self._run, part, tower, tower.forward)
+
+    @property
+    def parts(self) -> list[str]:
+        """Their names."""
+        return list(self._kept)
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Keep what comes out in the block; forwards after it give that again, in its order."""
+        for outputs in self._kept.values():
+            outputs.clear()
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+
+    def _run(self, part: str, tower: nn.Module, forward: Any, *args: Any, **inputs: Any) -> Any:
+        outputs = self._kept[part]
+        if outputs and not self._keeps:
+            return BaseModelOutputWithPooling(pooler_output=outputs.popleft())
+        tower.eval()
+        output = forward(*args, **inputs)
+        if self._keeps:
+            outputs.append(output.pooler_output)
+        return output
