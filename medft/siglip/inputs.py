@@ -213,7 +213,9 @@ def prepare_inputs(
         config = load_config(model)
         check_family(config)
         _check_sizes(config, data)
-        processor = load_siglip_processor(model, image_size=data.image_size)
+        processor = load_siglip_processor(
+            model, image_size=data.image_size, max_length=data.max_length
+        )
         plan = _plan(config, lora, arguments) if lora else ALL_WEIGHTS
     findings.raise_any()
     record, tokens = {}, {}
@@ -304,6 +306,13 @@ def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
         raise RecipeError(
             f"expected data.max_length of at most {positions}, the text positions of the base, "
             f"got {data.max_length}: lower it"
+        )
+    if data.max_length < positions:
+        logger.warning(
+            "captions are padded to %s tokens and the base learnt to pool the last of %s: embed "
+            "with the processor that is saved beside the adapter",
+            data.max_length,
+            positions,
         )
     patch = config.vision_config.patch_size
     if data.image_size < patch:

@@ -64,12 +64,14 @@ def check_family(config: PreTrainedConfig) -> None:
         )
 
 
-def load_siglip_processor(model: ModelSection, *, image_size: int) -> ProcessorMixin:
-    """The base's processor, for pictures of `image_size`, texts in lower case and padded behind.
+def load_siglip_processor(
+    model: ModelSection, *, image_size: int, max_length: int
+) -> ProcessorMixin:
+    """The base's processor, for pictures of `image_size` and texts of `max_length` tokens.
 
-    Released SigLIP 2 models name Gemma's tokenizer, which keeps upper case; they were trained on
-    lower case (transformers#43054). transformers' own Siglip2Tokenizer takes its place, here and in
-    what is saved.
+    Texts are in lower case and padded behind. Released SigLIP 2 models name Gemma's tokenizer,
+    which keeps upper case; they were trained on lower case (transformers#43054). transformers' own
+    Siglip2Tokenizer takes its place, here and in what is saved.
 
     Raises:
         BaseModelError: it cannot be read.
@@ -82,6 +84,7 @@ def load_siglip_processor(model: ModelSection, *, image_size: int) -> ProcessorM
                 model.base, revision=model.revision
             )
     processor.tokenizer.padding_side = "right"
+    processor.tokenizer.model_max_length = max_length
     processor.image_processor.size = {"height": image_size, "width": image_size}
     return processor
 

@@ -163,7 +163,7 @@ def siglip2(bases, tmp_path):
 def test_siglip_2_sees_lower_case_padded_behind_and_so_does_what_is_saved(siglip2, tmp_path):
     stock = AutoProcessor.from_pretrained(siglip2, backend="pil").tokenizer
     assert stock("No Effusion")["input_ids"] != stock("no effusion")["input_ids"]  # the trap
-    processor = load_siglip_processor(ModelSection(base=str(siglip2)), image_size=84)
+    processor = load_siglip_processor(ModelSection(base=str(siglip2)), image_size=84, max_length=64)
     processor.save_pretrained(tmp_path / "saved")
     again = AutoProcessor.from_pretrained(tmp_path / "saved", backend="pil")
     for tokenizer in (processor.tokenizer, again.tokenizer):
@@ -191,6 +191,22 @@ def test_siglip_2_trains(siglip2, sections, write_recipe):
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_a_shorter_padding_is_told_and_saved(sections, write_recipe, tmp_path, caplog):
+    recipe = sections("siglip")
+    trainer = build_trainer(write_recipe(recipe))
+    assert "captions are padded to" not in caplog.text
+    recipe["data"]["max_length"] = 24
+    trainer = build_trainer(write_recipe(recipe))
+    assert (
+        "captions are padded to 24 tokens and the base learnt to pool the last of 64" in caplog.text
+    )
+    trainer.data_collator.processor.save_pretrained(tmp_path / "saved")
+    again = AutoProcessor.from_pretrained(tmp_path / "saved", backend="pil")
+    padded = again.tokenizer("no effusion", padding="max_length")["input_ids"]
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert len(padded) == batch["input_ids"].shape[1] == 24
 
 
 def test_a_tokenizer_of_another_model_is_refused(siglip2, bases, sections, write_recipe):
