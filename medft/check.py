@@ -68,7 +68,7 @@ def describe_check(checked: Checked) -> str:
     if isinstance(inputs, DecoderInputs) and (plan := inputs.cache_plan()):
         lines.append(plan)
     if isinstance(inputs, SiglipInputs):
-        lines.append(f"compared: {describe_counts(asdict(inputs.batches))}")
+        lines.append(f"compared on one process: {describe_counts(asdict(inputs.batches))}")
     lines += [f"example: {example}" for example in inputs.examples()]
     lines += [
         f"batch: {batch['per_device']} per device x {batch['accumulation']} accumulation x "

@@ -29,6 +29,7 @@ from medft.siglip.model import (
     check_family,
     embed_images,
     embed_texts,
+    load_siglip_processor,
     resize_positions,
     restore_scale_and_bias,
 )
@@ -256,12 +257,17 @@ class Encoder:
                 split_pooling_head(model)
             model = load_adapter(model, trained.folder)
             restore_scale_and_bias(model, trained.folder)
-        processor = load_processor(ModelSection(base=str(trained.folder)))
         positions = config.text_config.max_position_embeddings
+        max_length = trained.notes.get("max_length", positions)
+        processor = load_siglip_processor(
+            ModelSection(base=str(trained.folder)),
+            image_size=trained.notes.get("image_size", config.vision_config.image_size),
+            max_length=max_length,
+        )
         return cls(
             model.to(_device()),
             processor,
-            max_length=trained.notes.get("max_length", positions),
+            max_length=max_length,
             caption=trained.notes.get("caption"),
         )
 

@@ -134,7 +134,8 @@ def train_both(models: Path, chat: Path, out: Path, overrides: list[str]) -> Non
     Raises:
         RunError: one of them failed.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    on_the_cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, **on_the_cpu}
     running = {}
     for kind in KINDS:
         command = [sys.executable, "-m", "medft.cli", "train"]

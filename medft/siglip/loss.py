@@ -1,6 +1,6 @@
 """Contrastive losses over image and text embeddings, in float32 whatever the training precision.
 
-Pure functions: tensors in, numbers out. No model, no files, no process group.
+Tensors in, numbers out. No model, no files, no process group.
 
 Shape letters in this file:
     N  images and as many texts
@@ -36,7 +36,7 @@ class Pairs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """A loss and its derivatives by everything it was computed from."""
+    """A loss, a scalar, and its derivatives by everything it was computed from."""
 
     loss: Tensor
     images: Tensor
@@ -46,7 +46,10 @@ class Gradients(NamedTuple):
     """[N, D], by the embeddings at length 1."""
 
     logit_scale: Tensor
+    """Of the shape of the parameter."""
+
     logit_bias: Tensor
+    """Of the shape of the parameter."""
 
 
 class Labels:
@@ -81,7 +84,7 @@ class Labels:
 
 @contextmanager
 def float32(device_type: str) -> Iterator[None]:
-    """Without autocast, and without the 10-bit mantissa that training in bfloat16 switches on."""
+    """Without autocast, and without the 10-bit mantissa of TF32 where that is switched on."""
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -125,12 +128,13 @@ def softmax_loss(
 ) -> Tensor:
     """Symmetric cross-entropy of each image over the texts and each text over the images.
 
-    Pairs that match but for the own one are left out of the denominators. The bias cancels.
+    Pairs that match but for the own one are left out of the denominators. The bias would cancel and
+    has no part in it.
 
     Source: arXiv:2103.00020, figure 3; leaving out other matches is ours.
     """
     with float32(images.device.type):
-        logits = logit_scale.float().exp() * (unit(images) @ unit(texts).T) + logit_bias.float()
+        logits = logit_scale.float().exp() * (unit(images) @ unit(texts).T)
         logits = logits.masked_fill(_left_out(labels), -torch.inf)
         target = torch.arange(len(images), device=images.device)
         by_image = functional.cross_entropy(logits, target)
@@ -246,21 +250,35 @@ def loss_gradients(
     return Gradients(loss.detach(), *found)
 
 
-@torch.no_grad()
-def mean_logits(
-    pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The mean logit t * cosine + b of the pairs that match, and of those that do not.
+class Figures(NamedTuple):
+    """What a batch shows, without derivatives; scalars."""
 
-    NaN where there is no such pair.
-    """
+    loss: Tensor
+    positive_logit: Tensor
+    """The mean t * cosine + b of pairs that match; NaN where there is none."""
+
+    negative_logit: Tensor
+    """The mean t * cosine + b of pairs that do not; NaN where there is none."""
+
+
+@torch.no_grad()
+def figures(
+    name: str, pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
+) -> Figures:
+    """A loss and mean logits of all pairs of images and texts; arguments as `loss_gradients`."""
     labels = Labels(pairs.input_ids, pairs.group_ids, positives)
     images, texts = unit(pairs.images), unit(pairs.texts)
+    t, b = logit_scale.float().exp(), logit_bias.float()
+    loss = torch.zeros((), dtype=torch.float64, device=images.device)
     sums = torch.zeros(2, 2, dtype=torch.float64, device=images.device)
     with float32(images.device.type):
         for rows, columns in _tiles(len(images), TILE):
-            cosines, z = images[rows] @ texts[columns].T, labels.tile(rows, columns)
+            z = labels.tile(rows, columns)
+            logits = t * (images[rows] @ texts[columns].T) + b
+            loss += (functional.softplus(-z * logits) * z.abs()).sum()
             for kind, chosen in enumerate((z > 0, z < 0)):
-                sums[kind] += torch.stack([(cosines * chosen).sum(), chosen.sum()])
-    means = logit_scale.double().exp() * sums[:, 0] / sums[:, 1] + logit_bias.double()
-    return means[0], means[1]
+                sums[kind] += torch.stack([(logits * chosen).sum(), chosen.sum()])
+    loss = loss.float() / len(images)
+    if name != "sigmoid":
+        loss = MATRIX_LOSSES[name](images, texts, labels.tile(), logit_scale, logit_bias)
+    return Figures(loss, *(sums[:, 0] / sums[:, 1]))

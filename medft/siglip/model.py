@@ -51,7 +51,7 @@ def splits_head(lora: LoraSection | None) -> bool:
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a base that is no SigLIP of fixed resolution.
+    """Refuse a base that is no SigLIP of fixed resolution with a pooling head.
 
     Raises:
         BaseModelError: another architecture.
@@ -61,6 +61,11 @@ def check_family(config: PreTrainedConfig) -> None:
             f"expected a SigLIP of fixed resolution (model_type siglip), model.base has "
             f"model_type {config.model_type!r}: choose another base; decoders are trained with "
             f"decoder_qlora.py"
+        )
+    if not getattr(config.vision_config, "vision_use_head", True):
+        raise BaseModelError(
+            "expected a SigLIP whose vision tower has a pooling head, that of model.base has none "
+            "and gives no embedding: choose a whole SigLIP"
         )
 
 

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import SiglipModel
 
-from medft.errors import BaseModelError
-
 
 class SplitAttention(nn.Module):
     """An nn.MultiheadAttention as four linear layers."""
@@ -57,18 +55,8 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def split_pooling_head(model: SiglipModel) -> None:
-    """Split the attention of the pooling head, so that adapters can sit on its layers.
-
-    Raises:
-        BaseModelError: the base has no pooling head.
-    """
-    head = getattr(model.vision_model, "head", None)
-    if head is None:
-        raise BaseModelError(
-            "expected a base with a pooling head for lora.targets vision or both, it has none: "
-            "write vision_no_head or both_no_head"
-        )
-    head.attention = SplitAttention(head.attention)
+    """Split the attention of the pooling head, so that adapters can sit on its layers."""
+    model.vision_model.head.attention = SplitAttention(model.vision_model.head.attention)
 
 
 def join_pooling_head(model: SiglipModel) -> None:

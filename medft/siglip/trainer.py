@@ -7,6 +7,7 @@ as one batch.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from medft.recipe import ContrastiveSection
 from medft.siglip.exact_batch import Share, random_numbers_again, share_out
 from medft.siglip.inputs import SiglipInputs
 from medft.siglip.locked_towers import LockedTowers
-from medft.siglip.loss import Gradients, Pairs, loss_gradients, mean_logits, unit
+from medft.siglip.loss import Figures, Gradients, Pairs, figures, loss_gradients, unit
 from medft.siglip.model import (
     embed,
     restore_scale_and_bias,
@@ -177,10 +178,7 @@ class SiglipTrainer(MeasuredBatches):
             logs.update(_above(self._plan.loss_floor, logs["loss"]))
             scale, bias = scale_and_bias(self.model)
             logs["scale"], logs["bias"] = scale.exp().item(), bias.item()
-            means = mean_logits(self._compared, self._contrastive.positives, scale, bias)
-            for name, mean in zip(("positive_logit", "negative_logit"), means, strict=True):
-                if not mean.isnan():  # there may be no such pair
-                    logs[name] = mean.item()
+            logs.update(_mean_logits(self._figures_of(self._compared)))
         super().log(logs, start_time)
 
     def prediction_step(
@@ -207,11 +205,15 @@ class SiglipTrainer(MeasuredBatches):
         """
         arrays = (*prediction.predictions, *prediction.label_ids)
         pairs = Pairs(*(torch.as_tensor(array) for array in arrays))
+        found = self._figures_of(pairs)
+        loss = found.loss.item()
+        floor = self._plan.validation_loss_floor
+        return {"loss": loss, **_above(floor, loss), **_mean_logits(found), **_retrieval(pairs)}
+
+    def _figures_of(self, pairs: Pairs) -> Figures:
+        scale, bias = (p.detach().to(pairs.images.device) for p in scale_and_bias(self.model))
         chosen = self._contrastive
-        scale, bias = (parameter.detach().cpu() for parameter in scale_and_bias(self.model))
-        loss = loss_gradients(chosen.loss, pairs, chosen.positives, scale, bias).loss.item()
-        figures = {"loss": loss, **_above(self._plan.validation_loss_floor, loss)}
-        return figures | _retrieval(pairs)
+        return figures(chosen.loss, pairs, chosen.positives, scale, bias)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -236,17 +238,22 @@ def _above(floor: float | None, loss: float) -> dict[str, float]:
     return {} if floor is None else {"floor": floor, "excess": loss - floor}
 
 
+def _mean_logits(found: Figures) -> dict[str, float]:
+    means = {name: getattr(found, name).item() for name in ("positive_logit", "negative_logit")}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
 def _retrieval(pairs: Pairs) -> dict[str, float]:
     """Recalls and median ranks among all pairs, texts with the same tokens being all right."""
     keys = torch.unique(pairs.input_ids, dim=0, return_inverse=True)[1].numpy()
     images, texts = unit(pairs.images).numpy(), unit(pairs.texts).numpy()
     weights = np.ones(len(keys))
-    figures = {}
+    recalls = {}
     for way, queries, candidates in zip(WAYS, (images, texts), (texts, images), strict=True):
         found = ranks(queries, candidates, keys, keys)
         for k in RECALLS:
-            figures[f"{way}_recall@{k}"] = recall_at(found, k).score(weights)
-        figures[f"{way}_median_rank"] = median_rank(found).score(weights)
+            recalls[f"{way}_recall@{k}"] = recall_at(found, k).score(weights)
+        recalls[f"{way}_median_rank"] = median_rank(found).score(weights)
     positives = np.bincount(keys)[keys]
     chance = {f"chance_recall@{k}": chance_recall(k, positives, len(keys)) for k in RECALLS}
-    return {**figures, **chance, "pool": len(keys)}
+    return {**recalls, **chance, "pool": len(keys)}

@@ -159,6 +159,7 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kin
     finish([*words, script(kind), str(file)])
     whole, run = losses(file)
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    notes = json.loads((run / "adapter" / "medft.json").read_text())
     (run / f"checkpoint-{end}" / "manifest.json").unlink()
     finish([*words, script(kind), str(file), "train.resume_from_checkpoint=true"])
     again, _ = losses(file)
@@ -166,6 +167,7 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kin
     assert again == whole
     resumed = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(adapter[name], resumed[name]) for name in adapter)
+    assert json.loads((run / "adapter" / "medft.json").read_text()) == notes  # scale and bias
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

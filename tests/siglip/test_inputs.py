@@ -15,6 +15,7 @@ from medft.data.augmentation import augment
 from medft.errors import MedftError
 from medft.recipe import ModelSection, SiglipDataSection
 from medft.siglip.model import load_siglip_processor
+from medft.trained import Encoder
 
 
 @pytest.fixture
@@ -175,6 +176,30 @@ def test_siglip_2_sees_lower_case_padded_behind_and_so_does_what_is_saved(siglip
         assert lower[-1] == tokenizer.pad_token_id != lower[0]
         assert tokenizer.eos_token_id in lower
     assert again.image_processor.size["height"] == 84
+
+
+def test_an_untouched_siglip_2_is_embedded_in_lower_case(siglip2):
+    encoder = Encoder.load(siglip2)
+    upper, lower = encoder.embed_texts(["No Effusion", "no effusion"])
+    assert (upper == lower).all()
+
+
+def test_a_sharded_siglip_is_refused(sections, write_recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(MedftError, match="FSDP shards it"):
+        build_trainer(write_recipe(sections("siglip")))
+
+
+def test_a_base_without_pooling_head_is_refused(bases, sections, write_recipe, tmp_path):
+    shutil.copytree(bases / "siglip", tmp_path / "headless")
+    file = tmp_path / "headless" / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["vision_use_head"] = False
+    file.write_text(json.dumps(config))
+    recipe = sections("siglip")
+    recipe["model"]["base"] = str(tmp_path / "headless")
+    with pytest.raises(MedftError, match=r"has a pooling head, that of model\.base has none"):
+        build_trainer(write_recipe(recipe))
 
 
 def test_siglip_2_trains(siglip2, sections, write_recipe):

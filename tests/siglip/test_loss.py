@@ -1,21 +1,19 @@
 """Losses against transformers and plain torch, at scales and biases of released checkpoints."""
 
 import math
-import weakref
 
 import pytest
 import torch
+from live_memory import PeakCounter
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 from medft.siglip.loss import (
     Labels,
     Pairs,
+    figures,
     float32,
     loss_gradients,
-    mean_logits,
     row_sigmoid_loss,
     sigmoid_gradients,
     sigmoid_loss,
@@ -168,34 +166,9 @@ def test_gradients_of_raw_embeddings_are_autograds(batch, name, positives):
         *torch.autograd.grad(carrier, [images, texts]), found.logit_scale, found.logit_bias
     ]  # fmt: skip
     assert found.loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert (found.logit_bias == 0).all() == (name == "softmax")
     for left, right in zip(ours, expected, strict=True):
-        # the bias cancels in softmax: what is left of its gradient is rounding
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
-
-
-class LargestLive(TorchDispatchMode):
-    """The most bytes of tensors that operations in the block made and that lived at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.most = 0
-        self._known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self._known:
-                    self._known.add(storage.data_ptr())
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
-        self.most = max(self.most, self.live)
-        return output
-
-    def _free(self, pointer, size):
-        self._known.discard(pointer)
-        self.live -= size
 
 
 @pytest.mark.slow
@@ -205,24 +178,24 @@ def test_memory_of_the_tiled_pass_grows_linearly_to_16k():
         generator = torch.Generator().manual_seed(count)
         images, texts = (unit(torch.randn(count, 8, generator=generator)) for _ in range(2))
         ids = torch.arange(count)[:, None]
-        with LargestLive() as memory:
+        with PeakCounter() as memory:
             labels = Labels(ids, ids[:, 0], "caption")
             sigmoid_gradients(images, texts, labels, SCALE, BIAS)
-        found[count] = memory.most
+        found[count] = memory.peak
     matrix = 16384**2 * 4
     assert found[16384] < matrix / 10
     # tiles of 1024 x 1024 whatever the batch, then a few vectors for each pair
     assert found[16384] - found[8192] <= 2.2 * (found[8192] - found[4096])
-    with LargestLive() as memory:
+    with PeakCounter() as memory:
         labels = Labels(torch.arange(2048)[:, None], torch.arange(2048), "caption")
         sigmoid_loss(images[:2048], texts[:2048], labels.tile(), SCALE, BIAS)
-    assert memory.most > 2048**2 * 4  # the reference holds the matrix
+    assert memory.peak > 2048**2 * 4  # the reference holds the matrix
 
 
-def test_the_loss_is_float32_under_bfloat16_training_whatever_the_library_switched_on():
+def test_the_loss_is_float32_where_tf32_is_switched_on():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"  # as Trainer does for bf16 on Ampere
+    matmul.fp32_precision = "tf32"  # as train.tf32 does
     try:
         with float32("cpu"):
             assert matmul.fp32_precision == "ieee"
@@ -231,10 +204,21 @@ def test_the_loss_is_float32_under_bfloat16_training_whatever_the_library_switch
         matmul.fp32_precision = before
 
 
-def test_mean_logits_are_those_of_matches_and_of_others(batch):
+def test_figures_are_those_of_matches_and_of_others(batch):
     labels = Labels(TEXTS, GROUPS, "group").tile()
     logits = 117.3 * unit(batch[0]) @ unit(batch[1]).T - 12.9
-    positive, negative = mean_logits(Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS)
+    loss, positive, negative = figures(
+        "sigmoid", Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS
+    )
+    assert loss.item() == pytest.approx(sigmoid_loss(*batch, labels, SCALE, BIAS).item(), rel=1e-6)
+    for name, plain in (("softmax", softmax_loss), ("row_sigmoid", row_sigmoid_loss)):
+        found = figures(name, Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS)
+        expected = plain(*batch, labels, SCALE, BIAS).item()
+        assert found.loss.item() == pytest.approx(expected, rel=1e-6)
+    alone = figures(
+        "sigmoid", Pairs(*(p[:1] for p in (*batch, TEXTS, GROUPS))), "group", SCALE, BIAS
+    )
+    assert alone.negative_logit.isnan()
     assert positive.item() == pytest.approx(logits[labels > 0].mean().item(), rel=1e-5)
     assert negative.item() == pytest.approx(logits[labels < 0].mean().item(), rel=1e-5)
     assert (labels == 0).any()

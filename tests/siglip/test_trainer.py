@@ -301,9 +301,12 @@ def test_a_smaller_last_group_is_left_out_and_counted(step, caplog):
     with caplog.at_level("INFO", "medft.siglip.inputs"):
         trained, _, _ = first_step(step(8, 4))
     assert "pairs compared 32; pairs left out an epoch 6; loss floor" in caplog.text
-    sampler = trained._get_train_sampler()
-    first, second = ([*sampler] for _ in range(2))
-    assert len(first) == len(set(first)) == 64
+    loader, epochs = trained.get_train_dataloader(), []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        epochs.append([name for batch in loader for name in batch["row_ids"]])
+    first, second = epochs
+    assert len(first) == len(set(first)) == len(second) == 64
     assert set(first) != set(second)  # others in every epoch
     with pytest.raises(MedftError, match=r"batch of 128 at least, data\.train has 70"):
         first_step(step(32, 4))
