@@ -161,8 +161,8 @@ def load_rows(path: Path, *, split: str) -> Dataset:
 
     Returns:
         A dataset with the columns id (a second of equal ones gets its line beside it), group_id,
-        source, images (bytes or path), messages (JSON) and fields (JSON); read a row's messages
-        with `messages_of`.
+        source, images (bytes or path), messages (JSON) and fields (JSON), and of pairs.parquet
+        sha256 (of each image); read a row's messages with `messages_of`.
 
     Raises:
         DataError: the file is missing, empty or not of this kind, or rows of it are bad.
@@ -222,7 +222,7 @@ def _pairs_dataset(path: Path, split: str) -> Dataset:
     chosen = [index for index, name in enumerate(splits) if name == split]
     if not chosen:
         return _NO_ROWS
-    columns = ["id", "group_id", "source", "images", "text", "question", "fields"]
+    columns = ["id", "group_id", "source", "images", "sha256", "text", "question", "fields"]
     dataset = Dataset.from_parquet(str(path), columns=columns)
     dataset = dataset.cast_column("images", List(Image(decode=False))).select(chosen)
     messages = []

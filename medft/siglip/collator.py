@@ -1,7 +1,7 @@
 """From rows to batches: an image and its caption an entry, changed at random where asked."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ class PairDataset(Dataset):
         self.captions = captions
         self._places: list[tuple[int, int]] = []
         self.image_keys: list[str] = []
-        """Of each entry, the path of its image or a hash of its bytes."""
-        for number, row in enumerate(rows.select_columns(["images"])):
-            self._places += [(number, place) for place in range(len(row["images"]))]
-            self.image_keys += [_image_key(image) for image in row["images"]]
+        """Of each entry, the path of its image or the hash of its content."""
+        for number, keys in enumerate(_image_keys(rows)):
+            self._places += [(number, place) for place in range(len(keys))]
+            self.image_keys += keys
         self._changes: tuple[SiglipDataSection, int] | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers live on
 
@@ -71,10 +71,10 @@ class PairDataset(Dataset):
         return [of_rows[row] for row, _ in self._places]
 
 
-def _image_key(image: dict[str, Any]) -> str:
-    if image["bytes"] is None:
-        return image["path"]
-    return hashlib.sha256(image["bytes"]).hexdigest()
+def _image_keys(rows: Rows) -> Iterator[list[str]]:
+    if "sha256" in rows.column_names:
+        return iter(rows["sha256"])
+    return ([image["path"] for image in row["images"]] for row in rows.select_columns(["images"]))
 
 
 class PairCollator:
