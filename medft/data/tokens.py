@@ -1,8 +1,13 @@
 """How long texts are in tokens, and which of them a tokenizer cannot tell apart."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from medft.data.pairs import batched
+
+_AT_ONCE = 1000
 
 
 def length_percentiles(lengths: Sequence[int]) -> dict[str, int]:
@@ -15,9 +20,23 @@ def length_percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return dict(zip(marks, found.tolist(), strict=True))
 
 
-def collisions(texts: Iterable[str], tokens: Iterable[Sequence[int]]) -> list[list[str]]:
-    """Groups of different texts that have the same tokens, in the order of their first text."""
-    alike: dict[tuple[int, ...], dict[str, None]] = {}
-    for text, ids in zip(texts, tokens, strict=True):
-        alike.setdefault(tuple(ids), {})[text] = None
-    return [list(group) for group in alike.values() if len(group) > 1]
+def token_keys(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The tokens of each text, cut to max_length, as int32 bytes; and how many they were uncut."""
+    keys, lengths = {}, {}
+    for some in batched(texts, _AT_ONCE):
+        for text, ids in zip(some, tokenizer(some)["input_ids"], strict=True):
+            lengths[text] = len(ids)
+            if len(ids) > max_length:
+                ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+            keys[text] = np.array(ids, dtype=np.int32).tobytes()
+    return keys, lengths
+
+
+def collisions(keys: Mapping[str, bytes]) -> list[list[str]]:
+    """Groups of texts that have the same tokens, in the order of their first text."""
+    alike: dict[bytes, list[str]] = {}
+    for text, key in keys.items():
+        alike.setdefault(key, []).append(text)
+    return [group for group in alike.values() if len(group) > 1]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
@@ -21,7 +22,7 @@ from medft.data.chat import (
     messages_of,
 )
 from medft.data.template import fill_template, template_names
-from medft.data.tokens import collisions, length_percentiles
+from medft.data.tokens import collisions, length_percentiles, token_keys
 from medft.errors import BaseModelError, DataError, Findings, RecipeError
 from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
 from medft.siglip.collator import PairCollator, PairDataset
@@ -164,7 +165,7 @@ def _check_launch(model: ModelSection, arguments: TrainingArguments) -> None:
 
 
 def _plan_batches(
-    splits: dict[str, tuple[PairDataset, list[tuple[int, ...]]]],
+    splits: dict[str, tuple[PairDataset, list[bytes]]],
     contrastive: ContrastiveSection,
     arguments: TrainingArguments,
 ) -> BatchPlan:
@@ -224,8 +225,9 @@ def _check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
         )
 
 
-def _check_tokens(tokens: Iterable[tuple[int, ...]], config: PreTrainedConfig) -> None:
-    largest, rows = max(map(max, tokens)), config.text_config.vocab_size
+def _check_tokens(tokens: Iterable[bytes], config: PreTrainedConfig) -> None:
+    largest = max(int(np.frombuffer(key, np.int32).max()) for key in set(tokens))
+    rows = config.text_config.vocab_size
     if largest >= rows:
         raise BaseModelError(
             f"expected tokens below {rows}, the text embeddings of the base, a caption has "
@@ -276,25 +278,14 @@ def caption_of(row: dict[str, Any], template: str | None) -> str:
 
 def _measured(
     pairs: PairDataset, processor: ProcessorMixin, max_length: int
-) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
+) -> tuple[list[bytes], dict[str, Any]]:
     """The tokens of each entry as the model sees them, and what is known of them."""
-    captions = list(dict.fromkeys(pairs.captions))
-    tokens = processor.tokenizer(captions)["input_ids"]
-    length_of = dict(zip(captions, map(len, tokens), strict=True))
+    keys, length_of = token_keys(dict.fromkeys(pairs.captions), processor.tokenizer, max_length)
     lengths = [length_of[caption] for caption in pairs.captions]
     images_of = Counter(pairs.by_entry(range(len(pairs.captions))))
     image_counts = Counter(images_of[row] for row in range(len(pairs.captions)))
-    seen = [
-        tuple(
-            processor.tokenizer(caption, truncation=True, max_length=max_length)["input_ids"]
-            if len(ids) > max_length
-            else ids
-        )
-        for caption, ids in zip(captions, tokens, strict=True)
-    ]
-    alike = collisions(captions, seen)
-    tokens_of = dict(zip(captions, seen, strict=True))
-    return pairs.by_entry([tokens_of[caption] for caption in pairs.captions]), {
+    alike = collisions(keys)
+    return pairs.by_entry([keys[caption] for caption in pairs.captions]), {
         "pairs": len(pairs),
         "captions_cut": sum(length > max_length for length in lengths),
         "tokens_a_caption": length_percentiles(lengths),
