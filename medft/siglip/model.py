@@ -97,6 +97,9 @@ def load_siglip_processor(
 def load_model(model: ModelSection, lora: LoraSection | None, *, image_size: int) -> SiglipModel:
     """The base with its weights, its position embeddings interpolated to `image_size`.
 
+    Its towers are in the recipe's precision; scale and bias stay float32, since bfloat16 makes
+    115.6 of a scale of 117.3.
+
     Args:
         model: the recipe's section.
         lora: the recipe's section; None is full fine-tuning, for which all weights are float32.
@@ -105,11 +108,13 @@ def load_model(model: ModelSection, lora: LoraSection | None, *, image_size: int
     Raises:
         BaseModelError: it cannot be loaded.
     """
-    dtype = getattr(torch, model.dtype) if lora else torch.float32
-    loaded = load_weights(AutoModel, model, dtype=dtype)
+    loaded = load_weights(AutoModel, model, dtype=torch.float32)
     resize_positions(loaded, image_size)
     if splits_head(lora):
         split_pooling_head(loaded)
+    if lora:
+        for tower in PARTS.values():
+            loaded.get_submodule(tower).to(getattr(torch, model.dtype))
     return loaded
 
 

@@ -125,7 +125,7 @@ def test_siglip_has_exact_batches_under_zero2_and_is_refused_under_zero3(recipe,
     assert notes["logit_bias"] == pytest.approx(other["logit_bias"], rel=1e-6)
     assert notes["logit_bias"] != -10
 
-    # DeepSpeed would keep scale and bias in bfloat16, 10 as 10.25
+    # DeepSpeed would keep adapter, scale and bias in bfloat16
     for stage, change, sentence in (
         ("zero3", "model.dtype=float32", "expected SigLIP whole on every process"),
         ("zero2", "model.dtype=bfloat16", "expected model.dtype float32 under DeepSpeed"),

@@ -77,6 +77,22 @@ def test_peft_freezes_scale_and_bias_and_medft_frees_them(section):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in scale_and_bias(adapted))
 
 
+def test_scale_and_bias_are_not_rounded_where_the_towers_are(section, tmp_path):
+    base = AutoModel.from_pretrained(section.base)
+    torch.nn.init.constant_(base.logit_scale, 4.7651)
+    torch.nn.init.constant_(base.logit_bias, -12.9321)
+    base.save_pretrained(tmp_path)
+    stock = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert abs(stock.logit_scale.float().exp() - base.logit_scale.exp()) > 0.5  # the trap
+    rounded = ModelSection(base=str(tmp_path), dtype="bfloat16")
+    for targets in ("both", "text"):
+        model = load_model(rounded, SiglipLoraSection(targets=targets), image_size=84)
+        assert torch.equal(model.logit_scale, base.logit_scale)
+        assert torch.equal(model.logit_bias, base.logit_bias)
+        towers = [p for n, p in model.named_parameters() if "logit" not in n]
+        assert {p.dtype for p in towers} == {torch.bfloat16}
+
+
 def test_scale_and_bias_come_back_bit_for_bit(section, tmp_path):
     model = load_model(section, LORA, image_size=56)
     with torch.no_grad():
