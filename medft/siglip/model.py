@@ -165,7 +165,7 @@ def scale_and_bias_notes(model: nn.Module) -> dict[str, float]:
 
 
 def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
-    """Set scale and bias from the medft.json beside an adapter.
+    """Set scale and bias, in float32, from the medft.json beside an adapter.
 
     Raises:
         BaseModelError: the file is missing or lacks them.
@@ -180,6 +180,7 @@ def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
         for name, parameter in zip(
             ("logit_scale", "logit_bias"), scale_and_bias(model), strict=True
         ):
+            parameter.data = parameter.data.float()
             parameter.fill_(notes[name])
 
 
