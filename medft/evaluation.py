@@ -27,7 +27,7 @@ from medft.data.pairs import batched, thumbnail
 from medft.errors import DataError, RunError
 from medft.evaluation_report import shown_cases, write_evaluation_report
 from medft.files import check_folder_for_output, complete_folder, file_sha256, write_json
-from medft.metrics.retrieval import ranks
+from medft.metrics.retrieval import ranks_both_ways
 from medft.metrics.scores import Line, score
 from medft.pages import thumbnail_of
 from medft.provenance import read_record
@@ -295,10 +295,10 @@ def encoder_lines(encoder: Encoder, rows: Dataset, *, against_base: bool) -> Ite
         with encoder.without_adapter() if name == "base" else nullcontext():
             images = encoder.embed_images(open_pictures(rows, item)[0] for item in items)
             captions = encoder.embed_texts(texts)
-        systems[name] = _both_ways(images, captions, keys)
+        systems[name] = ranks_both_ways(images, captions, keys)
         retrieved[name] = _best_texts(images, captions, texts)
     shown = [i if other is None else other for i, other in enumerate(others)]
-    systems["shuffled"] = _both_ways(images[shown], captions, keys)
+    systems["shuffled"] = ranks_both_ways(images[shown], captions, keys)
     systems = {"tuned": systems.pop("tuned"), **systems}
     for index, item in enumerate(items):
         yield {
@@ -313,13 +313,6 @@ def encoder_lines(encoder: Encoder, rows: Dataset, *, against_base: bool) -> Ite
             "retrieved": {name: best[index] for name, best in retrieved.items()},
             "shuffled_with": None if others[index] is None else items[others[index]].id,
         }
-
-
-def _both_ways(images: np.ndarray, texts: np.ndarray, keys: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "image_to_text": ranks(images, texts, keys, keys),
-        "text_to_image": ranks(texts, images, keys, keys),
-    }
 
 
 def _best_texts(

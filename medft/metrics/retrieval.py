@@ -9,10 +9,18 @@ Shape letters in this file:
     B  queries of a block
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from medft.errors import DataError
 from medft.metrics.bootstrap import Scorer, mean
+
+WAYS = ("image_to_text", "text_to_image")
+"""Directions of retrieval."""
+
+RECALLS = (1, 5, 10)
+"""Numbers of retrieved candidates for which the recall is told."""
 
 _BLOCK = 1024
 
@@ -76,6 +84,37 @@ def _ranked(similarity: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return 1 + before + (up_to - before) / 2
 
 
+def ranks_both_ways(
+    images: np.ndarray, texts: np.ndarray, keys: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The ranks of each image among the texts and of each text among the images, by way.
+
+    Args:
+        images: [Q, D] of length 1.
+        texts: [Q, D] of length 1.
+        keys: [Q], equal for pairs whose images and texts match each other.
+
+    Raises:
+        DataError: as from `ranks`.
+    """
+    found = (ranks(images, texts, keys, keys), ranks(texts, images, keys, keys))
+    return dict(zip(WAYS, found, strict=True))
+
+
+def retrieval_scorers(found: Mapping[str, np.ndarray]) -> dict[str, Scorer]:
+    """Recalls and median ranks of each way, by name.
+
+    Args:
+        found: [Q] ranks, by way.
+    """
+    scorers = {}
+    for way in WAYS:
+        for k in RECALLS:
+            scorers[f"{way}_recall@{k}"] = recall_at(found[way], k)
+        scorers[f"{way}_median_rank"] = median_rank(found[way])
+    return scorers
+
+
 def recall_at(ranks: np.ndarray, k: int) -> Scorer:
     """Share of the queries with a positive among the first k, in [0, 1].
 
@@ -122,3 +161,8 @@ def chance_recall(k: int, positives_per_query: np.ndarray, pool: int) -> float:
     others_left = np.maximum(pool - positives[:, None] - drawn, 0)
     missed = (others_left / (pool - drawn)).prod(axis=1)
     return float(np.average(1 - missed, weights=queries))
+
+
+def chance_recalls(positives_per_query: np.ndarray, pool: int) -> dict[str, float]:
+    """`chance_recall` for each of RECALLS, by name."""
+    return {f"recall@{k}": chance_recall(k, positives_per_query, pool) for k in RECALLS}

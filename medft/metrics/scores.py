@@ -9,7 +9,7 @@ import numpy as np
 
 from medft.metrics.bootstrap import Estimate, Scorer, difference, estimate
 from medft.metrics.findings import finding_f1, load_lexicon
-from medft.metrics.retrieval import chance_recall, median_rank, recall_at
+from medft.metrics.retrieval import WAYS, chance_recalls, retrieval_scorers
 from medft.metrics.text import (
     bleu,
     bleu_signature,
@@ -18,8 +18,6 @@ from medft.metrics.text import (
     rouge_l,
     token_f1,
 )
-
-RECALLS = (1, 5, 10)
 
 Line = Mapping[str, Any]
 """A line of predictions.jsonl."""
@@ -84,17 +82,13 @@ def _decoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
 
 
 def _encoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
-    scorers = {}
-    for way in ("image_to_text", "text_to_image"):
-        found = np.array([line["ranks"][system][way] for line in lines])
-        for k in RECALLS:
-            scorers[f"{way}_recall@{k}"] = recall_at(found, k)
-        scorers[f"{way}_median_rank"] = median_rank(found)
-    return scorers
+    return retrieval_scorers(
+        {way: np.array([line["ranks"][system][way] for line in lines]) for way in WAYS}
+    )
 
 
 def _chance(lines: Sequence[Line]) -> dict[str, Any]:
     counts = Counter(line["reference"] for line in lines)
     positives = np.array([counts[line["reference"]] for line in lines])
-    chance = {f"recall@{k}": chance_recall(k, positives, len(lines)) for k in RECALLS}
+    chance = chance_recalls(positives, len(lines))
     return {"pool": len(lines), "texts": len(counts), "chance": chance}

@@ -21,8 +21,13 @@ from transformers import EvalPrediction, TrainingArguments
 from medft.adapters import write_notes
 from medft.arguments import training_arguments
 from medft.callbacks import EpochTeller, MeasuredBatches
-from medft.metrics.retrieval import chance_recall, median_rank, ranks, recall_at
-from medft.metrics.scores import RECALLS
+from medft.metrics.retrieval import (
+    RECALLS,
+    WAYS,
+    chance_recalls,
+    ranks_both_ways,
+    retrieval_scorers,
+)
 from medft.recipe import ContrastiveSection
 from medft.siglip.exact_batch import Share, random_numbers_again, share_out
 from medft.siglip.inputs import SiglipInputs
@@ -36,8 +41,6 @@ from medft.siglip.model import (
 )
 
 logger = logging.getLogger(__name__)
-
-WAYS = ("image_to_text", "text_to_image")
 
 METRICS = {
     "loss": False,
@@ -246,14 +249,8 @@ def _mean_logits(found: Figures) -> dict[str, float]:
 def _retrieval(pairs: Pairs) -> dict[str, float]:
     """Recalls and median ranks among all pairs, texts with the same tokens being all right."""
     keys = torch.unique(pairs.input_ids, dim=0, return_inverse=True)[1].numpy()
-    images, texts = unit(pairs.images).numpy(), unit(pairs.texts).numpy()
+    found = ranks_both_ways(unit(pairs.images).numpy(), unit(pairs.texts).numpy(), keys)
     weights = np.ones(len(keys))
-    recalls = {}
-    for way, queries, candidates in zip(WAYS, (images, texts), (texts, images), strict=True):
-        found = ranks(queries, candidates, keys, keys)
-        for k in RECALLS:
-            recalls[f"{way}_recall@{k}"] = recall_at(found, k).score(weights)
-        recalls[f"{way}_median_rank"] = median_rank(found).score(weights)
-    positives = np.bincount(keys)[keys]
-    chance = {f"chance_recall@{k}": chance_recall(k, positives, len(keys)) for k in RECALLS}
-    return {**recalls, **chance, "pool": len(keys)}
+    figures = {name: scorer.score(weights) for name, scorer in retrieval_scorers(found).items()}
+    chance = chance_recalls(np.bincount(keys)[keys], len(keys))
+    return {**figures, **{f"chance_{k}": v for k, v in chance.items()}, "pool": len(keys)}
