@@ -250,35 +250,40 @@ def loss_gradients(
     return Gradients(loss.detach(), *found)
 
 
-class Figures(NamedTuple):
-    """What a batch shows, without derivatives; scalars."""
-
-    loss: Tensor
-    positive_logit: Tensor
-    """The mean t * cosine + b of pairs that match; NaN where there is none."""
-
-    negative_logit: Tensor
-    """The mean t * cosine + b of pairs that do not; NaN where there is none."""
-
-
 @torch.no_grad()
-def figures(
+def loss_alone(
     name: str, pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
-) -> Figures:
-    """A loss and mean logits of all pairs of images and texts; arguments as `loss_gradients`."""
+) -> Tensor:
+    """The loss of `loss_gradients` without its derivatives."""
     labels = Labels(pairs.input_ids, pairs.group_ids, positives)
     images, texts = unit(pairs.images), unit(pairs.texts)
+    if name != "sigmoid":
+        return MATRIX_LOSSES[name](images, texts, labels.tile(), logit_scale, logit_bias)
     t, b = logit_scale.float().exp(), logit_bias.float()
     loss = torch.zeros((), dtype=torch.float64, device=images.device)
-    sums = torch.zeros(2, 2, dtype=torch.float64, device=images.device)
     with float32(images.device.type):
         for rows, columns in _tiles(len(images), TILE):
             z = labels.tile(rows, columns)
             logits = t * (images[rows] @ texts[columns].T) + b
             loss += (functional.softplus(-z * logits) * z.abs()).sum()
+    return (loss / len(images)).float()
+
+
+@torch.no_grad()
+def mean_logits(
+    pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean t * cosine + b of the pairs that match, and of those that do not.
+
+    NaN where there is no such pair.
+    """
+    labels = Labels(pairs.input_ids, pairs.group_ids, positives)
+    images, texts = unit(pairs.images), unit(pairs.texts)
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=images.device)
+    with float32(images.device.type):
+        for rows, columns in _tiles(len(images), TILE):
+            cosines, z = images[rows] @ texts[columns].T, labels.tile(rows, columns)
             for kind, chosen in enumerate((z > 0, z < 0)):
-                sums[kind] += torch.stack([(logits * chosen).sum(), chosen.sum()])
-    loss = loss.float() / len(images)
-    if name != "sigmoid":
-        loss = MATRIX_LOSSES[name](images, texts, labels.tile(), logit_scale, logit_bias)
-    return Figures(loss, *(sums[:, 0] / sums[:, 1]))
+                sums[kind] += torch.stack([(cosines * chosen).sum(), chosen.sum()])
+    means = logit_scale.double().exp() * sums[:, 0] / sums[:, 1] + logit_bias.double()
+    return means[0], means[1]

@@ -32,7 +32,14 @@ from medft.recipe import ContrastiveSection
 from medft.siglip.exact_batch import Share, random_numbers_again, share_out
 from medft.siglip.inputs import SiglipInputs
 from medft.siglip.locked_towers import LockedTowers
-from medft.siglip.loss import Figures, Gradients, Pairs, figures, loss_gradients, unit
+from medft.siglip.loss import (
+    Gradients,
+    Pairs,
+    loss_alone,
+    loss_gradients,
+    mean_logits,
+    unit,
+)
 from medft.siglip.model import (
     embed,
     restore_scale_and_bias,
@@ -181,7 +188,7 @@ class SiglipTrainer(MeasuredBatches):
             logs.update(_above(self._plan.loss_floor, logs["loss"]))
             scale, bias = scale_and_bias(self.model)
             logs["scale"], logs["bias"] = scale.exp().item(), bias.item()
-            logs.update(_mean_logits(self._figures_of(self._compared)))
+            logs.update(self._mean_logits(self._compared))
         super().log(logs, start_time)
 
     def prediction_step(
@@ -208,15 +215,18 @@ class SiglipTrainer(MeasuredBatches):
         """
         arrays = (*prediction.predictions, *prediction.label_ids)
         pairs = Pairs(*(torch.as_tensor(array) for array in arrays))
-        found = self._figures_of(pairs)
-        loss = found.loss.item()
-        floor = self._plan.validation_loss_floor
-        return {"loss": loss, **_above(floor, loss), **_mean_logits(found), **_retrieval(pairs)}
-
-    def _figures_of(self, pairs: Pairs) -> Figures:
-        scale, bias = (p.detach().to(pairs.images.device) for p in scale_and_bias(self.model))
         chosen = self._contrastive
-        return figures(chosen.loss, pairs, chosen.positives, scale, bias)
+        own = (parameter.to(pairs.images.device) for parameter in scale_and_bias(self.model))
+        loss = loss_alone(chosen.loss, pairs, chosen.positives, *own).item()
+        floor = self._plan.validation_loss_floor
+        figures = {"loss": loss, **_above(floor, loss), **self._mean_logits(pairs)}
+        return figures | _retrieval(pairs)
+
+    def _mean_logits(self, pairs: Pairs) -> dict[str, float]:
+        own = (parameter.to(pairs.images.device) for parameter in scale_and_bias(self.model))
+        means = mean_logits(pairs, self._contrastive.positives, *own)
+        named = zip(("positive_logit", "negative_logit"), (m.item() for m in means), strict=True)
+        return {name: mean for name, mean in named if not math.isnan(mean)}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -239,11 +249,6 @@ def _pairs(model: nn.Module, inputs: dict[str, Tensor]) -> Pairs:
 
 def _above(floor: float | None, loss: float) -> dict[str, float]:
     return {} if floor is None else {"floor": floor, "excess": loss - floor}
-
-
-def _mean_logits(found: Figures) -> dict[str, float]:
-    means = {name: getattr(found, name).item() for name in ("positive_logit", "negative_logit")}
-    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def _retrieval(pairs: Pairs) -> dict[str, float]:

@@ -11,9 +11,10 @@ from transformers import AutoModel
 from medft.siglip.loss import (
     Labels,
     Pairs,
-    figures,
     float32,
+    loss_alone,
     loss_gradients,
+    mean_logits,
     row_sigmoid_loss,
     sigmoid_gradients,
     sigmoid_loss,
@@ -204,24 +205,24 @@ def test_the_loss_is_float32_where_tf32_is_switched_on():
         matmul.fp32_precision = before
 
 
-def test_figures_are_those_of_matches_and_of_others(batch):
+def test_mean_logits_are_those_of_matches_and_of_others(batch):
     labels = Labels(TEXTS, GROUPS, "group").tile()
     logits = 117.3 * unit(batch[0]) @ unit(batch[1]).T - 12.9
-    loss, positive, negative = figures(
-        "sigmoid", Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS
-    )
-    assert loss.item() == pytest.approx(sigmoid_loss(*batch, labels, SCALE, BIAS).item(), rel=1e-6)
-    for name, plain in (("softmax", softmax_loss), ("row_sigmoid", row_sigmoid_loss)):
-        found = figures(name, Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS)
-        expected = plain(*batch, labels, SCALE, BIAS).item()
-        assert found.loss.item() == pytest.approx(expected, rel=1e-6)
-    alone = figures(
-        "sigmoid", Pairs(*(p[:1] for p in (*batch, TEXTS, GROUPS))), "group", SCALE, BIAS
-    )
-    assert alone.negative_logit.isnan()
+    positive, negative = mean_logits(Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS)
     assert positive.item() == pytest.approx(logits[labels > 0].mean().item(), rel=1e-5)
     assert negative.item() == pytest.approx(logits[labels < 0].mean().item(), rel=1e-5)
     assert (labels == 0).any()
+    one = Pairs(*(part[:1] for part in (*batch, TEXTS, GROUPS)))
+    assert mean_logits(one, "group", SCALE, BIAS)[1].isnan()
+
+
+def test_the_loss_alone_is_that_of_the_formula(batch):
+    labels = Labels(TEXTS, GROUPS, "group").tile()
+    losses = {"sigmoid": sigmoid_loss, "softmax": softmax_loss, "row_sigmoid": row_sigmoid_loss}
+    for name, plain in losses.items():
+        found = loss_alone(name, Pairs(*batch, TEXTS, GROUPS), "group", SCALE, BIAS)
+        expected = plain(*batch, labels, SCALE, BIAS).item()
+        assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_clamp_at_100_as_in_open_clip(batch):
