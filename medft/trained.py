@@ -29,11 +29,9 @@ from medft.siglip.model import (
     check_family,
     embed_images,
     embed_texts,
+    load_adapted,
     load_siglip_processor,
-    resize_positions,
-    restore_scale_and_bias,
 )
-from medft.siglip.pooling_head import split_pooling_head
 
 BATCH = 8
 """Pictures or conversations that go through a model together."""
@@ -249,14 +247,12 @@ class Encoder:
         check_local_base(trained.base)
         config = load_config(trained.base)
         check_family(config)
-        model: nn.Module = load_weights(AutoModel, trained.base, dtype="auto")
+        model: nn.Module
         if trained.is_adapter:
             check_same_base(trained.base, trained.notes)
-            resize_positions(model, trained.notes["image_size"])
-            if trained.notes.get("splits_head"):
-                split_pooling_head(model)
-            model = load_adapter(model, trained.folder)
-            restore_scale_and_bias(model, trained.folder)
+            model = load_adapted(trained.base, trained.folder)
+        else:
+            model = load_weights(AutoModel, trained.base, dtype="auto")
         positions = config.text_config.max_position_embeddings
         max_length = trained.notes.get("max_length", positions)
         processor = load_siglip_processor(

@@ -6,7 +6,7 @@ on a 4-bit base the merged model differs a little from the trained one, which sa
 
 from pathlib import Path
 
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from medft.adapters import (
     check_same_base,
@@ -18,8 +18,8 @@ from medft.adapters import (
 from medft.base import check_local_base, load_processor, load_weights
 from medft.files import check_folder_for_output, complete_folder
 from medft.recipe import ModelSection
-from medft.siglip.model import resize_positions, restore_scale_and_bias
-from medft.siglip.pooling_head import join_pooling_head, split_pooling_head
+from medft.siglip.model import load_adapted
+from medft.siglip.pooling_head import join_pooling_head
 
 
 def merge(source: Path, out: Path) -> Path:
@@ -43,16 +43,11 @@ def merge(source: Path, out: Path) -> Path:
     check_local_base(base)
     check_same_base(base, notes)
     processor = load_processor(ModelSection(base=str(adapter)))
-    is_siglip = notes["family"] == "siglip"
-    model_class = AutoModel if is_siglip else AutoModelForImageTextToText
-    model = load_weights(model_class, base, dtype="auto")
-    if is_siglip:
-        resize_positions(model, notes["image_size"])
-        if notes.get("splits_head"):
-            split_pooling_head(model)
-    adapted = load_adapter(model, adapter)
-    if is_siglip:
-        restore_scale_and_bias(adapted, adapter)
+    if notes["family"] == "siglip":
+        adapted = load_adapted(base, adapter)
+    else:
+        model = load_weights(AutoModelForImageTextToText, base, dtype="auto")
+        adapted = load_adapter(model, adapter)
     merged = adapted.merge_and_unload(safe_merge=True)
     if notes.get("splits_head"):
         join_pooling_head(merged)

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, Siglip2Tokenizer, SiglipModel
 
-from medft.adapters import cast_trainable_to_float32, exact_float, read_notes
+from medft.adapters import (
+    cast_trainable_to_float32,
+    exact_float,
+    load_adapter,
+    read_notes,
+)
 from medft.base import load_processor, load_weights, readable_base
 from medft.errors import BaseModelError
 from medft.recipe import LoraSection, ModelSection
@@ -182,6 +187,26 @@ def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
         ):
             parameter.data = parameter.data.float()
             parameter.fill_(notes[name])
+
+
+def load_adapted(base: ModelSection, folder: Path) -> PeftModel:
+    """A base in the precision it is stored in, with a trained adapter, its image size and scale.
+
+    Args:
+        base: that the adapter was trained on, its files already compared.
+        folder: of the adapter.
+
+    Raises:
+        BaseModelError: one of the two cannot be loaded, or a tensor has no place.
+    """
+    notes = read_notes(folder)
+    model = load_weights(AutoModel, base, dtype="auto")
+    resize_positions(model, notes["image_size"])
+    if notes.get("splits_head"):
+        split_pooling_head(model)
+    adapted = load_adapter(model, folder)
+    restore_scale_and_bias(adapted, folder)
+    return adapted
 
 
 def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
