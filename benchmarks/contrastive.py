@@ -51,11 +51,11 @@ from transformers import (
     Trainer,
 )
 
-from medft.adapters import attach_adapter
+from medft.config.recipe import SiglipRecipe
 from medft.demo.bases import siglip_tokenizer, tokenizer_corpus
-from medft.recipe import SiglipRecipe
-from medft.siglip.inputs import prepare_inputs
+from medft.models.lora import attach_adapter
 from medft.siglip.model import PRESETS, scale_and_bias, train_scale_and_bias
+from medft.siglip.prepared import prepare_inputs
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 MICRO_BATCH = 8

@@ -52,12 +52,12 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from medft.adapters import attach_adapter
+from medft.config.recipe import DecoderRecipe
 from medft.decoder.families import MLLAMA
-from medft.decoder.inputs import prepare_inputs
+from medft.decoder.prepared import prepare_inputs
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.demo.bases import decoder_tokenizer, tokenizer_corpus
-from medft.recipe import DecoderRecipe
+from medft.models.lora import attach_adapter
 
 TOKENS = 128
 ROUNDS = 7

@@ -20,8 +20,8 @@ from medft.data.chat import write_chat
 from medft.data.prepare import prepare
 from medft.demo.chain import KINDS, run_demo
 from medft.demo.exports import write_exports
-from medft.evaluation import evaluate
-from medft.evaluation_report import interval, label
+from medft.evaluation.evaluate import evaluate
+from medft.evaluation.report import interval, label
 
 HELD_OUT = 300
 MAIN = {"decoder": "finding_f1", "siglip": "image_to_text_recall@1"}

@@ -3,19 +3,19 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from medft.adapters import initial_adapter
-from medft.base import identify_base
+from medft.config.recipe import Recipe, SiglipRecipe
 from medft.data.chat import describe_counts
-from medft.decoder import inputs as decoder_inputs
-from medft.decoder.inputs import DecoderInputs
+from medft.decoder import prepared as decoder_prepared
+from medft.decoder.prepared import DecoderInputs
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import Findings
-from medft.launch import recipe_class
-from medft.recipe import Recipe, SiglipRecipe
-from medft.runs import batch_arithmetic, check_output_dir, check_same_run
-from medft.siglip import inputs as siglip_inputs
-from medft.siglip.inputs import SiglipInputs
+from medft.models.base import identify_base
+from medft.models.lora import initial_adapter
+from medft.siglip import prepared as siglip_prepared
+from medft.siglip.prepared import SiglipInputs
 from medft.siglip.trainer import siglip_arguments
+from medft.training.launch import recipe_class
+from medft.training.run import batch_arithmetic, check_output_dir, check_same_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ def check(file: Path, overrides: list[str]) -> Checked:
     with findings.gather():
         if isinstance(recipe, SiglipRecipe):
             arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype, use_cpu=True)
-            inputs = siglip_inputs.prepare_inputs(
+            inputs = siglip_prepared.prepare_inputs(
                 recipe.model, recipe.data, lora, recipe.contrastive, arguments
             )
         else:
             arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype, use_cpu=True)
-            inputs = decoder_inputs.prepare_inputs(recipe.model, recipe.data, lora, arguments)
+            inputs = decoder_prepared.prepare_inputs(recipe.model, recipe.data, lora, arguments)
     findings.raise_any()
     if checkpoint or (lora and lora.init_from):
         base = identify_base(recipe.model, inputs.config)

@@ -121,7 +121,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from medft.demo.chain import run_demo
-    from medft.launch import process_set_up
+    from medft.training.launch import process_set_up
 
     with process_set_up():
         report = run_demo(arguments.out)
@@ -166,7 +166,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from medft.check import check, describe_check
-    from medft.launch import process_set_up
+    from medft.training.launch import process_set_up
 
     with process_set_up(quiet=True):
         checked = check(arguments.recipe, arguments.overrides)
@@ -175,7 +175,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from medft.check import check
-    from medft.launch import process_set_up, train
+    from medft.training.launch import process_set_up, train
 
     with process_set_up(quiet=True):
         check(arguments.recipe, arguments.overrides)
@@ -183,9 +183,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from medft.evaluation import evaluate
-    from medft.evaluation_report import describe
-    from medft.launch import process_set_up
+    from medft.evaluation.evaluate import evaluate
+    from medft.evaluation.report import describe
+    from medft.training.launch import process_set_up
 
     with process_set_up():
         metrics = evaluate(
@@ -200,8 +200,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from medft.launch import process_set_up
-    from medft.predict import predict_files
+    from medft.inference.files import predict_files
+    from medft.training.launch import process_set_up
 
     with process_set_up():
         counts = predict_files(
@@ -219,7 +219,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from medft.export.merge import merge
-    from medft.launch import process_set_up
+    from medft.training.launch import process_set_up
 
     with process_set_up():
         adapter = merge(arguments.source, arguments.out)

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModel, BatchFeature, ProcessorMixin
 
-from medft.adapters import NOTES_FILE, check_same_base, find_adapter, load_adapter, read_notes
-from medft.base import check_local_base, load_config, load_processor, load_weights
+from medft.config.recipe import DecoderDataSection, ModelSection, QuantizationSection
 from medft.data.chat import Message
 from medft.data.pairs import batched
 from medft.decoder.collator import ConversationEncoder
@@ -23,8 +22,8 @@ from medft.decoder.families import family_of
 from medft.decoder.model import load_model as load_decoder
 from medft.errors import RunError
 from medft.files import file_sha256
-from medft.recipe import DecoderDataSection, ModelSection, QuantizationSection
-from medft.siglip.inputs import caption_of
+from medft.models.base import check_local_base, load_config, load_processor, load_weights
+from medft.models.lora import NOTES_FILE, check_same_base, find_adapter, load_adapter, read_notes
 from medft.siglip.model import (
     check_family,
     embed_images,
@@ -32,6 +31,7 @@ from medft.siglip.model import (
     load_adapted,
     load_siglip_processor,
 )
+from medft.siglip.prepared import caption_of
 
 BATCH = 8
 """Pictures or conversations that go through a model together."""

@@ -7,15 +7,15 @@ Without RECIPE.yaml: recipes/decoder/llama32_11b_24gb.yaml.
 
 import sys
 
-from medft.adapters import attach_adapter, initial_adapter
-from medft.base import identify_base
-from medft.decoder.inputs import inference_notes, prepare_inputs
+from medft.config.recipe import DecoderRecipe
 from medft.decoder.model import load_model
+from medft.decoder.prepared import inference_notes, prepare_inputs
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import run_command
-from medft.launch import process_set_up, read_recipe
-from medft.recipe import DecoderRecipe
-from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_run
+from medft.models.base import identify_base
+from medft.models.lora import attach_adapter, initial_adapter
+from medft.training.launch import process_set_up, read_recipe
+from medft.training.run import batch_arithmetic, check_output_dir, check_same_run, open_run
 
 
 def main(argv: list[str]) -> None:

@@ -9,13 +9,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from medft.adapters import attach_adapter, find_adapter, initial_adapter
-from medft.base import identify_base
+from medft.config.recipe import SiglipRecipe
 from medft.errors import run_command
-from medft.launch import process_set_up, read_recipe
-from medft.recipe import SiglipRecipe
-from medft.runs import batch_arithmetic, check_output_dir, check_same_run, open_run
-from medft.siglip.inputs import prepare_inputs
+from medft.models.base import identify_base
+from medft.models.lora import attach_adapter, find_adapter, initial_adapter
 from medft.siglip.model import (
     PRESETS,
     load_model,
@@ -23,7 +20,10 @@ from medft.siglip.model import (
     splits_head,
     train_scale_and_bias,
 )
+from medft.siglip.prepared import prepare_inputs
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
+from medft.training.launch import process_set_up, read_recipe
+from medft.training.run import batch_arithmetic, check_output_dir, check_same_run, open_run
 
 
 def main(argv: list[str]) -> None:

@@ -10,10 +10,10 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, set_seed
 
-from medft.adapters import attach_adapter
-from medft.recipe import SiglipRecipe
-from medft.siglip.inputs import prepare_inputs
+from medft.config.recipe import SiglipRecipe
+from medft.models.lora import attach_adapter
 from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
+from medft.siglip.prepared import prepare_inputs
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 

@@ -10,18 +10,16 @@ PACKAGE = Path(__file__).parent.parent / "medft"
 # Parts in the order in which they may be used; parts on one line do not use each other.
 ORDER = [
     ["errors"],
-    ["files", "strict_yaml", "pages"],
-    ["metrics"],
-    ["recipe_keys"],
-    ["recipe"],
+    ["files", "pages"],
     ["provenance"],
-    ["checkpoints", "callbacks", "adapters", "frozen"],
-    ["runs", "launch"],
-    ["arguments", "base", "data"],
+    ["config"],
+    ["metrics"],
+    ["data"],
+    ["models"],
+    ["training"],
     ["decoder", "siglip"],
-    ["trained", "evaluation_report"],
-    ["inference"],
-    ["evaluation", "predict", "export", "check"],
+    ["trained", "check"],
+    ["evaluation", "inference", "export"],
     ["demo"],
     ["cli"],
 ]
@@ -74,7 +72,7 @@ def test_every_part_has_its_place_and_imports_only_what_comes_before():
     ("part", "line"),
     [
         ("decoder", "from medft.siglip.loss import sigmoid_loss"),
-        ("errors", "import medft.recipe"),
+        ("errors", "import medft.config.recipe"),
         ("data", "def f():\n    from medft.decoder import model"),
     ],
 )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medft.launch import shipped
-from medft.recipe import DecoderRecipe, SiglipRecipe
+from medft.config.recipe import DecoderRecipe, SiglipRecipe
+from medft.training.launch import shipped
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

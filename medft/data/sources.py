@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from medft.config.strict_yaml import Section, StrictYaml, errors_of, nearest
 from medft.data.dicom import dicom_rows
 from medft.data.images import MAX_PIXELS
 from medft.data.splits import OwnSplitSection, SplitSection
 from medft.data.tables import Rejected, Row, first_row, table_rows
 from medft.data.template import template_names
 from medft.errors import DataError, RecipeError
-from medft.strict_yaml import Section, StrictYaml, errors_of, nearest
 
 DEFAULT_PROMPTS = ["Describe this medical image."]
 

@@ -13,8 +13,8 @@ from typing import Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from medft.config.strict_yaml import Section
 from medft.errors import DataError
-from medft.strict_yaml import Section
 
 NEAR_BITS = 4
 """Perceptual hashes that differ in at most so many of 64 bits make two pictures candidates."""

@@ -5,11 +5,11 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
 
-from medft.adapters import NOTES_FILE, find_adapter, plan_adapter, read_notes, target_modules
+from medft.config.recipe import DecoderDataSection, DecoderModelSection, LoraSection
 from medft.decoder.families import Family
 from medft.errors import BaseModelError, DataError, RecipeError
 from medft.files import check_folder_for_output
-from medft.recipe import DecoderDataSection, DecoderModelSection, LoraSection
+from medft.models.lora import NOTES_FILE, find_adapter, plan_adapter, read_notes, target_modules
 
 
 def check_flags(

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from medft.callbacks import ROW_IDS
 from medft.data.chat import Message, image_source, messages_of
 from medft.data.images import open_image
 from medft.decoder.families import Family, Picture
 from medft.decoder.frozen_tower import PICTURES
 from medft.decoder.vision_cache import ENTRY, VisionCache
 from medft.errors import BaseModelError, DataError
+from medft.training.callbacks import ROW_IDS
 
 IGNORED = -100
 """The label of a token that is not trained; as in torch's cross-entropy."""

@@ -1,7 +1,7 @@
 """The vision tower: image by image, and without backward pass where nothing in it is trained.
 
-Stock code runs the backward pass of a tower without one trainable parameter, see `medft.frozen`;
-under reentrant checkpointing it then fails.
+Stock code runs the backward pass of a tower without one trainable parameter, see
+`medft.models.frozen`; under reentrant checkpointing it then fails.
 
 Each image goes through tower and projector by itself. What comes out then does not depend on the
 images beside it, not in the last bit, which is what makes it worth keeping.
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from medft.decoder.families import Family
 from medft.decoder.vision_cache import ENTRY, VisionCache
-from medft.frozen import is_frozen, run_without_grad
+from medft.models.frozen import is_frozen, run_without_grad
 
 PICTURES = "pictures"
 """Key of a batch's images, a list of `medft.decoder.families.Picture`."""

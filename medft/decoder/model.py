@@ -8,10 +8,10 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
-from medft.base import load_weights
+from medft.config.recipe import ModelSection, QuantizationSection
 from medft.decoder.families import Family
 from medft.errors import BaseModelError
-from medft.recipe import ModelSection, QuantizationSection
+from medft.models.base import load_weights
 
 logger = logging.getLogger(__name__)
 

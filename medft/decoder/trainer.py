@@ -22,11 +22,11 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from medft.adapters import write_notes
-from medft.arguments import training_arguments
-from medft.callbacks import EpochTeller, MeasuredBatches
 from medft.decoder.frozen_tower import run_frozen_parts_without_grad, take_pictures
-from medft.decoder.inputs import DecoderInputs
+from medft.decoder.prepared import DecoderInputs
+from medft.models.lora import write_notes
+from medft.training.arguments import training_arguments
+from medft.training.callbacks import EpochTeller, MeasuredBatches
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
 
         Args:
             model: with its adapter attached.
-            args: from `medft.arguments.training_arguments`.
+            args: from `medft.training.arguments.training_arguments`.
             inputs: from `prepare_inputs`.
             notes: content of medft.json beside every saved adapter.
         """

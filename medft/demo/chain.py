@@ -22,11 +22,11 @@ from medft.demo.phantoms import MODALITIES, draw_phantom, image_of, render
 from medft.demo.pretrain import pretrained_bases
 from medft.demo.report import write_demo_report
 from medft.errors import RunError
-from medft.evaluation import evaluate
+from medft.evaluation.evaluate import evaluate
 from medft.export.merge import merge
 from medft.files import check_folder_for_output
-from medft.launch import shipped
-from medft.predict import predict_files
+from medft.inference.files import predict_files
+from medft.training.launch import shipped
 
 SEED = 17
 

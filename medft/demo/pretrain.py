@@ -31,9 +31,9 @@ from medft.decoder.collator import IGNORED
 from medft.demo.bases import build_decoder, build_siglip
 from medft.demo.phantoms import MODALITIES, caption, draw_phantom, render, report
 from medft.files import complete_folder
-from medft.launch import process_set_up
 from medft.siglip.loss import Labels, sigmoid_loss
 from medft.siglip.model import embed
+from medft.training.launch import process_set_up
 
 PICTURE = 56
 """Side of the bases' pictures in pixels."""

@@ -9,8 +9,8 @@ from typing import Any
 from medft.data.chat import load_rows
 from medft.data.images import open_image
 from medft.data.pairs import read_rows
-from medft.evaluation import pictures_of, read_lines
-from medft.evaluation_report import evaluation_sections, run_sections
+from medft.evaluation.evaluate import pictures_of, read_lines
+from medft.evaluation.report import evaluation_sections, run_sections
 from medft.pages import figure, inline, page, table, thumbnail_of
 
 SHOWN_PAIRS = 4

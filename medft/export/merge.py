@@ -8,16 +8,16 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText
 
-from medft.adapters import (
+from medft.config.recipe import ModelSection
+from medft.files import check_folder_for_output, complete_folder
+from medft.models.base import check_local_base, load_processor, load_weights
+from medft.models.lora import (
     check_same_base,
     find_adapter,
     load_adapter,
     read_notes,
     write_notes,
 )
-from medft.base import check_local_base, load_processor, load_weights
-from medft.files import check_folder_for_output, complete_folder
-from medft.recipe import ModelSection
 from medft.siglip.model import load_adapted
 from medft.siglip.pooling_head import join_pooling_head
 

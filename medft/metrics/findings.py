@@ -21,9 +21,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from medft.config.strict_yaml import Section, StrictYaml, errors_of, nearest
 from medft.errors import RecipeError
 from medft.metrics.bootstrap import Scorer, ratio
-from medft.strict_yaml import Section, StrictYaml, errors_of, nearest
 
 NO_FINDING = "no finding"
 """What a text asserts that asserts no finding of the lexicon."""

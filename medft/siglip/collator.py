@@ -9,12 +9,12 @@ from datasets import Dataset as Rows
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
-from medft.callbacks import ROW_IDS
-from medft.data.augmentation import augment, augments
+from medft.config.recipe import SiglipDataSection
 from medft.data.chat import image_source
 from medft.data.images import open_image
 from medft.errors import DataError
-from medft.recipe import SiglipDataSection
+from medft.siglip.augmentation import augment, augments
+from medft.training.callbacks import ROW_IDS
 
 
 class PairDataset(Dataset):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from medft.frozen import is_frozen, run_without_grad
+from medft.models.frozen import is_frozen, run_without_grad
 from medft.siglip.model import PARTS, bare_model
 
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, Siglip2Tokenizer, SiglipModel
 
-from medft.adapters import (
+from medft.config.recipe import LoraSection, ModelSection
+from medft.errors import BaseModelError
+from medft.models.base import load_processor, load_weights, readable_base
+from medft.models.lora import (
     cast_trainable_to_float32,
     exact_float,
     load_adapter,
     read_notes,
 )
-from medft.base import load_processor, load_weights, readable_base
-from medft.errors import BaseModelError
-from medft.recipe import LoraSection, ModelSection
 from medft.siglip.pooling_head import split_pooling_head
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import EvalPrediction, TrainingArguments
 
-from medft.adapters import write_notes
-from medft.arguments import training_arguments
-from medft.callbacks import EpochTeller, MeasuredBatches
+from medft.config.recipe import ContrastiveSection
 from medft.metrics.retrieval import (
     RECALLS,
     WAYS,
@@ -28,9 +26,8 @@ from medft.metrics.retrieval import (
     ranks_both_ways,
     retrieval_scorers,
 )
-from medft.recipe import ContrastiveSection
+from medft.models.lora import write_notes
 from medft.siglip.exact_batch import Share, random_numbers_again, share_out
-from medft.siglip.inputs import SiglipInputs
 from medft.siglip.locked_towers import LockedTowers
 from medft.siglip.loss import (
     Gradients,
@@ -46,6 +43,9 @@ from medft.siglip.model import (
     scale_and_bias,
     scale_and_bias_notes,
 )
+from medft.siglip.prepared import SiglipInputs
+from medft.training.arguments import training_arguments
+from medft.training.callbacks import EpochTeller, MeasuredBatches
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class SiglipTrainer(MeasuredBatches):
 
         Args:
             model: with its adapter attached, scale and bias trainable.
-            args: from `medft.arguments.training_arguments`.
+            args: from `medft.training.arguments.training_arguments`.
             inputs: from `prepare_inputs`.
             contrastive: the recipe's section.
             notes: content of medft.json beside every saved adapter, but for scale and bias.

@@ -5,11 +5,11 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import set_seed
 
-from medft.adapters import attach_adapter
-from medft.decoder.inputs import prepare_inputs
+from medft.config.recipe import DecoderRecipe
 from medft.decoder.model import load_model
+from medft.decoder.prepared import prepare_inputs
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
-from medft.recipe import DecoderRecipe
+from medft.models.lora import attach_adapter
 
 
 @pytest.fixture

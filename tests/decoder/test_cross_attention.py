@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from medft.config.recipe import ModelSection
 from medft.decoder.families import MLLAMA
 from medft.decoder.model import load_model
-from medft.recipe import ModelSection
 from medft.trained import Generator
 
 TILES, SIDE = 4, 56

@@ -17,13 +17,13 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from medft.adapters import count_by_part, target_modules
-from medft.base import empty_model
+from medft.config.recipe import ModelSection, QuantizationSection
 from medft.decoder.collator import ConversationEncoder, DecoderCollator, mark_trained
 from medft.decoder.families import FAMILIES, GEMMA3, PALIGEMMA
 from medft.decoder.model import check_quantized, load_model
 from medft.errors import BaseModelError, DataError
-from medft.recipe import ModelSection, QuantizationSection
+from medft.models.base import empty_model
+from medft.models.lora import count_by_part, target_modules
 
 GEMMAS = pytest.mark.parametrize("name", ["paligemma", "gemma3"])
 

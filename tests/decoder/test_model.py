@@ -8,10 +8,10 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+from medft.config.recipe import ModelSection, QuantizationSection
 from medft.decoder.families import MLLAMA
 from medft.decoder.model import check_quantized, load_model
 from medft.errors import BaseModelError
-from medft.recipe import ModelSection, QuantizationSection
 
 
 def four_bit(model):

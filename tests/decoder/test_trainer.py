@@ -11,15 +11,15 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from medft import callbacks
+from medft.config.recipe import DecoderRecipe
 from medft.data.chat import image_source
 from medft.data.images import open_image
 from medft.decoder.families import MLLAMA
-from medft.decoder.inputs import prepare_inputs
 from medft.decoder.model import load_model
+from medft.decoder.prepared import prepare_inputs
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import MedftError, RecipeError
-from medft.recipe import DecoderRecipe
+from medft.training import callbacks
 
 
 @pytest.fixture(autouse=True)

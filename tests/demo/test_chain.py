@@ -9,7 +9,7 @@ import pytest
 
 from medft.demo.chain import check_learnt, run_demo, train_both
 from medft.errors import RunError
-from medft.evaluation import evaluate
+from medft.evaluation.evaluate import evaluate
 
 pytestmark = pytest.mark.slow
 

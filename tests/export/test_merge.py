@@ -9,11 +9,11 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from medft.config.recipe import ModelSection, QuantizationSection
 from medft.decoder.families import MLLAMA
 from medft.decoder.model import load_model
 from medft.errors import BaseModelError, RunError
 from medft.export.merge import merge
-from medft.recipe import ModelSection, QuantizationSection
 from medft.siglip.model import resize_positions
 
 

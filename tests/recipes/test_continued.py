@@ -15,13 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from medft.callbacks import GradientWitness, MeasuredBatches
 from medft.check import check
-from medft.decoder.inputs import prepare_inputs
+from medft.config.recipe import DecoderRecipe
+from medft.decoder.prepared import prepare_inputs
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import BaseModelError, MedftError, RecipeError, RunError
 from medft.export.merge import merge
-from medft.recipe import DecoderRecipe
+from medft.training.callbacks import GradientWitness, MeasuredBatches
 
 ROOT = Path(__file__).parent.parent.parent
 

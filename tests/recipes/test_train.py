@@ -223,7 +223,7 @@ def test_sigterm_before_training_begins_is_not_lost(recipe_of):
 import os, signal, sys, threading, time
 from pathlib import Path
 import psutil
-from medft.launch import train
+from medft.training.launch import train
 
 def stop_as_soon_as_the_launcher_runs():
     while not psutil.Process().children():

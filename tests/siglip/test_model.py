@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModel, SiglipConfig, SiglipModel
 
-from medft.adapters import attach_adapter, write_notes
+from medft.config.recipe import ModelSection, SiglipLoraSection
 from medft.errors import BaseModelError
-from medft.recipe import ModelSection, SiglipLoraSection
+from medft.models.lora import attach_adapter, write_notes
 from medft.siglip.model import (
     PRESETS,
     load_model,

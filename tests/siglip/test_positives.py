@@ -12,7 +12,7 @@ from transformers import AutoModel
 from medft.data.chat import load_rows
 from medft.demo.bases import build_siglip
 from medft.demo.phantoms import MODALITIES, Phantom, image_of, render
-from medft.evaluation import encoder_lines
+from medft.evaluation.evaluate import encoder_lines
 from medft.metrics.bootstrap import difference, estimate
 from medft.metrics.retrieval import recall_at
 from medft.trained import Encoder

@@ -8,10 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from siglip_steps import build_trainer, first_step
 from transformers import AutoModel
 
-from medft.adapters import attach_adapter
+from medft.config.recipe import ModelSection, SiglipLoraSection
 from medft.errors import BaseModelError
 from medft.export.merge import merge
-from medft.recipe import ModelSection, SiglipLoraSection
+from medft.models.lora import attach_adapter
 from medft.siglip.model import PRESETS, embed, load_model
 from medft.siglip.pooling_head import join_pooling_head, split_pooling_head
 from medft.trained import Encoder

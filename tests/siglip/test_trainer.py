@@ -298,7 +298,7 @@ def test_dropout_is_replayed_as_in_one_graph_over_the_same_micro_batches(step, s
 
 
 def test_a_smaller_last_group_is_left_out_and_counted(step, caplog):
-    with caplog.at_level("INFO", "medft.siglip.inputs"):
+    with caplog.at_level("INFO", "medft.siglip.prepared"):
         trained, _, _ = first_step(step(8, 4))
     assert "pairs compared 32; pairs left out an epoch 6; loss floor" in caplog.text
     loader, epochs = trained.get_train_dataloader(), []

@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
+from medft.config.train_keys import EARLY_STOPPING_KEYS
 from medft.errors import RecipeError
-from medft.recipe_keys import EARLY_STOPPING_KEYS
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 

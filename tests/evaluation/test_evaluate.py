@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from medft.data.chat import load_rows
 from medft.errors import DataError, MedftError, RunError
-from medft.evaluation import (
+from medft.evaluation.evaluate import (
     Item,
     evaluate,
     items_of,
@@ -21,7 +21,7 @@ from medft.evaluation import (
     read_lines,
     rows_to_evaluate,
 )
-from medft.evaluation_report import SHOWN_CASES, evaluation_sections, interval, shown_cases
+from medft.evaluation.report import SHOWN_CASES, evaluation_sections, interval, shown_cases
 from medft.metrics.scores import score
 
 

@@ -19,8 +19,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from medft.adapters import ALL_WEIGHTS
-from medft.base import empty_model, load_config, load_processor
+from medft.config.recipe import (
+    DecoderDataSection,
+    DecoderModelSection,
+    LoraSection,
+    QuantizationSection,
+)
 from medft.data.chat import (
     SHOWN_PROBLEMS,
     describe_counts,
@@ -51,13 +55,9 @@ from medft.decoder.families import Family, family_of
 from medft.decoder.sampler import RoundSampler
 from medft.decoder.vision_cache import VisionCache, weights_sha256
 from medft.errors import DataError, Findings
+from medft.models.base import empty_model, load_config, load_processor
+from medft.models.lora import ALL_WEIGHTS
 from medft.provenance import package_versions
-from medft.recipe import (
-    DecoderDataSection,
-    DecoderModelSection,
-    LoraSection,
-    QuantizationSection,
-)
 
 logger = logging.getLogger(__name__)
 

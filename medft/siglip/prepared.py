@@ -12,8 +12,7 @@ import numpy as np
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
-from medft.adapters import ALL_WEIGHTS, plan_adapter
-from medft.base import empty_model, load_config
+from medft.config.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
 from medft.data.chat import (
     describe_counts,
     fingerprint,
@@ -24,7 +23,8 @@ from medft.data.chat import (
 from medft.data.template import fill_template, template_names
 from medft.data.tokens import collisions, length_percentiles, token_keys
 from medft.errors import BaseModelError, DataError, Findings, RecipeError
-from medft.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
+from medft.models.base import empty_model, load_config
+from medft.models.lora import ALL_WEIGHTS, plan_adapter
 from medft.siglip.collator import PairCollator, PairDataset
 from medft.siglip.floor import sigmoid_floor
 from medft.siglip.model import (

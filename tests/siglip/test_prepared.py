@@ -11,9 +11,9 @@ from PIL import Image
 from siglip_steps import build_trainer
 from transformers import AutoModel, AutoProcessor, SiglipImageProcessorPil, SiglipProcessor
 
-from medft.data.augmentation import augment
+from medft.config.recipe import ModelSection, SiglipDataSection
 from medft.errors import MedftError
-from medft.recipe import ModelSection, SiglipDataSection
+from medft.siglip.augmentation import augment
 from medft.siglip.model import load_siglip_processor
 from medft.trained import Encoder
 

@@ -25,7 +25,7 @@ from medft.data.chat import Message, image_source, load_rows, messages_of
 from medft.data.images import open_image
 from medft.data.pairs import batched, thumbnail
 from medft.errors import DataError, RunError
-from medft.evaluation_report import shown_cases, write_evaluation_report
+from medft.evaluation.report import shown_cases, write_evaluation_report
 from medft.files import check_folder_for_output, complete_folder, file_sha256, write_json
 from medft.metrics.retrieval import ranks_both_ways
 from medft.metrics.scores import Line, score

@@ -9,7 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from medft.adapters import (
+from medft.config.recipe import LoraSection
+from medft.decoder.families import MLLAMA
+from medft.errors import BaseModelError
+from medft.models.base import empty_model
+from medft.models.lora import (
     attach_adapter,
     count_by_part,
     load_adapter,
@@ -18,10 +22,6 @@ from medft.adapters import (
     target_modules,
     write_notes,
 )
-from medft.base import empty_model
-from medft.decoder.families import MLLAMA
-from medft.errors import BaseModelError
-from medft.recipe import LoraSection
 from medft.siglip import model as siglip_model
 
 NOTES = {"family": "mllama", "base": "x", "revision": None}

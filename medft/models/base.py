@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
+from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
 from medft.provenance import folder_sha256
-from medft.recipe import ModelSection
 
 
 @contextmanager

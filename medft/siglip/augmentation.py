@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from medft.recipe import SiglipDataSection
+from medft.config.recipe import SiglipDataSection
 
 
 def augments(data: SiglipDataSection) -> bool:

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from medft.arguments import training_arguments
 from medft.errors import RecipeError, RunError
 from medft.provenance import folder_sha256, hardware, masked, masked_words
-from medft.runs import batch_arithmetic, check_output_dir, draw_curves, final_metrics
+from medft.training.arguments import training_arguments
+from medft.training.run import batch_arithmetic, check_output_dir, draw_curves, final_metrics
 
 
 def test_secrets_are_masked_at_any_depth_and_the_home_folder_is_hidden(monkeypatch):

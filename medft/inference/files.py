@@ -18,7 +18,13 @@ from medft.data.pairs import batched
 from medft.data.tables import Rejected, table_rows
 from medft.data.template import text_of
 from medft.errors import DataError, RunError
-from medft.inference import DEFAULT_PROMPT, Prediction, Predictor, open_picture, question_of
+from medft.inference.predictor import (
+    DEFAULT_PROMPT,
+    Prediction,
+    Predictor,
+    open_picture,
+    question_of,
+)
 from medft.trained import BATCH, find_trained
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import medft
+from medft.config.recipe import DecoderRecipe, Recipe, SiglipRecipe
+from medft.config.strict_yaml import StrictYaml
 from medft.errors import EXIT_TERMINATED, RecipeError
-from medft.recipe import DecoderRecipe, Recipe, SiglipRecipe
-from medft.strict_yaml import StrictYaml
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import medft
+from medft.config.recipe import LoraSection, ModelSection
 from medft.errors import BaseModelError, RunError
 from medft.files import write_json
 from medft.provenance import folder_sha256, masked, read_record
-from medft.recipe import LoraSection, ModelSection
 
 NOTES_FILE = "medft.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -199,7 +199,7 @@ def initial_adapter(lora: LoraSection | None, base: Mapping[str, Any]) -> dict[s
 
     Args:
         lora: the recipe's section.
-        base: from `medft.base.identify_base`.
+        base: from `medft.models.base.identify_base`.
 
     Raises:
         RunError: `lora.init_from` is no adapter.

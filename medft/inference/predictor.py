@@ -1,6 +1,6 @@
 """Combined inference: the report of a picture, its embedding, and the nearest training cases.
 
-from medft.inference import Predictor
+from medft.inference.predictor import Predictor
 predictor = Predictor.load("runs/decoder", siglip="runs/siglip")
 print(predictor.predict("film.png").text)
 """

@@ -15,17 +15,11 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 
-from medft.adapters import WEIGHTS_FILE, refuse_inert
-from medft.callbacks import GradientWitness, HistoryWriter, NumberGuard, SigtermStopper
-from medft.checkpoints import (
-    BestModelKeeper,
-    CheckpointKeeper,
-    checkpoint_to_resume,
-    wait_for_everyone,
-    world_size_of,
-)
+from medft.config.recipe import Recipe, dump_sections
+from medft.config.train_keys import EARLY_STOPPING_KEYS
 from medft.errors import RunError, Terminated
 from medft.files import check_folder_for_output, complete_folder, write_json
+from medft.models.lora import WEIGHTS_FILE, refuse_inert
 from medft.provenance import (
     hardware,
     masked,
@@ -36,8 +30,14 @@ from medft.provenance import (
     peak_memory,
     read_record,
 )
-from medft.recipe import Recipe, dump_sections
-from medft.recipe_keys import EARLY_STOPPING_KEYS
+from medft.training.callbacks import GradientWitness, HistoryWriter, NumberGuard, SigtermStopper
+from medft.training.checkpoints import (
+    BestModelKeeper,
+    CheckpointKeeper,
+    checkpoint_to_resume,
+    wait_for_everyone,
+    world_size_of,
+)
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"

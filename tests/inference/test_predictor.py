@@ -15,7 +15,7 @@ from medft.data.images import open_image
 from medft.errors import BaseModelError, RunError
 from medft.export.merge import merge
 from medft.files import file_sha256
-from medft.inference import CaseIndex, Predictor
+from medft.inference.predictor import CaseIndex, Predictor
 from medft.siglip.model import resize_positions
 from medft.trained import Encoder, Generator, Request
 

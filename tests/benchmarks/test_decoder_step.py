@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "decoder_step.py"
+FILE = Path(__file__).parent.parent.parent / "benchmarks" / "decoder_step.py"
 
 
 @pytest.fixture

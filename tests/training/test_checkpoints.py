@@ -6,15 +6,15 @@ import logging
 
 import pytest
 
-from medft.checkpoints import (
+from medft.errors import RunError
+from medft.files import complete_folder, write_json
+from medft.training.checkpoints import (
     checkpoint_to_resume,
     checkpoints_of,
     what_is_missing,
     world_size_of,
     write_manifest,
 )
-from medft.errors import RunError
-from medft.files import complete_folder, write_json
 
 FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from medft.errors import DataError, RunError
-from medft.inference import DEFAULT_PROMPT
-from medft.predict import CSV_COLUMNS, entries_of, predict_files
+from medft.inference.files import CSV_COLUMNS, entries_of, predict_files
+from medft.inference.predictor import DEFAULT_PROMPT
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, create_model
 from ruamel.yaml import YAML
 
-from medft.errors import RecipeError
-from medft.recipe_keys import (
+from medft.config.strict_yaml import ErrorDetails, Section, StrictYaml, errors_of
+from medft.config.train_keys import (
     EARLY_STOPPING_KEYS,
     FOREIGN_KEYS,
     REFUSED_TRAIN_KEYS,
     TRAIN_DEFAULTS,
     TRAIN_KEYS,
 )
-from medft.strict_yaml import ErrorDetails, Section, StrictYaml, errors_of
+from medft.errors import RecipeError
 
 
 class ModelSection(Section):

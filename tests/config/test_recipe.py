@@ -2,9 +2,9 @@
 
 import pytest
 
+from medft.config.recipe import DecoderRecipe, SiglipRecipe, _names
+from medft.config.train_keys import FOREIGN_KEYS, REFUSED_TRAIN_KEYS, TRAIN_KEYS
 from medft.errors import RecipeError
-from medft.recipe import DecoderRecipe, SiglipRecipe, _names
-from medft.recipe_keys import FOREIGN_KEYS, REFUSED_TRAIN_KEYS, TRAIN_KEYS
 
 GOOD = """\
 model: {base: some/base}

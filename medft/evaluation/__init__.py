@@ -1,0 +1,1 @@
+"""A trained model measured on rows that it was not trained on."""

@@ -1,0 +1,1 @@
+"""Base models, the adapters on them, and models that were trained."""

@@ -1,0 +1,1 @@
+"""The training loop's surroundings: arguments, callbacks, checkpoints, the run directory."""
