@@ -55,7 +55,7 @@ from medft.config.recipe import SiglipRecipe
 from medft.demo.bases import siglip_tokenizer, tokenizer_corpus
 from medft.models.lora import attach_adapter
 from medft.siglip.model import PRESETS, scale_and_bias, train_scale_and_bias
-from medft.siglip.prepared import prepare_inputs
+from medft.siglip.prepared import prepare_siglip_data
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 MICRO_BATCH = 8
@@ -101,7 +101,7 @@ def write_base(folder: Path, config: SiglipConfig) -> None:
 
 
 def write_rows(folder: Path, count: int, side: int) -> Path:
-    """Coloured blurs, each with a caption of its own that fills the text positions."""
+    """Colored blurs, each with a caption of its own that fills the text positions."""
     random = np.random.default_rng(5)
     words = " ".join(tokenizer_corpus()).split()
     lines = []
@@ -144,14 +144,16 @@ def exact_trainer(folder: Path, config: SiglipConfig, pairs: int, micro: int) ->
     ]
     recipe = SiglipRecipe.load(folder / "recipe.yaml", sections)
     arguments = siglip_arguments(recipe.train, dtype="float32")
-    inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments)
+    prepared = prepare_siglip_data(
+        recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
+    )
     torch.manual_seed(7)
     model = SiglipModel(config)
     nn.init.constant_(model.logit_scale, LOGIT_SCALE)
     nn.init.constant_(model.logit_bias, LOGIT_BIAS)
     adapted = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
     train_scale_and_bias(adapted)
-    return SiglipTrainer(adapted, arguments, inputs, recipe.contrastive, {})
+    return SiglipTrainer(adapted, arguments, prepared, recipe.contrastive, {})
 
 
 def accumulate(trainer: Trainer, batches: Sequence[Batch]) -> float:
@@ -232,15 +234,15 @@ class Variant:
             self.wall.append(time.perf_counter() - wall)
         self.peak = counter.peak
         own = scale_and_bias(self.model)
-        self.by_scale, self.by_bias = (parameter.grad.item() for parameter in own)
-        self.by_adapter = torch.cat(
+        self.grad_scale, self.grad_bias = (parameter.grad.item() for parameter in own)
+        self.grad_adapter = torch.cat(
             [p.grad.flatten().double() for n, p in self.model.named_parameters() if "lora_" in n]
         )
 
     @property
     def gradient(self) -> Tensor:
         """Of everything that is trained."""
-        return torch.cat([self.by_adapter, torch.tensor([self.by_scale, self.by_bias])])
+        return torch.cat([self.grad_adapter, torch.tensor([self.grad_scale, self.grad_bias])])
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -253,7 +255,7 @@ def compare(
     """All variants in turn over the same pairs.
 
     Args:
-        folder: for base, pictures and rows.
+        folder: for base, images and rows.
         config: of the model.
         pairs: of the effective batch.
         micro: pairs of a micro-batch.
@@ -296,9 +298,9 @@ def compare(
             "loss": variant.loss,
             "cosine": float(torch.cosine_similarity(variant.gradient, last.gradient, dim=0)),
             "error": error(variant.gradient, last.gradient),
-            "adapter_error": error(variant.by_adapter, last.by_adapter),
-            "by_scale": variant.by_scale,
-            "by_bias": variant.by_bias,
+            "adapter_error": error(variant.grad_adapter, last.grad_adapter),
+            "grad_scale": variant.grad_scale,
+            "grad_bias": variant.grad_bias,
         }
         for variant in variants
     ]

@@ -53,8 +53,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medft.config.recipe import DecoderRecipe
-from medft.decoder.families import MLLAMA
-from medft.decoder.prepared import prepare_inputs
+from medft.decoder.families.mllama import MLLAMA
+from medft.decoder.prepared import prepare_decoder_data
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.demo.bases import decoder_tokenizer, tokenizer_corpus
 from medft.models.lora import attach_adapter
@@ -250,12 +250,12 @@ class Variant:
         (base / "recipe.yaml").write_text("{}\n")
         recipe = DecoderRecipe.load(base / "recipe.yaml", sections)
         arguments = decoder_arguments(recipe.train, dtype=dtype)
-        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+        inputs = prepare_decoder_data(recipe.model, recipe.data, recipe.lora, arguments)
         device = "cuda" if is_real else "cpu"
         weights = getattr(torch, dtype)
         model = random_model(config, dtype=weights, is_4bit=is_real, device=device)
         if recipe.model.cross_attention_fix:
-            MLLAMA.separate_rows(model)
+            MLLAMA.isolate_rows(model)
         model = attach_adapter(model, recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
@@ -284,13 +284,13 @@ class Variant:
             use_cpu=arguments.use_cpu,
         )
         collator = DataCollatorForVisionLanguageModeling(inputs.processor, max_length=None)
-        encoded = inputs.collator.encoder.encode(json.loads(self.rows[0]["messages"]), "row")
+        encoded = inputs.collator.conversation.encode(json.loads(self.rows[0]["messages"]), "row")
         labels = torch.tensor([encoded.labels])
 
         def repaired(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-            pictures = [Image.open(image["path"]).convert("RGB") for image in rows[0]["images"]]
+            images = [Image.open(image["path"]).convert("RGB") for image in rows[0]["images"]]
             messages = json.loads(rows[0]["messages"])
-            batch = collator([{"messages": messages, "images": pictures}])
+            batch = collator([{"messages": messages, "images": images}])
             return {**batch, "labels": labels}
 
         return SFTTrainer(

@@ -1,8 +1,8 @@
-"""The demo on several seeds, scored on pictures drawn afresh after its settings were chosen.
+"""The demo on several seeds, scored on images drawn afresh after its settings were chosen.
 
     python benchmarks/demo_seeds.py [SEED ...]      (default: 17 23 42)
 
-For each seed the whole demo runs (pictures, bases and training from that seed), then both models
+For each seed the whole demo runs (images, bases and training from that seed), then both models
 are evaluated on 300 new pairs of new patients. Prints finding F1 and recall@1 of every system with
 95 % intervals, and the paired differences; writes results/demo_seeds.json.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/prepare.py [NUMBER_OF_IMAGES ...]      (default: 1000 10000 50000)
 
-Draws pictures, then in turn decodes and hashes them with as many worker processes as medft takes,
+Draws images, then in turn decodes and hashes them with as many worker processes as medft takes,
 and prepares them with the command. Prints images a second of wall time and of CPU time, the ratio,
 and the peak of anonymous memory summed over the process tree; writes results/prepare.json.
 """
@@ -31,7 +31,7 @@ WORKERS = len(os.sched_getaffinity(0))
 
 
 def draw(task: tuple[Path, int]) -> None:
-    """A smooth grey picture with noise, as a radiograph compresses: JPEG, every fourth a PNG."""
+    """A smooth gray image with noise, as a radiograph compresses: JPEG, every fourth a PNG."""
     folder, index = task
     random = np.random.default_rng(index)
     coarse = Image.fromarray(random.normal(128, 50, (6, 6)).clip(0, 255).astype(np.uint8))

@@ -32,13 +32,13 @@ def parser() -> argparse.ArgumentParser:
     medft_parser.add_argument("--version", action="version", version=medft.__version__)
     commands = medft_parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="the whole pipeline on drawn pictures and tiny models")
+    demo = commands.add_parser("demo", help="the whole pipeline on drawn images and tiny models")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.set_defaults(command=_demo)
 
     data = commands.add_parser("data", help="prepare data")
     data_commands = data.add_subparsers(required=True, metavar="COMMAND")
-    prepare = data_commands.add_parser("prepare", help="tables and pictures -> pairs.parquet")
+    prepare = data_commands.add_parser("prepare", help="tables and images -> pairs.parquet")
     prepare.add_argument("sources", type=Path, metavar="SOURCES.yaml")
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
     prepare.add_argument(
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="reports, embeddings and nearest training cases")
     predict.add_argument("source", type=Path, metavar="RUN|MODEL")
     predict.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE|FOLDER|TABLE")
-    predict.add_argument("--prompt", metavar="TEXT", help="for pictures without a question")
+    predict.add_argument("--prompt", metavar="TEXT", help="for images without a question")
     predict.add_argument(
         "--siglip", type=Path, metavar="RUN", help="adds embeddings and nearest training cases"
     )
@@ -121,9 +121,9 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from medft.demo.chain import run_demo
-    from medft.training.launch import process_set_up
+    from medft.training.process import process_setup
 
-    with process_set_up():
+    with process_setup():
         report = run_demo(arguments.out)
     _say(str(report))
 
@@ -166,18 +166,19 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from medft.check import check, describe_check
-    from medft.training.launch import process_set_up
+    from medft.training.process import process_setup
 
-    with process_set_up(quiet=True):
+    with process_setup(quiet=True):
         checked = check(arguments.recipe, arguments.overrides)
         _say(describe_check(checked))
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from medft.check import check
-    from medft.training.launch import process_set_up, train
+    from medft.training.launch import train
+    from medft.training.process import process_setup
 
-    with process_set_up(quiet=True):
+    with process_setup(quiet=True):
         check(arguments.recipe, arguments.overrides)
     return train(arguments.recipe, arguments.overrides, arguments.config_file)
 
@@ -185,9 +186,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from medft.evaluation.evaluate import evaluate
     from medft.evaluation.report import describe
-    from medft.training.launch import process_set_up
+    from medft.training.process import process_setup
 
-    with process_set_up():
+    with process_setup():
         metrics = evaluate(
             arguments.source,
             arguments.out,
@@ -201,9 +202,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     from medft.inference.files import predict_files
-    from medft.training.launch import process_set_up
+    from medft.training.process import process_setup
 
-    with process_set_up():
+    with process_setup():
         counts = predict_files(
             arguments.source,
             arguments.inputs,
@@ -219,9 +220,9 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from medft.export.merge import merge
-    from medft.training.launch import process_set_up
+    from medft.training.process import process_setup
 
-    with process_set_up():
+    with process_setup():
         adapter = merge(arguments.source, arguments.out)
     _say(f"{adapter} merged onto the original weights of its base: {arguments.out}")
 

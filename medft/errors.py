@@ -50,7 +50,7 @@ class Terminated(Exception):
     """The run was stopped by SIGTERM after it had saved."""
 
 
-class Findings:
+class ErrorCollector:
     """Errors of independent checks, gathered so that the user sees all of them at once."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and their hashes."""
+"""Files: written completely or not at all, hashed, and those that ship with medft."""
 
 import hashlib
 import json
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medft.errors import RunError
+import medft
+from medft.errors import RecipeError, RunError
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -62,3 +63,16 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def packaged_file(name: str) -> Path:
+    """A file that ships with medft, such as recipes/decoder_qlora.py: of the checkout or the wheel.
+
+    Raises:
+        RecipeError: this installation lacks it.
+    """
+    package = Path(medft.__file__).parent
+    for root in (package.parent, package / "shipped"):
+        if (root / name).exists():
+            return root / name
+    raise RecipeError(f"expected {name} beside the installed medft, it is missing: reinstall medft")

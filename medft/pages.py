@@ -1,4 +1,4 @@
-"""What medft's HTML pages are made of: one style, tables, pictures inside the page."""
+"""What medft's HTML pages are made of: one style, tables, images inside the page."""
 
 import base64
 import html
@@ -76,20 +76,20 @@ def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
     return f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>'
 
 
-def inline(picture: bytes, kind: str = "png") -> str:
-    """A picture as the address of an img tag."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def inline(image: bytes, kind: str = "png") -> str:
+    """An image as the address of an img tag."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def figure(picture: str, head: str, text: str) -> str:
-    """A picture, from `inline`, with a line above its text."""
+def figure(image: str, head: str, text: str) -> str:
+    """An image, from `inline`, with a line above its text."""
     above = f"<b>{html.escape(head)}</b>" if head else ""
     caption = f"<figcaption>{above}{html.escape(text)}</figcaption>"
-    return f'<figure><img src="{picture}" alt="">{caption}</figure>'
+    return f'<figure><img src="{image}" alt="">{caption}</figure>'
 
 
 def thumbnail_of(image: Image.Image) -> bytes:
-    """A JPEG of an RGB picture, at most 240 pixels wide and high."""
+    """A JPEG of an RGB image, at most 240 pixels wide and high."""
     small = image.copy()
     small.thumbnail((240, 240), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -6,7 +6,6 @@ never read.
 
 import datetime
 import hashlib
-import json
 import os
 import platform
 import re
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 
 import medft
-from medft.errors import RunError
 from medft.files import file_sha256
 
 PACKAGES = [
@@ -85,21 +83,6 @@ def peak_memory() -> dict[str, int]:
         peak["device"] = torch.cuda.max_memory_allocated()
         peak["device_reserved"] = torch.cuda.max_memory_reserved()
     return peak
-
-
-def read_record(run: Path) -> dict[str, Any]:
-    """The content of a run's run.json.
-
-    Raises:
-        RunError: there is none.
-    """
-    try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"expected the record of a run at {run / 'run.json'}, could not read it: "
-            f"give the output_dir of a run of medft"
-        ) from error
 
 
 def now() -> str:

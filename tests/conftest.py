@@ -6,14 +6,26 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = {"decoder": "decoder_qlora.py", "siglip": "siglip_lora.py"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    """Undo what a test before left in the process: Accelerate's state, variables Trainer sets."""
+    from fresh import reset_accelerator
+
+    reset_accelerator()
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +109,9 @@ def sections(bases, data):
 
 
 @pytest.fixture(scope="session")
-def runs(sections, tmp_path_factory, start_script, output_of):
-    """A finished run of each kind and one on a 4-bit base, trained side by side."""
+def runs(sections, tmp_path_factory, run_script):
+    """A finished run of each kind and one on a 4-bit base."""
     folder = tmp_path_factory.mktemp("runs")
-    processes = []
     for name, kind, changes in (
         ("decoder", "decoder", []),
         ("nf4", "decoder", ["quantization={bits: 4}"]),
@@ -110,10 +121,34 @@ def runs(sections, tmp_path_factory, start_script, output_of):
         recipe["train"] |= {"output_dir": str(folder / name), "max_steps": 8, "learning_rate": 2e-3}
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe))
-        processes.append(start_script(kind, file, *changes))
-    for process in processes:
-        output_of(process)
+        run_script(kind, file, *changes)
     return folder
+
+
+@pytest.fixture
+def medft():
+    """Run the `medft` command in this process; gives its exit code."""
+    from medft import cli
+
+    def run(*words: object) -> int:
+        with mock.patch.object(sys, "argv", ["medft", *map(str, words)]):
+            return cli.main()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def images(data):
+    """Paths of drawn images."""
+    return sorted((data / "raw" / "knee" / "images").glob("0*.png"))
+
+
+@pytest.fixture(scope="session")
+def embedder(runs):
+    """The SigLIP of the finished run."""
+    from medft.siglip.embedder import Embedder
+
+    return Embedder.load(runs / "siglip")
 
 
 @pytest.fixture
@@ -130,30 +165,14 @@ def write_recipe(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def start_script():
-    """Start the command a user types in a process of its own, its output in one pipe."""
+def run_script():
+    """Run a recipe script in this process, as `python recipes/x.py WORDS` does; may raise."""
+    from fresh import reset_accelerator
 
-    def start(kind: str, *words: object, **options: object) -> subprocess.Popen:
-        script = {"decoder": "decoder_qlora.py", "siglip": "siglip_lora.py"}[kind]
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "recipes" / script), *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            **options,
-        )
+    def run(kind: str, *words: object) -> None:
+        reset_accelerator()
+        with mock.patch.dict(os.environ):
+            main = runpy.run_path(str(ROOT / "recipes" / SCRIPTS[kind]))["main"]
+            main([str(word) for word in words])
 
-    return start
-
-
-@pytest.fixture(scope="session")
-def output_of():
-    """What a process printed; it must have ended with the given code."""
-
-    def wait(process: subprocess.Popen, *, code: int = 0) -> str:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == code, output
-        return output
-
-    return wait
+    return run

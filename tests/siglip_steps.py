@@ -7,22 +7,25 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
+from fresh import reset_accelerator
 from transformers import TrainerCallback, set_seed
 
 from medft.config.recipe import SiglipRecipe
 from medft.models.lora import attach_adapter
 from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
-from medft.siglip.prepared import prepare_inputs
+from medft.siglip.prepared import prepare_siglip_data
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 
 def build_trainer(file, changes=(), trainer_class=SiglipTrainer):
     """A trainer as the script makes it, its adapter drawn from a seed."""
+    reset_accelerator()
     recipe = SiglipRecipe.load(file, changes)
     set_seed(3)
     arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
-    inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments)
+    inputs = prepare_siglip_data(
+        recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
+    )
     model = load_model(recipe.model, recipe.lora, image_size=recipe.data.image_size)
     if recipe.lora:
         model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
@@ -48,7 +51,6 @@ class Gradients(TrainerCallback):
 
 def first_step(file, changes=(), trainer_class=SiglipTrainer):
     """The trainer after one step, the gradient of that step and what was logged."""
-    AcceleratorState._reset_state(True)
     fixed = ("train.max_steps=1", "train.save_strategy=no", "train.max_grad_norm=0")
     trainer = build_trainer(file, (*fixed, *changes), trainer_class)
     callback = Gradients()

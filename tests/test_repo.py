@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from medft.config.recipe import DecoderRecipe, SiglipRecipe
-from medft.training.launch import shipped
+from medft.files import packaged_file
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -34,8 +34,8 @@ def test_a_recipe_that_ships_loads_and_its_header_names_itself(path):
     recipe = kind.load(path)
     header = "".join(re.findall(r"^#(.*)$", path.read_text(), flags=re.MULTILINE))
     assert path.relative_to(ROOT).as_posix() in header
-    per_device = recipe.train["per_device_train_batch_size"]
-    accumulation = recipe.train.get("gradient_accumulation_steps", 1)
+    per_device = recipe.train.per_device_train_batch_size
+    accumulation = recipe.train.gradient_accumulation_steps or 1
     assert re.search(rf"\b{per_device} (row|pair)s? ", header)
     assert re.search(
         rf"= {per_device * accumulation} (row|pair)s|{per_device} (row|pair)s a step", header
@@ -44,8 +44,8 @@ def test_a_recipe_that_ships_loads_and_its_header_names_itself(path):
 
 def test_default_recipes_exist():
     for kind in (DecoderRecipe, SiglipRecipe):
-        assert shipped(f"recipes/{kind.default_file}").is_file()
-        assert shipped(f"recipes/{kind.script}").is_file()
+        assert packaged_file(f"recipes/{kind.default_file}").is_file()
+        assert packaged_file(f"recipes/{kind.script}").is_file()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -5,25 +5,19 @@ key that medft owns are errors that name the file, the line and what to write in
 wrong is reported at once. Loading a recipe reads the file and nothing else.
 """
 
-import dataclasses
-import difflib
 import functools
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, create_model
+from pydantic import ConfigDict, Field
 from ruamel.yaml import YAML
 
+from medft.config.advice import KeyPath, right_key
+from medft.config.lora_keys import INITIAL_WEIGHTS, lora_errors
 from medft.config.strict_yaml import ErrorDetails, Section, StrictYaml, errors_of
-from medft.config.train_keys import (
-    EARLY_STOPPING_KEYS,
-    FOREIGN_KEYS,
-    REFUSED_TRAIN_KEYS,
-    TRAIN_DEFAULTS,
-    TRAIN_KEYS,
-)
+from medft.config.train_keys import TrainSection, refusal
 from medft.errors import RecipeError
 
 
@@ -45,7 +39,7 @@ class DecoderModelSection(ModelSection):
 
     cross_attention_fix: bool = False
     """Mllama: tokens that may see no image get nothing from cross-attention, so that a row does not
-    depend on its neighbours; noted in medft.json, since it differs from stock inference."""
+    depend on its neighbours; recorded in medft.json, since it differs from stock inference."""
 
     vision_cache: str | None = Field(None, min_length=1)
     """Folder in which the projected outputs of the frozen tower are kept, for later epochs."""
@@ -90,16 +84,16 @@ class SiglipDataSection(DataSection):
     """Template over the row, such as "{question} {answer}"; null: the first assistant text."""
 
     random_rotation: float = Field(0, ge=0, le=45)
-    """Degrees by which training pictures are turned at the most, either way."""
+    """Degrees by which training images are turned at the most, either way."""
 
     random_crop: float = Field(1, gt=0, le=1)
-    """Smallest share of each side that training pictures keep."""
+    """Smallest share of each side that training images keep."""
 
     random_brightness: float = Field(0, ge=0, lt=1)
-    """Share by which training pictures are made brighter or darker at the most."""
+    """Share by which training images are made brighter or darker at the most."""
 
     random_flip: bool = False
-    """Mirror half of the training pictures; it swaps left and right, which reports name."""
+    """Mirror half of the training images; it swaps left and right, which reports name."""
 
 
 class QuantizationSection(Section):
@@ -112,7 +106,7 @@ class QuantizationSection(Section):
     """Number format."""
 
     double_quant: bool = True
-    """Quantise the quantisation constants too."""
+    """Quantize the quantization constants too."""
 
     skip: list[Literal["vision", "projector", "lm_head"]] = Field(
         ["vision", "projector", "lm_head"]
@@ -138,7 +132,7 @@ class LoraSection(Section):
     """A preset's name, a regular expression over whole module names, or a list of name endings."""
 
     init_from: str | None = Field(None, min_length=1)
-    """Run or adapter folder whose weights are the first values; null: fresh ones."""
+    """Run or adapter folder whose weights are the initial weights; null: fresh ones."""
 
     def resumed(self) -> Self:
         """The section of a run that goes on from a checkpoint, which has the weights."""
@@ -156,7 +150,7 @@ class ContrastiveSection(Section):
     """What the encoder's loss compares."""
 
     loss: Literal["sigmoid", "softmax", "row_sigmoid"] = "sigmoid"
-    """sigmoid: arXiv:2303.15343; softmax: CLIP; row_sigmoid: a row-normalised variant."""
+    """sigmoid: arXiv:2303.15343; softmax: CLIP; row_sigmoid: a row-normalized variant."""
 
     exact_batch: bool = True
     """Every pair of the effective batch is a negative of every other."""
@@ -178,8 +172,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     lora: LoraSection | None
-    train: dict[str, Any]
-    """Fields of TrainingArguments (TRAIN_KEYS), medft's defaults filled in."""
+    train: TrainSection
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Self:
@@ -193,15 +186,12 @@ class Recipe(Section):
             source.override(override)
         errors = [
             *errors_of(lambda: cls.model_validate(source.raw)),
-            *_train_errors(source.raw.get("train")),
-            *_lora_errors(source.raw.get("lora")),
+            *lora_errors(source.raw.get("lora"), LoraSection.model_fields),
         ]
         problems = source.describe(errors, functools.partial(_explain, kind=cls))
         if not problems:
-            recipe = cls.model_validate(_expand_home(source.raw))
-            train = {**TRAIN_DEFAULTS, **_evaluation_defaults(recipe), **recipe.train}
-            recipe = recipe.model_copy(update={"train": train})
-            problems = [f"{source.path}: {problem}" for problem in _contradictions(recipe)]
+            recipe = _with_evaluation(cls.model_validate(_expand_home(source.raw)))
+            problems = [f"{source.path}: {problem}" for problem in contradictions(recipe)]
         if problems:
             raise RecipeError(*problems)
         return recipe
@@ -240,71 +230,27 @@ def dump_sections(sections: dict[str, Any]) -> str:
     """The sections of a recipe as YAML, in the order in which they are written by hand."""
     order = ["model", "data", "quantization", "lora", "contrastive", "train"]
     stream = StringIO()
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.dump({name: sections[name] for name in order if name in sections}, stream)
     return stream.getvalue()
 
 
-INITIAL_WEIGHTS = ("gaussian", "orthogonal", "pissa", "olora")
-"""Values of lora.init_lora_weights beside true and false. PEFT draws the base of pissa_niter_N anew
-at each load, and eva, lora_ga and corda want a pass over the data that nobody makes here."""
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 RECIPE_KINDS: dict[str, type[Recipe]] = {kind.kind: kind for kind in (DecoderRecipe, SiglipRecipe)}
 """Recipe classes by the name of what they train."""
 
 
-_TrainSection = create_model(
-    "_TrainSection",
-    __base__=Section,
-    output_dir=(Annotated[str, Field(min_length=1)], ...),
-    **{name: (hint, None) for name, hint in {**TRAIN_KEYS, **EARLY_STOPPING_KEYS}.items()},
-)
-
-
-def _train_errors(train: object) -> list[ErrorDetails]:
-    if not isinstance(train, dict):
-        return []
-    unknown = [key for key in train if key not in _TrainSection.model_fields]
-    refused = [key for key in unknown if key in REFUSED_TRAIN_KEYS or key in _library_fields()]
-    errors = [{"loc": ("train", key), "type": "refused"} for key in refused]
-    rest = {key: value for key, value in train.items() if key not in refused}
-    return errors + errors_of(lambda: _TrainSection.model_validate(rest), "train")
-
-
-def _library_fields() -> set[str]:
-    from trl import SFTConfig
-
-    return {field.name for field in dataclasses.fields(SFTConfig)}
-
-
-def _lora_errors(lora: object) -> list[ErrorDetails]:
-    """Errors in the keys of `lora` that are not medft's own but peft.LoraConfig's."""
-    from peft import LoraConfig
-
-    if not isinstance(lora, dict):
-        return []
-    hints = {**get_type_hints(LoraConfig), "init_lora_weights": bool | str}
-    owned = {
-        *("lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_type"),
-        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
-    }
-    errors = []
-    for key in lora.keys() - LoraSection.model_fields.keys():
-        if key not in hints or key in owned:
-            errors.append({"loc": ("lora", key), "type": "extra_forbidden"})
-            continue
-        adapter = TypeAdapter(hints[key])
-        check = functools.partial(adapter.validate_python, lora[key], strict=True)
-        errors += errors_of(check, "lora", key)
-    return errors
-
-
-def _evaluation_defaults(recipe: Recipe) -> dict[str, Any]:
+def _with_evaluation(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe, evaluated at each epoch and by its loss where it has validation rows."""
     if recipe.data.validation is None:
-        return {}
-    return {"eval_strategy": "epoch", "metric_for_best_model": "eval_loss"}
+        return recipe
+    defaults = {"eval_strategy": "epoch", "metric_for_best_model": "eval_loss"}
+    train = recipe.train
+    missing = {key: defaults[key] for key in defaults.keys() - train.model_fields_set}
+    return recipe.model_copy(update={"train": train.model_copy(update=missing)})
 
 
 def _expand_home(content: Any) -> Any:
@@ -314,7 +260,7 @@ def _expand_home(content: Any) -> Any:
     return str(Path(content).expanduser()) if is_path else content
 
 
-def _contradictions(recipe: Recipe) -> list[str]:
+def contradictions(recipe: Recipe) -> list[str]:
     """What is wrong although every key by itself is right."""
     if isinstance(recipe, DecoderRecipe):
         if recipe.quantization and "lm_head" not in recipe.quantization.skip:
@@ -324,31 +270,34 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 "lora: null trains every weight, which a 4-bit base does not allow: "
                 "write quantization: null, or give lora"
             ]
-    if isinstance(recipe, SiglipRecipe) and "train_sampling_strategy" in recipe.train:
+    if (
+        isinstance(recipe, SiglipRecipe)
+        and "train_sampling_strategy" in recipe.train.model_fields_set
+    ):
         return [
             "train.train_sampling_strategy groups rows by length, and all captions are padded to "
             "the same: remove it"
         ]
-    first_values = (recipe.lora.model_extra or {}).get("init_lora_weights") if recipe.lora else None
-    if isinstance(first_values, str) and first_values not in INITIAL_WEIGHTS:
+    initial = (recipe.lora.model_extra or {}).get("init_lora_weights") if recipe.lora else None
+    if isinstance(initial, str) and initial not in INITIAL_WEIGHTS:
         return [
-            f"lora.init_lora_weights: {first_values} is refused: {', '.join(INITIAL_WEIGHTS)} give "
+            f"lora.init_lora_weights: {initial} is refused: {', '.join(INITIAL_WEIGHTS)} give "
             f"the same adapter at every load and need no pass over the data: choose one of these"
         ]
-    if recipe.lora and recipe.lora.init_from and "init_lora_weights" in recipe.lora.model_extra:
+    if recipe.lora and recipe.lora.init_from and initial is not None:
         return [
-            "lora.init_from and lora.init_lora_weights both give the adapter's first values: "
+            "lora.init_from and lora.init_lora_weights both give the adapter's initial weights: "
             "remove one"
         ]
-    patience = recipe.train.get("early_stopping_patience")
-    if patience is None and "early_stopping_threshold" in recipe.train:
+    patience = recipe.train.early_stopping_patience
+    if patience is None and recipe.train.early_stopping_threshold is not None:
         return ["train.early_stopping_threshold needs train.early_stopping_patience: add it"]
     if patience is not None and recipe.data.validation is None:
         return [
             "train.early_stopping_patience counts evaluations and data.validation is missing: "
             "give a validation file or remove it"
         ]
-    evaluates = recipe.train.get("eval_strategy", "no") != "no"
+    evaluates = recipe.train.eval_strategy not in (None, "no")
     if evaluates and recipe.data.validation is None:
         return [
             "train.eval_strategy asks for evaluations and data.validation is missing: "
@@ -366,48 +315,23 @@ def _explain(error: ErrorDetails, *, kind: type[Recipe]) -> str | None:
     """A sentence for an error that only a recipe has, else None."""
     keys = tuple(str(key) for key in error["loc"][:2])
     name = ".".join(keys)
-    if error["type"] == "refused":
-        reason = REFUSED_TRAIN_KEYS.get(keys[1], "medft does not pass it on: remove the key")
-        return f"{name} is refused: {reason.format(key=name)}"
     if error["type"] == "missing":
         required = {"model": "model.base", "data": "data.train", "train": "train.output_dir"}
         return f"{required.get(name, name)} is required and missing: add it"
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {name}: {_suggest(keys, kind)}"
-    return None
+    if error["type"] != "extra_forbidden":
+        return None
+    if keys[0] == "train" and len(keys) == 2 and (reason := refusal(keys[1])):
+        return f"{name} is refused: {reason}"
+    others = {other.kind: key_paths(other) for other in RECIPE_KINDS.values() if other is not kind}
+    return f"unknown key {name}: {right_key(keys, key_paths(kind), others)}"
 
 
-def _suggest(keys: tuple[str, ...], kind: type[Recipe]) -> str:
-    """What to write instead of an unknown key."""
-    key = keys[-1]
-    if keys == ("quantization",):
-        return "SigLIP is not trained on a 4-bit base, its towers are small: remove the section"
-    if keys == ("contrastive",):
-        return "it belongs to recipes of siglip_lora.py: remove the section"
-    if key in FOREIGN_KEYS:
-        return f"here it is {FOREIGN_KEYS[key]}"
-    names = _names(kind)
-    for other in RECIPE_KINDS.values():
-        if keys in _names(other) and other is not kind:
-            return f"it belongs to {other.kind} recipes: remove it"
-    elsewhere = [name for name in names if name[-1] == key]
-    if elsewhere:
-        return f"here it is {'.'.join(elsewhere[0])}"
-    near = [name for name in names if name[:-1] == keys[:-1]] or names
-    close = difflib.get_close_matches(key, [name[-1] for name in near], n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {'.'.join((*keys[:-1], close[0]))}?"
-    if keys[:-1] == ("train",):
-        return "no field of the library's training arguments has this name: remove it"
-    return f"known here are {', '.join(sorted(name[-1] for name in near))}"
-
-
-def _names(kind: type[Recipe]) -> list[tuple[str, ...]]:
+def key_paths(kind: type[Recipe]) -> list[KeyPath]:
     """Every key that a recipe of this kind may have, as a path."""
-    names: list[tuple[str, ...]] = [(section,) for section in kind.model_fields]
+    paths: list[KeyPath] = [(section,) for section in kind.model_fields]
     for section, field in kind.model_fields.items():
         hints = getattr(field.annotation, "__args__", (field.annotation,))
         for hint in hints:
             if isinstance(hint, type) and issubclass(hint, Section):
-                names += [(section, key) for key in hint.model_fields]
-    return names + [("train", key) for key in sorted(_TrainSection.model_fields)]
+                paths += [(section, key) for key in hint.model_fields]
+    return paths

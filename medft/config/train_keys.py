@@ -1,163 +1,245 @@
-"""Tables of recipe keys: what `train` takes and refuses, and what other tools call things."""
+"""The section `train`: fields of the library's training arguments that a recipe may set.
 
+What is allowed is listed, so that a field that a newer library brings is refused until it is known
+here.
+"""
+
+import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+)
+from pydantic_core import CoreSchema
 
-# Names of TRL scripts, LLaMA-Factory, axolotl, unsloth, ms-swift and open_clip.
-FOREIGN_KEYS = {
-    "accum_freq": "train.gradient_accumulation_steps",
-    "adapter_name_or_path": "model.base",
-    "base_model": "model.base",
-    "batch_size": "train.per_device_train_batch_size",
-    "bnb_4bit_compute_dtype": "model.dtype",
-    "bnb_4bit_quant_type": "quantization.type",
-    "bnb_4bit_use_double_quant": "quantization.double_quant",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.train",
-    "dataset_path": "data.train",
-    "datasets": "data.train",
-    "double_quantization": "quantization.double_quant",
-    "epochs": "train.num_train_epochs",
-    "eval_batch_size": "train.per_device_eval_batch_size",
-    "eval_dataset": "data.validation",
-    "finetuning_type": "lora (null: full fine-tuning)",
-    "force_image_size": "data.image_size",
-    "grad_accum": "train.gradient_accumulation_steps",
-    "gradient_clipping": "train.max_grad_norm",
-    "image_resolution": "data.image_size",
-    "load_in_4bit": "quantization.bits",
-    "load_in_8bit": "quantization.bits",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_target": "lora.targets",
-    "lora_target_linear": "lora.targets",
-    "lora_target_modules": "lora.targets",
-    "lr": "train.learning_rate",
-    "max_completion_length": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "max_pixels": "data.max_image_tiles",
-    "micro_batch_size": "train.per_device_train_batch_size",
-    "mixed_precision": "model.dtype",
-    "model_id": "model.base",
-    "model_name": "model.base",
-    "model_name_or_path": "model.base",
-    "num_epochs": "train.num_train_epochs",
-    "output": "train.output_dir",
-    "per_gpu_train_batch_size": "train.per_device_train_batch_size",
-    "precision": "model.dtype",
-    "quant_bits": "quantization.bits",
-    "quantization_bit": "quantization.bits",
-    "rank": "lora.r",
-    "resume": "train.resume_from_checkpoint",
-    "save_dir": "train.output_dir",
-    "sequence_len": "data.max_length",
-    "target_modules": "lora.targets",
-    "torch_dtype": "model.dtype",
-    "train_file": "data.train",
-    "val_data": "data.validation",
-    "val_set_size": "data.validation",
-    "val_size": "data.validation",
-    "validation_file": "data.validation",
-    "warmup": "train.warmup_steps",
-    "warmup_ratio": "train.warmup_steps",
-    "wd": "train.weight_decay",
-}
+from medft.config.strict_yaml import Section
+
+
+def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """The value itself once it has passed: a whole number stays one where a float may stand."""
+    check(value)
+    return value
+
+
+class _NotNull:
+    """On `T | None`: what is written must be a T; None stands for a key that is not written."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return handler(source)["schema"]
 
 
 _Count = Annotated[int, Field(ge=1)]
+_Index = Annotated[int, Field(ge=0)]
+_Amount = Annotated[float, Field(ge=0), WrapValidator(_as_written)]
+_Interval = Annotated[float, Field(gt=0), WrapValidator(_as_written)]
+_Fraction = Annotated[float, Field(ge=0, lt=1), WrapValidator(_as_written)]
+_When = Literal["no", "steps", "epoch"]
 
 
-_Amount = Annotated[float, Field(ge=0)]
+class TrainSection(Section):
+    """How a run is trained; a key that is not written has medft's default, or the library's."""
+
+    output_dir: str = Field(min_length=1)
+    """The run directory."""
+
+    learning_rate: _Amount = 2e-4
+    """The largest one of the schedule."""
+
+    lr_scheduler_type: str = "cosine"
+    """Name of a schedule in transformers."""
+
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Further arguments of the schedule."""
+
+    warmup_steps: _Amount = 0.1
+    """Steps of rising learning rate; below 1: a share of the steps."""
+
+    optim: Annotated[str | None, _NotNull()] = None
+    """Name of an optimizer in transformers."""
+
+    adam_beta1: _Fraction = 0.9
+    """Decay of the mean of gradients in a step."""
+
+    adam_beta2: _Fraction = 0.95
+    """Decay of the mean of squared gradients in a step."""
+
+    adam_epsilon: _Interval = 1e-8
+    """Added to the root of the mean of squared gradients."""
+
+    weight_decay: _Amount = 0.01
+    """Share of a weight that a step at learning rate 1 would take off."""
+
+    max_grad_norm: _Amount = 1.0
+    """Norm to which gradients are clipped; 0: not at all."""
+
+    num_train_epochs: Annotated[_Interval | None, _NotNull()] = None
+    """Passes over the training rows."""
+
+    max_steps: Annotated[Annotated[int, Field(ge=-1)] | None, _NotNull()] = None
+    """Optimizer steps, instead of num_train_epochs."""
+
+    per_device_train_batch_size: Annotated[_Count | None, _NotNull()] = None
+    """Rows of a batch on a device."""
+
+    gradient_accumulation_steps: Annotated[_Count | None, _NotNull()] = None
+    """Batches of an optimizer step on a device."""
+
+    gradient_checkpointing: Annotated[bool | None, _NotNull()] = None
+    """Compute activations again in the backward pass instead of keeping them."""
+
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    """Arguments of torch's checkpoint function."""
+
+    train_sampling_strategy: Annotated[Literal["random", "group_by_length"] | None, _NotNull()] = (
+        None
+    )
+    """group_by_length: rows of similar length share a batch."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
+    """Of initial weights, dropout and the order of rows."""
+
+    data_seed: _Index | None = None
+    """Of the order of rows; default: seed."""
+
+    eval_strategy: Annotated[_When | None, _NotNull()] = None
+    """When validation rows are evaluated; default: each epoch where there are any."""
+
+    eval_steps: _Interval | None = None
+    """Steps between evaluations; below 1: a share of the steps."""
+
+    eval_delay: Annotated[_Amount | None, _NotNull()] = None
+    """Steps or epochs before the first evaluation."""
+
+    eval_on_start: Annotated[bool | None, _NotNull()] = None
+    """Evaluate before the first step."""
+
+    eval_accumulation_steps: _Count | None = None
+    """Batches of an evaluation whose outputs stay on the device."""
+
+    per_device_eval_batch_size: Annotated[_Count | None, _NotNull()] = None
+    """Rows of a batch of an evaluation on a device."""
+
+    metric_for_best_model: Annotated[str | None, _NotNull()] = None
+    """The figure that chooses best_model/; default: eval_loss."""
+
+    early_stopping_patience: Annotated[_Count | None, _NotNull()] = None
+    """Evaluations without improvement after which training ends."""
+
+    early_stopping_threshold: Annotated[_Amount | None, _NotNull()] = None
+    """What counts as improvement."""
+
+    logging_strategy: Annotated[_When | None, _NotNull()] = None
+    """When figures are logged."""
+
+    logging_steps: _Interval = 10
+    """Steps between log entries; below 1: a share of the steps."""
+
+    logging_first_step: Annotated[bool | None, _NotNull()] = None
+    """Log the first step."""
+
+    report_to: str | list[str] = "none"
+    """Services that get the log, as in transformers."""
+
+    run_name: str | None = None
+    """Name of the run for these services."""
+
+    disable_tqdm: Annotated[bool | None, _NotNull()] = None
+    """Show no progress bar; default: none outside a terminal."""
+
+    save_strategy: Annotated[_When | None, _NotNull()] = None
+    """When checkpoints are saved."""
+
+    save_steps: _Interval = 500
+    """Steps between checkpoints; below 1: a share of the steps."""
+
+    save_total_limit: _Count | None = None
+    """Checkpoints that are kept; null: all."""
+
+    resume_from_checkpoint: bool | str | None = None
+    """true: go on from the newest complete checkpoint of output_dir; or the path of one."""
+
+    dataloader_num_workers: Annotated[_Index | None, _NotNull()] = None
+    """Processes that prepare batches; 0: the training process."""
+
+    dataloader_persistent_workers: Annotated[bool | None, _NotNull()] = None
+    """Keep these processes over epochs."""
+
+    dataloader_pin_memory: Annotated[bool | None, _NotNull()] = None
+    """Put batches into pinned memory; default: where there is an accelerator."""
+
+    dataloader_prefetch_factor: _Count | None = None
+    """Batches that a process prepares ahead."""
+
+    ddp_backend: str | None = None
+    """Of torch.distributed."""
+
+    ddp_bucket_cap_mb: _Count | None = None
+    """Megabytes of gradients that are exchanged at once."""
+
+    ddp_find_unused_parameters: bool | None = None
+    """Look in each step for parameters without gradient."""
+
+    ddp_timeout: Annotated[_Count | None, _NotNull()] = None
+    """Seconds that a process waits for the others."""
+
+    tf32: bool | None = None
+    """Let float32 products have 10 bits of mantissa on NVIDIA cards."""
+
+    torch_empty_cache_steps: _Count | None = None
+    """Steps after which the device's cache is emptied."""
+
+    use_cpu: Annotated[bool | None, _NotNull()] = None
+    """Train on the CPU even where there is an accelerator."""
+
+    @model_serializer(mode="wrap")
+    def _resolved(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was written, and medft's defaults; None stands for the library's."""
+        return {
+            key: value
+            for key, value in dump(self).items()
+            if value is not None or key in self.model_fields_set
+        }
+
+    def early_stopping(self) -> dict[str, Any]:
+        """Arguments of transformers' EarlyStoppingCallback; empty where it is not asked for."""
+        return {k: v for k, v in self.model_dump().items() if k in EARLY_STOPPING_KEYS}
+
+    def library_fields(self) -> dict[str, Any]:
+        """Fields of TrainingArguments."""
+        own = (*EARLY_STOPPING_KEYS, "resume_from_checkpoint")
+        return {k: v for k, v in self.model_dump().items() if k not in own}
 
 
-_Interval = Annotated[float, Field(gt=0)]
+EARLY_STOPPING_KEYS = ("early_stopping_patience", "early_stopping_threshold")
+"""Keys that are arguments of transformers' EarlyStoppingCallback."""
 
 
-_Share = Annotated[float, Field(ge=0, lt=1)]
+def refusal(key: str) -> str | None:
+    """Why a key of `train` is refused; None for one that no version of the library has."""
+    if key in REFUSED_TRAIN_KEYS:
+        return REFUSED_TRAIN_KEYS[key].format(key=f"train.{key}")
+    return "medft does not pass it on: remove the key" if key in _library_fields() else None
 
 
-TRAIN_KEYS: dict[str, Any] = {
-    "adam_beta1": _Share,
-    "adam_beta2": _Share,
-    "adam_epsilon": _Interval,
-    "data_seed": Annotated[int, Field(ge=0)] | None,
-    "dataloader_num_workers": Annotated[int, Field(ge=0)],
-    "dataloader_persistent_workers": bool,
-    "dataloader_pin_memory": bool,
-    "dataloader_prefetch_factor": _Count | None,
-    "ddp_backend": str | None,
-    "ddp_bucket_cap_mb": _Count | None,
-    "ddp_find_unused_parameters": bool | None,
-    "ddp_timeout": _Count,
-    "disable_tqdm": bool,
-    "eval_accumulation_steps": _Count | None,
-    "eval_delay": _Amount,
-    "eval_on_start": bool,
-    "eval_steps": _Interval | None,
-    "eval_strategy": Literal["no", "steps", "epoch"],
-    "gradient_accumulation_steps": _Count,
-    "gradient_checkpointing": bool,
-    "gradient_checkpointing_kwargs": dict[str, Any] | None,
-    "learning_rate": _Amount,
-    "logging_first_step": bool,
-    "logging_steps": _Interval,
-    "logging_strategy": Literal["no", "steps", "epoch"],
-    "lr_scheduler_kwargs": dict[str, Any] | None,
-    "lr_scheduler_type": str,
-    "max_grad_norm": _Amount,
-    "max_steps": Annotated[int, Field(ge=-1)],
-    "metric_for_best_model": str,
-    "num_train_epochs": _Interval,
-    "optim": str,
-    "per_device_eval_batch_size": _Count,
-    "per_device_train_batch_size": _Count,
-    "report_to": str | list[str],
-    "resume_from_checkpoint": bool | str | None,
-    "run_name": str | None,
-    "save_steps": _Interval,
-    "save_strategy": Literal["no", "steps", "epoch"],
-    "save_total_limit": _Count | None,
-    "seed": Annotated[int, Field(ge=0, lt=2**32)],
-    "tf32": bool | None,
-    "train_sampling_strategy": Literal["random", "group_by_length"],
-    "torch_empty_cache_steps": _Count | None,
-    "use_cpu": bool,
-    "warmup_steps": _Amount,
-    "weight_decay": _Amount,
-}
-"""Fields of TrainingArguments that a recipe may set, with what they take; output_dir aside.
+def _library_fields() -> set[str]:
+    from trl import SFTConfig
 
-A list of what is allowed: a field that a newer library brings is refused until it is known here.
-"""
-
-
-EARLY_STOPPING_KEYS: dict[str, Any] = {
-    "early_stopping_patience": _Count,
-    "early_stopping_threshold": _Amount,
-}
-"""What a recipe may set in `train` of transformers' EarlyStoppingCallback."""
+    return {field.name for field in dataclasses.fields(SFTConfig)}
 
 
 _PRECISION = "precision stands in model.dtype alone and {key} follows it: remove the key"
-
-
 _LENGTH = "lengths belong to the data: write data.max_length"
-
-
 _LABELS = "medft always trains the assistant's tokens and nothing else: remove the key"
-
-
 _LAUNCHER = "it comes from the launcher: accelerate launch --config_file accelerate_configs/X.yaml"
-
-
 _COLLATOR = "medft renders, cuts and pads rows itself: remove the key"
-
-
 _PACKING = "packing mixes rows, and images with the wrong text: remove the key"
-
 
 REFUSED_TRAIN_KEYS = {
     "activation_checkpointing": "write gradient_checkpointing, which every supported version reads",
@@ -168,7 +250,7 @@ REFUSED_TRAIN_KEYS = {
     "bf16_full_eval": _PRECISION,
     "chat_template_path": "another template changes what is trained: put it into the base's folder",
     "completion_only_loss": _LABELS,
-    "dataloader_drop_last": "rows would be left out of training and validation: remove the key",
+    "dataloader_drop_last": "rows would be dropped from training and validation: remove the key",
     "dataset_kwargs": _COLLATOR,
     "dataset_num_proc": _COLLATOR,
     "dataset_text_field": _COLLATOR,
@@ -187,7 +269,7 @@ REFUSED_TRAIN_KEYS = {
     "label_names": "medft owns the labels: remove the key",
     "label_smoothing_factor": "medft trains the plain loss: remove the key",
     "load_best_model_at_end": "best_model/ is written at every better evaluation: remove the key",
-    "logging_nan_inf_filter": "medft never hides a loss that is no number: remove the key",
+    "logging_nan_inf_filter": "medft never hides a loss that is NaN or infinite: remove the key",
     "loss_type": "medft trains the negative log-likelihood: remove the key",
     "max_length": _LENGTH,
     "max_seq_length": _LENGTH,
@@ -206,20 +288,3 @@ REFUSED_TRAIN_KEYS = {
 }
 """Why a field of the library's training arguments may not be set, where there is more to say than
 that medft does not pass it on."""
-
-
-TRAIN_DEFAULTS = {
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "adam_epsilon": 1e-8,
-    "learning_rate": 2e-4,
-    "logging_steps": 10,
-    "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0,
-    "report_to": "none",
-    "save_steps": 500,
-    "seed": 17,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
-}
-"""medft's values for fields of TrainingArguments that a recipe leaves out."""

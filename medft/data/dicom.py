@@ -1,17 +1,17 @@
-"""DICOM files as rows and pictures: tags to choose and join by, pixels as a viewer shows them.
+"""DICOM files as rows and images: tags to choose and join by, pixels as a viewer shows them.
 
 Nothing of a header is copied into what medft writes, and pixels with names burned in are refused
 where the header says so. This is no de-identification.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from medft.data.tables import Rejected, Row, table_rows, takes
+from medft.data.tables import Rejected, TableRow, table_rows, takes
 from medft.data.template import text_of
 from medft.errors import DataError
 
@@ -20,10 +20,10 @@ def dicom_rows(
     folder: Path,
     *,
     table: Path | None,
-    join: dict[str, str] | None,
+    join: Mapping[Literal["tag", "column"], str] | None,
     where: dict[str, Any] | None,
     tags: list[str],
-) -> Iterator[Row | Rejected]:
+) -> Iterator[TableRow | Rejected]:
     """A row for each .dcm file below a folder, with its tags and the columns of its report.
 
     Args:
@@ -47,13 +47,14 @@ def dicom_rows(
     if reports is not None:
         columns = next(iter(reports.values()), {}).keys()
         tags = [tag for tag in tags if tag not in columns]
-    _check_keywords(pydicom, [*tags, *([join["tag"]] if join else [])])
+    joined_tag, joined_column = (join["tag"], join["column"]) if join else ("", "")
+    _check_keywords(pydicom, [*tags, *([joined_tag] if join else [])])
     unused = dict.fromkeys(reports or {})
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".dcm"):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
-            row: Row = {tag: _value(header, tag) for tag in tags}
-            key = _value(header, join["tag"]) if join else ""
+            row: TableRow = {tag: _value(header, tag) for tag in tags}
+            key = _value(header, joined_tag) if join else ""
         except Exception as error:  # damaged files make pydicom raise many things
             yield Rejected("bad_dicom", f"{path.name}: {error}")
             continue
@@ -64,18 +65,18 @@ def dicom_rows(
             row = {**reports[key], **row}
             unused.pop(key, None)
         elif takes(row, {tag: v for tag, v in (where or {}).items() if tag in row}):
-            yield Rejected("no_report", f"{path.name}: no row with {join['column']} {key!r}")
+            yield Rejected("no_report", f"{path.name}: no row with {joined_column} {key!r}")
             continue
         else:
             continue
         if takes(row, where):
             yield {**row, "path": path}
     for key in unused:
-        yield Rejected("no_image", f"no file with {join['tag']} {key!r}")
+        yield Rejected("no_image", f"no file with {joined_tag} {key!r}")
 
 
 def open_dicom(path: Path, *, max_pixels: int, every_frame: bool = False) -> list[Image.Image]:
-    """The picture of a DICOM file as a viewer shows it first, in 8 bits.
+    """The image of a DICOM file as a viewer shows it first, in 8 bits.
 
     Modality LUT, then VOI LUT or window, then inversion of MONOCHROME1, then 0..255.
 
@@ -112,7 +113,7 @@ def _frame(data: Any, index: int, frames: int) -> Image.Image:
     if data.PhotometricInterpretation == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, data)
         return _eight_bits(pixels[..., :3], 0, np.iinfo(pixels.dtype).max)
-    if pixels.ndim == 3:  # pydicom has converted colour to RGB
+    if pixels.ndim == 3:  # pydicom has converted color to RGB
         return _eight_bits(pixels[..., :3], 0, 2 ** int(data.BitsStored) - 1)
     values = apply_voi_lut(apply_modality_lut(pixels, data), data)
     low, high = _display_range(data, values)
@@ -127,7 +128,7 @@ def _eight_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
 
 
 def _display_range(data: Any, values: np.ndarray) -> tuple[float, float]:
-    """The values that are shown black and white: what a window maps to, else the picture's own.
+    """The values that are shown black and white: what a window maps to, else the image's own.
 
     Source: DICOM PS3.3 C.11.2; the range of a window's output as in pydicom's apply_windowing.
     """
@@ -154,7 +155,9 @@ def _problem(error: Exception, data: Any | None) -> str:
     )
 
 
-def _reports(table: Path, join: dict[str, str] | None) -> dict[str, Row]:
+def _reports(
+    table: Path, join: Mapping[Literal["tag", "column"], str] | None
+) -> dict[str, TableRow]:
     if join is None:
         raise DataError(f"expected join beside table {table}: write {{tag: ..., column: ...}}")
     reports = {}

@@ -1,7 +1,7 @@
-"""From the bytes of a picture to one upright 8-bit RGB image, or the reason why not.
+"""From the bytes of an image to one upright 8-bit RGB image, or the reason why not.
 
 Every pixel that medft trains on comes through here, whatever the file: sixteen bits are scaled
-instead of clipped, hidden colours under a transparent pixel become black, the orientation that a
+instead of clipped, hidden colors under a transparent pixel become black, the orientation that a
 camera noted is applied, and a file that would unpack to more pixels than allowed is not unpacked.
 """
 
@@ -22,18 +22,18 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 _ORIENTATION = 0x0112
 
 MAX_PIXELS = 64_000_000
-"""Pixels of a picture at the most, checked before decoding."""
+"""Pixels of an image at the most, checked before decoding."""
 
 
 def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture as an upright RGB image with 8 bits a channel.
+    """The image as an upright RGB image with 8 bits a channel.
 
     Args:
         source: a file, or its content.
         max_pixels: width times height at the most.
 
     Raises:
-        DataError: no picture of a known format, damaged, animated, or too large.
+        DataError: no image of a known format, damaged, animated, or too large.
     """
     with opened(source, max_pixels=max_pixels) as image:
         return to_rgb(ImageOps.exif_transpose(image))
@@ -41,14 +41,14 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
 
 @contextmanager
 def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The picture as the file holds it, its pixels read at their first use.
+    """The image as the file holds it, its pixels read at their first use.
 
     Args:
         source: a file, or its content.
         max_pixels: width times height at the most, checked before decoding.
 
     Raises:
-        DataError: no picture of a known format, animated, or too large; also where the caller
+        DataError: no image of a known format, animated, or too large; also where the caller
             reads its pixels and they are damaged.
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
@@ -58,18 +58,15 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(
-                    f"expected a picture of at most {max_pixels} pixels, {name} has "
+                    f"expected an image of at most {max_pixels} pixels, {name} has "
                     f"{width} x {height}: shrink it or raise the limit"
                 )
-            if getattr(image, "n_frames", 1) > 1:
-                raise DataError(
-                    f"expected a single picture, {name} has {image.n_frames} frames: choose one"
-                )
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise DataError(f"expected a single image, {name} has {frames} frames: choose one")
             yield image
     except FileNotFoundError as error:
-        raise DataError(
-            f"expected a picture at {name}, there is no file: check the path"
-        ) from error
+        raise DataError(f"expected an image at {name}, there is no file: check the path") from error
     except (
         UnidentifiedImageError,
         Image.DecompressionBombError,
@@ -82,7 +79,7 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
         unknown = isinstance(error, UnidentifiedImageError)
         problem = "it is of another format" if unknown else error
         raise DataError(
-            f"expected a whole picture ({', '.join(FORMATS)}), could not read {name} ({problem}): "
+            f"expected a complete image ({', '.join(FORMATS)}), could not read {name} ({problem}): "
             f"replace the file"
         ) from error
 
@@ -95,7 +92,7 @@ def plain_content(content: bytes, image: Image.Image) -> bytes | None:
         image: as Pillow opened it, not yet turned upright.
 
     Returns:
-        None where the picture must be written anew: other formats, wide or transparent pixels, an
+        None where the image must be written anew: other formats, wide or transparent pixels, an
         orientation to apply.
     """
     if image.mode not in ("RGB", "L") or "transparency" in image.info:
@@ -128,7 +125,7 @@ def _without_png_metadata(content: bytes) -> bytes | None:
 
 
 def _without_jpeg_metadata(content: bytes) -> bytes | None:
-    """The file without comments and application segments but JFIF's and Adobe's colour mark."""
+    """The file without comments and application segments but JFIF's and Adobe's color mark."""
     kept, position = [content[:2]], 2
     while position + 4 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
@@ -143,9 +140,9 @@ def _without_jpeg_metadata(content: bytes) -> bytes | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB copy: wide grey values scaled to 0..255, transparency laid over black."""
+    """An 8-bit RGB copy: wide gray values scaled to 0..255, transparency laid over black."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _scaled_grey(image).convert("RGB")
+        return _scaled_gray(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
@@ -153,11 +150,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scaled_grey(image: Image.Image) -> Image.Image:
-    """Grey values of 16 or 32 bits as 8 bits.
+def _scaled_gray(image: Image.Image) -> Image.Image:
+    """Gray values of 16 or 32 bits as 8 bits.
 
     Integers are scaled by the width of their type, so that equal values stay equal between
-    pictures: 0..65535 becomes 0..255. Floating-point pictures have no fixed range and are scaled
+    images: 0..65535 becomes 0..255. Floating-point images have no fixed range and are scaled
     by their own.
     """
     values = np.asarray(image, dtype=np.float64)

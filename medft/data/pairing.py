@@ -1,6 +1,6 @@
-"""A row of a table, or the rows of a study -> one pair, its pictures decoded, hashed and spooled.
+"""A row of a table, or the rows of a study -> one pair, its images decoded, hashed and spooled.
 
-Runs in worker processes, each with a file of its own for pictures.
+Runs in worker processes, each with a file of its own for images.
 """
 
 import hashlib
@@ -11,33 +11,33 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medft.data.dicom import open_dicom
-from medft.data.pairs import StoredImage, store_image, store_picture
+from medft.data.pairs import StoredImage, store_encoded_image, store_image
 from medft.data.sources import SourceSection, SourcesFile
 from medft.data.splits import SplitSection
-from medft.data.tables import Rejected, Row
+from medft.data.tables import Rejected, TableRow
 from medft.data.template import fill_template, template_names, text_of
 from medft.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpooledImage:
-    """A picture whose bytes wait in a file until the row is written."""
+    """An image whose bytes wait in a file until the row is written."""
 
     file: str
-    """Name of a worker's file in the draft folder, or path of the picture's own, kept as it is."""
+    """Name of a worker's file in the draft folder, or path of the image's own, kept as it is."""
 
     offset: int
     length: int
-    picture: StoredImage
+    stored: StoredImage
     """What is known of it; its content is left in the file."""
 
     modified: int | None = None
-    """When the picture's own file was written, in ns since the epoch; None for a worker's."""
+    """When the image's own file was written, in ns since the epoch; None for a worker's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """A row that is taken, its pictures in the spool."""
+    """A row that is taken, its images in the spool."""
 
     id: str
     images: list[SpooledImage]
@@ -51,17 +51,17 @@ class Pair:
     """As the table has it; empty where medft splits."""
 
     def record(self) -> dict[str, Any]:
-        """The columns of pairs.parquet but for split, with places instead of pictures."""
-        pictures = [image.picture for image in self.images]
+        """The columns of pairs.parquet but for split, with places instead of images."""
+        stored = [image.stored for image in self.images]
         return {
             "id": self.id,
             "images": [
-                [i.picture.name, i.file, i.offset, i.length, i.modified] for i in self.images
+                [i.stored.name, i.file, i.offset, i.length, i.modified] for i in self.images
             ],
-            "width": [picture.width for picture in pictures],
-            "height": [picture.height for picture in pictures],
-            "sha256": [picture.sha256 for picture in pictures],
-            "phash": [picture.phash for picture in pictures],
+            "width": [one.width for one in stored],
+            "height": [one.height for one in stored],
+            "sha256": [one.sha256 for one in stored],
+            "phash": [one.phash for one in stored],
             "text": self.text,
             "question": self.question,
             "fields": json.dumps(self.fields, sort_keys=True, ensure_ascii=False),
@@ -76,7 +76,7 @@ class Task:
     """Rows that become one pair: one row, or those of a study."""
 
     source: int
-    rows: list[tuple[int, Row | Rejected]]
+    rows: list[tuple[int, TableRow | Rejected]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,9 @@ class Result:
 
 
 class Maker:
-    """Makes pairs of a source's rows; a picture that several rows name is decoded once."""
+    """Makes pairs of a source's rows; an image that several rows name is decoded once."""
 
-    CACHED_PICTURES = 10_000
+    CACHED_IMAGES = 10_000
 
     def __init__(
         self, source: SourceSection, spec: SourcesFile, root: Path, spool: BinaryIO
@@ -108,7 +108,7 @@ class Maker:
     def result(self, task: Task) -> Result:
         """The pair of a row or a study, and what of it was rejected."""
         images: list[SpooledImage] = []
-        good: list[tuple[int, Row]] = []
+        good: list[tuple[int, TableRow]] = []
         rejected: list[tuple[int, str, str]] = []
         for number, row in task.rows:
             try:
@@ -127,7 +127,7 @@ class Maker:
         taken = [number for number, _ in good] if pair else []
         return Result(task.source, pair, taken, rejected)
 
-    def _pair(self, rows: list[Row], images: list[SpooledImage]) -> Pair:
+    def _pair(self, rows: list[TableRow], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]
         texts = list(dict.fromkeys(filter(None, (_filled(source.text, row) for row in rows))))
         if not texts:
@@ -158,29 +158,26 @@ class Maker:
         pair = replace(
             pair,
             id=given or content_hash(pair)[:16],
-            group_id=f"{source.name}/{group}" if group else f"image/{images[0].picture.sha256}",
+            group_id=f"{source.name}/{group}" if group else f"image/{images[0].stored.sha256}",
         )
         _check_encodable(pair)
         return pair
 
-    def _own_split(self, rows: list[Row]) -> str:
+    def _own_split(self, rows: list[TableRow]) -> str:
         if isinstance(self.split, SplitSection):
             return ""
         values = {text_of(row.get(self.split.column)) for row in rows}
-        splits = {self.split.split_of(value) for value in values}
-        if len(splits) > 1 or None in splits:
+        split, *others = {self.split.split_of(value) for value in values}
+        if split is None or others:
             raise Rejected("no_split", f"{self.split.column} is {', '.join(sorted(values))!r}")
-        return splits.pop()
+        return split
 
-    def _images(self, row: Row) -> list[SpooledImage]:
+    def _images(self, row: TableRow) -> list[SpooledImage]:
         if self.source.kind == "dicom":
             every = self.source.frames == "every"
-            pictures = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
+            frames = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
             name, side = row["path"].name, self.limits.max_side
-            return [
-                self._spooled(store_image(picture, name=name, max_side=side))
-                for picture in pictures
-            ]
+            return [self._spooled(store_image(frame, name=name, max_side=side)) for frame in frames]
         return [self._image(row.get(name), name) for name in self.source.image_columns]
 
     def _image(self, value: Any, column: str) -> SpooledImage:
@@ -205,7 +202,7 @@ class Maker:
         except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
             reason = getattr(error, "strerror", None) or "not a path"
             raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
-        if len(self._cache) == self.CACHED_PICTURES:
+        if len(self._cache) == self.CACHED_IMAGES:
             self._cache.clear()
         self._cache[path] = self._from_file(path, content, modified, name)
         return self._cache[path]
@@ -218,14 +215,14 @@ class Maker:
             file=str(path),
             offset=0,
             length=len(content),
-            picture=replace(stored, content=b""),
+            stored=replace(stored, content=b""),
             modified=modified,
         )
 
     def _stored(self, content: bytes, name: str | None, shown: str) -> StoredImage:
         limits = self.limits
         try:
-            return store_picture(
+            return store_encoded_image(
                 content, name=name, max_pixels=limits.max_pixels, max_side=limits.max_side
             )
         except DataError as error:
@@ -239,13 +236,13 @@ class Maker:
             file=Path(self.spool.name).name,
             offset=offset,
             length=len(stored.content),
-            picture=replace(stored, content=b""),
+            stored=replace(stored, content=b""),
         )
 
 
 def content_hash(pair: Pair) -> str:
     """A hash of what a pair shows and says, whatever its names."""
-    content = [[image.picture.sha256 for image in pair.images], pair.question, pair.text]
+    content = [[image.stored.sha256 for image in pair.images], pair.question, pair.text]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -259,7 +256,7 @@ def _check_encodable(pair: Pair) -> None:
             raise Rejected("bad_text", f"{text[:100]!r}: {error.reason}") from error
 
 
-def _filled(template: str, row: Row) -> str:
+def _filled(template: str, row: TableRow) -> str:
     if "{" not in template:
         return text_of(row.get(template))
     return fill_template(template, {name: row.get(name) for name in template_names(template)})

@@ -45,13 +45,13 @@ SCHEMA = pa.schema(
 
 _ROWS_PER_GROUP = 64
 
-# Rows 0 to 7 of the cosine transform of 32 samples, unnormalised: only medians are compared.
+# Rows 0 to 7 of the cosine transform of 32 samples, unnormalized: only medians are compared.
 _COSINES = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredImage:
-    """A picture as pairs.parquet stores it."""
+    """An image as pairs.parquet stores it."""
 
     content: bytes
     """A PNG or JPEG file."""
@@ -72,22 +72,22 @@ class StoredImage:
     """64-bit perceptual hash, in hexadecimal."""
 
     thumbnail: bytes
-    """32 x 32 grey values; kept in memory only, to compare pictures whose hashes are near."""
+    """32 x 32 gray values; kept in memory only, to compare images whose hashes are near."""
 
 
-def store_picture(
+def store_encoded_image(
     content: bytes, *, name: str | None, max_pixels: int, max_side: int | None = None
 ) -> StoredImage:
-    """A picture's file as pairs.parquet keeps it: as it came where that is plain, else as PNG.
+    """An image's file as pairs.parquet keeps it: as it came where that is plain, else as PNG.
 
     Args:
         content: of the file.
         name: of the file, without folder.
         max_pixels: width times height at the most.
-        max_side: pixels; a larger picture is shrunk, antialiased.
+        max_side: pixels; a larger image is shrunk, antialiased.
 
     Raises:
-        DataError: the picture cannot be used.
+        DataError: the image cannot be used.
     """
     with opened(content, max_pixels=max_pixels) as image:
         is_small = max_side is None or max(image.size) <= max_side
@@ -124,22 +124,22 @@ def _stored(content: bytes, image: Image.Image, name: str | None) -> StoredImage
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """32 x 32 grey values, smoothed so that a copy of another size has nearly the same.
+    """32 x 32 gray values, smoothed so that a copy of another size has nearly the same.
 
     A JPEG whose pixels were not read yet is decoded at a fraction of its size: all of the file is
     read, and damage found, but what the mean of a block does not need is not computed.
     """
     draft = image.draft("L", (64, 64))
     box = draft[1] if draft else None
-    grey = image.convert("L")
-    return grey.resize((32, 32), Image.Resampling.HAMMING, box, reducing_gap=3.0)
+    gray = image.convert("L")
+    return gray.resize((32, 32), Image.Resampling.HAMMING, box, reducing_gap=3.0)
 
 
 def perceptual_hash(thumbnail: Image.Image) -> str:
-    """A 64-bit hash that near copies of a picture share, in hexadecimal.
+    """A 64-bit hash that near copies of an image share, in hexadecimal.
 
     Args:
-        thumbnail: 32 x 32, grey.
+        thumbnail: 32 x 32, gray.
 
     The signs of the 8 x 8 lowest cosine frequencies of the thumbnail against their median, the
     constant term left out of the median.
@@ -181,7 +181,7 @@ def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer that leaves the pictures, which are compressed, as they are."""
+    """A writer that leaves the images, which are compressed, as they are."""
     plain = ["text", "question", "fields", "source", "group_id", "license", "split"]
     return pq.ParquetWriter(
         path, schema, use_dictionary=plain, compression=dict.fromkeys(plain, "snappy")

@@ -1,8 +1,8 @@
-"""Raw tables and their pictures -> pairs.parquet, with a reason for every row that did not make it.
+"""Raw tables and their images -> pairs.parquet, with a reason for every row that did not make it.
 
 Every row that is read ends in pairs.parquet or in rejects.jsonl: accepted + rejected = rows read,
-for each source. Pictures are decoded and hashed by worker processes; the order of the rows is that
-of the tables. What is written appears when all of it is whole.
+for each source. Images are decoded and hashed by worker processes; the order of the rows is that
+of the tables. What is written appears when all of it is complete.
 """
 
 import json
@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from medft.data.splits import (
     check_no_overlap,
     join_groups,
 )
-from medft.data.tables import Rejected, Row, takes
+from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
 from medft.errors import DataError, RecipeError
 from medft.files import check_folder_for_output, write_json
@@ -70,7 +70,7 @@ class SourceCounts:
 
 @dataclass(slots=True)
 class _Collected:
-    """What of all pairs is kept in memory: names and hashes, no pictures."""
+    """What of all pairs is kept in memory: names and hashes, no images."""
 
     groups: list[str] = field(default_factory=list)
     hashes: list[list[str]] = field(default_factory=list)
@@ -83,7 +83,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
 
     Args:
         sources_path: SOURCES.yaml.
-        out: folder; earlier files in it are replaced once the new ones are whole.
+        out: folder; earlier files in it are replaced once the new ones are complete.
         max_rejects: share of a source's rows that may be rejected; duplicates do not count.
 
     Raises:
@@ -128,7 +128,7 @@ def _prepare_into(
         closing(_results(spec, root, draft)) as results,
     ):
         for pair in _accepted_pairs(results, spec, counts, collected, rejects):
-            thumbnails.write(b"".join(image.picture.thumbnail for image in pair.images))
+            thumbnails.write(b"".join(image.stored.thumbnail for image in pair.images))
             records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
     try:
         _check_rejects(spec, counts, max_rejects, out / "rejects.jsonl")
@@ -208,18 +208,18 @@ def _accepted_pairs(
         count.accepted += len(result.taken)
         count.pairs += 1
         collected.groups.append(pair.group_id)
-        collected.hashes.append([image.picture.sha256 for image in pair.images])
-        collected.phashes.append([image.picture.phash for image in pair.images])
+        collected.hashes.append([image.stored.sha256 for image in pair.images])
+        collected.phashes.append([image.stored.phash for image in pair.images])
         collected.splits.append(pair.split)
         yield pair
 
 
 def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of pairs.parquet, their pictures read back from where they wait."""
+    """The rows of pairs.parquet, their images read back from where they wait."""
     with ExitStack() as stack, (draft / "records.jsonl").open(encoding="utf-8") as records:
         spools: dict[str, BinaryIO] = {}
 
-        def picture(file: str, offset: int, length: int, modified: int | None) -> bytes:
+        def content_of(file: str, offset: int, length: int, modified: int | None) -> bytes:
             if modified is not None:
                 return _unchanged(Path(file), length, modified)
             if file not in spools:
@@ -229,12 +229,14 @@ def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[d
 
         for line, group, split in zip(records, groups, splits, strict=True):
             record = json.loads(line)
-            images = [{"bytes": picture(*place), "path": name} for name, *place in record["images"]]
+            images = [
+                {"bytes": content_of(*where), "path": name} for name, *where in record["images"]
+            ]
             yield {**record, "images": images, "group_id": group, "split": split}
 
 
 def _unchanged(path: Path, length: int, modified: int) -> bytes:
-    """The content of a picture's own file, unless it was written to since it was hashed."""
+    """The content of an image's own file, unless it was written to since it was hashed."""
     try:
         with path.open("rb") as file:
             content = file.read()
@@ -243,15 +245,15 @@ def _unchanged(path: Path, length: int, modified: int) -> bytes:
     except OSError:
         pass
     raise DataError(
-        f"expected the pictures to stay as they are until pairs.parquet is written, {path} was "
+        f"expected the images to stay as they are until pairs.parquet is written, {path} was "
         f"changed meanwhile: prepare again"
     )
 
 
-def _results(spec: SourcesFile, root: Path, draft: Path) -> Iterator[Result]:
+def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, None, None]:
     """What the workers made of all rows, in the order of the rows."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
-    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     room, stopped = threading.Semaphore(IN_FLIGHT * workers), threading.Event()
 
     def tasks() -> Iterator[Task]:
@@ -286,15 +288,15 @@ def _tasks(
             if isinstance(row, Rejected) or takes(row, source.where):
                 yield Task(index, [(number, row)])
         return
-    studies: dict[str, list[tuple[int, Row | Rejected]]] = {}
+    studies: dict[str, list[tuple[int, TableRow | Rejected]]] = {}
     for number, row in rows:
         if isinstance(row, Rejected):
             yield Task(index, [(number, row)])
         elif takes(row, source.where):
             study = text_of(row.get(source.study)) or f"row {number} of no study"
             studies.setdefault(study, []).append((number, row))
-    for study in studies.values():
-        yield Task(index, study)
+    for members in studies.values():
+        yield Task(index, members)
 
 
 _worker: list[Maker] = []

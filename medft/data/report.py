@@ -1,6 +1,6 @@
 """report.html of prepared data: what came in, what it looks like, how it was split.
 
-One self-contained page; pictures are thumbnails inside it.
+One self-contained page; images are thumbnails inside it.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
 
 
 class _Facts:
-    """Counts over all rows, pictures left aside."""
+    """Counts over all rows, images left aside."""
 
     def __init__(self) -> None:
         self.words: dict[str, list[int]] = defaultdict(list)
@@ -136,7 +136,7 @@ def _measures(facts: _Facts, source: str) -> str:
     repeated = [
         f"{text[:80]!r} {count}" for text, count in facts.texts[source].most_common(3) if count > 1
     ]
-    notes = [f"{facts.images[source]:,} images: {shapes}", f"licences: {licenses}"]
+    notes = [f"{facts.images[source]:,} images: {shapes}", f"licenses: {licenses}"]
     notes += [f"most frequent texts: {', '.join(repeated)}"] if repeated else []
     head = ["", "least", "5 %", "median", "95 %", "most"]
     lines = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
@@ -144,9 +144,9 @@ def _measures(facts: _Facts, source: str) -> str:
 
 
 def _figure(row: dict[str, Any]) -> str:
-    picture = inline(thumbnail_of(open_image(row["images"][0]["bytes"])), "jpeg")
+    image = inline(thumbnail_of(open_image(row["images"][0]["bytes"])), "jpeg")
     more = f" (1 of {len(row['images'])} images)" if len(row["images"]) > 1 else ""
-    return figure(picture, (row["question"] or "")[:160], row["text"][:240] + more)
+    return figure(image, (row["question"] or "")[:160], row["text"][:240] + more)
 
 
 def _rejects(path: Path) -> str:

@@ -10,7 +10,7 @@ from medft.config.strict_yaml import Section, StrictYaml, errors_of, nearest
 from medft.data.dicom import dicom_rows
 from medft.data.images import MAX_PIXELS
 from medft.data.splits import OwnSplitSection, SplitSection
-from medft.data.tables import Rejected, Row, first_row, table_rows
+from medft.data.tables import Rejected, TableRow, first_row, table_rows
 from medft.data.template import template_names
 from medft.errors import DataError, RecipeError
 
@@ -104,13 +104,13 @@ class SourceSection(Section):
 
 
 class ImagesSection(Section):
-    """What pictures may be like."""
+    """What images may be like."""
 
     max_pixels: int = Field(MAX_PIXELS, ge=1)
-    """Width times height; larger pictures are rejected before they are decoded."""
+    """Width times height; larger images are rejected before they are decoded."""
 
     max_side: int | None = Field(None, ge=1)
-    """Pixels; larger pictures are shrunk, antialiased."""
+    """Pixels; larger images are shrunk, antialiased."""
 
 
 class SourcesFile(Section):
@@ -156,7 +156,7 @@ def _explain(error: dict[str, Any]) -> str | None:
 
 def source_rows(
     source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
-) -> Iterator[Row | Rejected]:
+) -> Iterator[TableRow | Rejected]:
     """The rows of a source, before `where`.
 
     Args:

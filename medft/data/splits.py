@@ -17,17 +17,17 @@ from medft.config.strict_yaml import Section
 from medft.errors import DataError
 
 NEAR_BITS = 4
-"""Perceptual hashes that differ in at most so many of 64 bits make two pictures candidates."""
+"""Perceptual hashes that differ in at most so many of 64 bits make two images candidates."""
 
-NEAR_GREY = 2.0
-"""Mean difference of 32 x 32 thumbnails, in grey levels of 256, up to which candidates are the same
-picture. On 150 real radiographs, copies of half or 0.77 of the side, saved as JPEG of quality 50,
+NEAR_GRAY = 2.0
+"""Mean difference of 32 x 32 thumbnails, in gray levels of 256, up to which candidates are the same
+image. On 150 real radiographs, copies of half or 0.77 of the side, saved as JPEG of quality 50,
 differ by 0.6 in the mean and 1.4 at the most (and by at most 4 bits of the hash); what is left is
 room for brighter prints of the same scan."""
 
 
-BLANK_GREY = 2.0
-"""Standard deviation of a thumbnail, in grey levels, up to which a picture counts as blank."""
+BLANK_GRAY = 2.0
+"""Standard deviation of a thumbnail, in gray levels, up to which an image counts as blank."""
 
 _TRIED = 1000
 
@@ -97,31 +97,31 @@ def join_groups(
     phashes: Sequence[Sequence[str]],
     thumbnails: np.ndarray,
 ) -> tuple[list[str], dict[str, int]]:
-    """The final group of each row: its own, joined with those that hold one of its pictures.
+    """The final group of each row: its own, joined with those that hold one of its images.
 
-    Pictures are the same when their bytes are, or when their perceptual hashes are near and their
+    Images are the same when their bytes are, or when their perceptual hashes are near and their
     thumbnails agree closely. Other near hashes are counted and left apart: on X-rays of one view
     most belong to different patients.
 
     Args:
         groups: of each row.
-        hashes: of each row's pictures.
-        phashes: of each row's pictures, in hexadecimal.
-        thumbnails: [pictures, 1024] grey values, in the order of the rows.
+        hashes: of each row's images.
+        phashes: of each row's images, in hexadecimal.
+        thumbnails: [images, 1024] gray values, in the order of the rows.
 
     Returns:
         A name per row, and how many joins were made and left.
     """
     union = _Union()
-    pictures: dict[str, int] = {}  # the first of each picture, by its bytes
+    images: dict[str, int] = {}  # the first of each image, by its bytes
     owners: list[str] = []
     for group, row in zip(groups, hashes, strict=True):
         for digest in row:
             union.join(f"group/{group}", f"sha256/{digest}")
-            pictures.setdefault(digest, len(owners))
+            images.setdefault(digest, len(owners))
             owners.append(f"group/{group}")
     after_bytes = len({union.root(f"group/{group}") for group in groups})
-    places = np.array(sorted(pictures.values()), dtype=np.int64)
+    places = np.array(sorted(images.values()), dtype=np.int64)
     flat = [int(value, 16) for row in phashes for value in row]
     near, agree = near_copies(np.array(flat, dtype=np.uint64)[places], thumbnails[places])
     for one, other in near[agree]:
@@ -133,7 +133,7 @@ def join_groups(
     )
     report = {
         "groups_given": len(set(groups)),
-        "joined_by_equal_pictures": len(set(groups)) - after_bytes,
+        "joined_by_equal_images": len(set(groups)) - after_bytes,
         "joined_by_near_copies": after_bytes - len(set(final)),
         "near_hashes_left_apart": left,
     }
@@ -141,21 +141,21 @@ def join_groups(
 
 
 def near_copies(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of pictures whose hashes are near, and whether their thumbnails agree closely.
+    """Pairs of images whose hashes are near, and whether their thumbnails agree closely.
 
     Two hashes of 64 bits that differ in at most 4 have one of five bands of bits in common, so
-    only pictures that share a band are compared. Pictures that are all but blank are left out:
+    only images that share a band are compared. Images that are all but blank are left out:
     their hash is noise.
 
     Args:
         hashes: [N] uint64.
-        thumbnails: [N, 1024] grey values.
+        thumbnails: [N, 1024] gray values.
 
     Returns:
         [P, 2] indices, the smaller one first, and [P] booleans.
     """
     spread = [thumbnails[i : i + 4096].std(axis=1) for i in range(0, len(thumbnails), 4096)]
-    shown = np.flatnonzero(np.concatenate([[], *spread]) > BLANK_GREY)
+    shown = np.flatnonzero(np.concatenate([[], *spread]) > BLANK_GRAY)
     found = [np.zeros((0, 2), np.int64)]
     for first in range(0, 64, 13):
         width = min(13, 64 - first)
@@ -174,7 +174,7 @@ def near_copies(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[np.ndarray,
     for start in range(0, len(near), 4096):
         one, other = near[start : start + 4096].T
         difference = np.abs(thumbnails[one].astype(np.int16) - thumbnails[other])
-        agree[start : start + 4096] = difference.mean(axis=1) <= NEAR_GREY
+        agree[start : start + 4096] = difference.mean(axis=1) <= NEAR_GRAY
     return near, agree
 
 
@@ -226,12 +226,12 @@ def check_no_overlap(groups: Sequence[str], splits: Sequence[str]) -> None:
     found: dict[str, set[str]] = {}
     for group, split in zip(groups, splits, strict=True):
         found.setdefault(group, set()).add(split)
-    torn = sorted(group for group, splits in found.items() if len(splits) > 1)
-    if torn:
+    divided = sorted(group for group, splits in found.items() if len(splits) > 1)
+    if divided:
         raise DataError(
-            f"expected every group in one split, {len(torn)} of {len(found)} stand in several, "
-            f"first {torn[0]} ({', '.join(sorted(found[torn[0]]))}): correct the table's split, or "
-            f"let medft split by shares"
+            f"expected every group in one split, {len(divided)} of {len(found)} stand in several, "
+            f"first {divided[0]} ({', '.join(sorted(found[divided[0]]))}): correct the table's "
+            f"split, or let medft split by shares"
         )
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from medft.data.template import text_of
 from medft.errors import DataError
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 class Rejected(Exception):
@@ -29,7 +29,7 @@ class Rejected(Exception):
         self.detail = detail
 
 
-def table_rows(kind: str, table: Path) -> Iterator[Row | Rejected]:
+def table_rows(kind: str, table: Path) -> Iterator[TableRow | Rejected]:
     """The rows of a csv, json, jsonl or parquet file, or of an image folder's metadata.
 
     Raises:
@@ -45,7 +45,7 @@ def table_rows(kind: str, table: Path) -> Iterator[Row | Rejected]:
         yield from _json_rows(_read_text(table), table, kind)
 
 
-def first_row(kind: str, table: Path) -> Row:
+def first_row(kind: str, table: Path) -> TableRow:
     """A row of the table, for its columns.
 
     Raises:
@@ -57,7 +57,7 @@ def first_row(kind: str, table: Path) -> Row:
     raise DataError(f"expected rows in {table}, found none: check the file")
 
 
-def takes(row: Row, where: dict[str, Any] | None) -> bool:
+def takes(row: TableRow, where: dict[str, Any] | None) -> bool:
     """Whether the cells of a row have the values that `where` asks for."""
     for column, wanted in (where or {}).items():
         values = wanted if isinstance(wanted, list) else [wanted]
@@ -91,7 +91,7 @@ def _read_text(table: Path) -> str:
         return content.decode("latin-1")
 
 
-def _csv_rows(text: str, table: Path) -> Iterator[Row | Rejected]:
+def _csv_rows(text: str, table: Path) -> Iterator[TableRow | Rejected]:
     try:
         delimiter = csv.Sniffer().sniff(text[:65536].partition("\n")[0], ",;\t|").delimiter
     except csv.Error:
@@ -116,7 +116,7 @@ def _csv_rows(text: str, table: Path) -> Iterator[Row | Rejected]:
         ) from error
 
 
-def _json_rows(text: str, table: Path, kind: str) -> Iterator[Row]:
+def _json_rows(text: str, table: Path, kind: str) -> Iterator[TableRow]:
     try:
         lines = (line.strip() for line in io.StringIO(text))
         rows = json.loads(text) if kind == "json" else map(json.loads, filter(None, lines))
@@ -136,7 +136,7 @@ def _json_rows(text: str, table: Path, kind: str) -> Iterator[Row]:
         ) from error
 
 
-def _parquet_rows(table: Path) -> Iterator[Row]:
+def _parquet_rows(table: Path) -> Iterator[TableRow]:
     try:
         for batch in pq.ParquetFile(table).iter_batches(batch_size=64):
             yield from batch.to_pylist()

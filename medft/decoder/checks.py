@@ -6,10 +6,11 @@ from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
 
 from medft.config.recipe import DecoderDataSection, DecoderModelSection, LoraSection
-from medft.decoder.families import Family
+from medft.decoder.families.base import Family
 from medft.errors import BaseModelError, DataError, RecipeError
 from medft.files import check_folder_for_output
-from medft.models.lora import NOTES_FILE, find_adapter, plan_adapter, read_notes, target_modules
+from medft.models.lora import plan_adapter, target_modules
+from medft.models.saved import RECORD_FILE, find_adapter, read_saved_record
 
 
 def check_flags(
@@ -23,7 +24,7 @@ def check_flags(
     Raises:
         BaseModelError: there is one.
     """
-    if model.cross_attention_fix and not family.mixes_rows:
+    if model.cross_attention_fix and not family.leaks_across_batch:
         raise BaseModelError(
             f"expected model.cross_attention_fix for a family that needs it, the rows of "
             f"{family.model_type} do not see each other: remove it"
@@ -34,11 +35,11 @@ def check_flags(
             f"expected data.max_image_tiles for a family that cuts images into tiles, "
             f"{family.model_type} does not: remove it"
         )
-    earlier = [Path(model.base)] if (Path(model.base) / NOTES_FILE).is_file() else []
+    earlier = [Path(model.base)] if (Path(model.base) / RECORD_FILE).is_file() else []
     if lora and lora.init_from:
         earlier.append(find_adapter(Path(lora.init_from)))
     for folder in earlier:
-        trained = read_notes(folder).get("cross_attention_fix", False)
+        trained = read_saved_record(folder).get("cross_attention_fix", False)
         if trained != model.cross_attention_fix:
             raise BaseModelError(
                 f"expected model.cross_attention_fix: {str(trained).lower()}, with which "
@@ -159,14 +160,14 @@ def check_layers_run(
 
 
 def check_validation_batches(
-    counts: dict[str, int], separates_rows: bool, arguments: TrainingArguments
+    counts: dict[str, int], isolates_rows: bool, arguments: TrainingArguments
 ) -> None:
     """Refuse validation rows whose numbers of images may not share a batch.
 
     Raises:
         DataError: they would see each other's images, or processes would wait for each other.
     """
-    if len(counts) > 1 and arguments.per_device_eval_batch_size > 1 and not separates_rows:
+    if len(counts) > 1 and arguments.per_device_eval_batch_size > 1 and not isolates_rows:
         raise DataError(
             f"expected rows with equally many images in validation, got rows with "
             f"{' and '.join(counts)}, which would see each other's images in one batch: write "

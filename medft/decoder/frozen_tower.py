@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from medft.decoder.families import Family
-from medft.decoder.vision_cache import ENTRY, VisionCache
+from medft.decoder.families.base import Family, ImageInputs
+from medft.decoder.vision_cache import VisionCache
 from medft.models.frozen import is_frozen, run_without_grad
 
-PICTURES = "pictures"
-"""Key of a batch's images, a list of `medft.decoder.families.Picture`."""
+IMAGES = "images"
+"""Key of a batch's images, a list of `ImageInputs`."""
 
 
 def run_frozen_parts_without_grad(model: nn.Module, family: Family) -> list[str]:
@@ -42,39 +42,45 @@ def run_frozen_parts_without_grad(model: nn.Module, family: Family) -> list[str]
     return frozen
 
 
-def take_pictures(
-    model: nn.Module, family: Family, *, prunes: bool, cache: VisionCache | None = None
+def install_image_hook(
+    model: nn.Module,
+    family: Family,
+    *,
+    drops_padding_tiles: bool,
+    cache: VisionCache | None = None,
 ) -> None:
-    """Make a base take its images one by one, as a list under PICTURES.
+    """Make a base take its images one by one, as a list under IMAGES.
 
     Args:
         model: the base, its adapter attached.
         family: of the base.
-        prunes: leave out features that no token may see, as rows that are separate allow.
-        cache: takes the features of pictures that name an entry.
+        drops_padding_tiles: leave out tiles that no token may see, as isolated rows allow.
+        cache: takes the features of images that name an entry.
     """
-    inner = model.base_model
+    inner: Any = model.base_model
 
-    def place_features(
-        inner: nn.Module, args: tuple, inputs: dict[str, Any]
+    def merge_images(
+        inner: nn.Module, args: tuple, model_inputs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        pictures = inputs.pop(PICTURES, [])
-        if not pictures:
+        images: list[ImageInputs] = model_inputs.pop(IMAGES, [])
+        if not images:
             return None
         features = []
-        computed: dict[str, torch.Tensor] = {}  # several rows may show the same image
-        for picture in pictures:
-            known = picture.get("features", computed.get(picture.get(ENTRY)))
+        computed: dict[str | None, torch.Tensor] = {}  # several rows may show the same image
+        for image in images:
+            known = image.features
             if known is None:
-                known = family.features(inner, picture, prunes=prunes)
-                if cache is not None:
-                    cache.write(picture[ENTRY], known, picture.get("num_tiles", 1))
-                    computed[picture[ENTRY]] = known
+                known = computed.get(image.cache_entry)
+            if known is None:
+                known = family.features(inner, image, drops_padding_tiles=drops_padding_tiles)
+                if cache is not None and image.cache_entry is not None:
+                    cache.write(image.cache_entry, known, image.num_tiles)
+                    computed[image.cache_entry] = known
             features.append(known)
-        family.place(inputs, features)
-        return args, inputs
+        family.merge_image_features(model_inputs, features)
+        return args, model_inputs
 
-    inner.register_forward_pre_hook(place_features, with_kwargs=True)
+    inner.register_forward_pre_hook(merge_images, with_kwargs=True)
     if hasattr(inner, "get_image_features"):
         inner.get_image_features = _features_or_pixels(inner.get_image_features)
 

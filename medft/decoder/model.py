@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from medft.config.recipe import ModelSection, QuantizationSection
-from medft.decoder.families import Family
+from medft.decoder.families.base import Family
 from medft.errors import BaseModelError
 from medft.models.base import load_weights
 
@@ -44,7 +45,7 @@ def load_model(
         check_quantized(loaded, family, quantization)
     _keep_caps_of_attention(loaded)
     if cross_attention_fix:
-        family.separate_rows(loaded)
+        family.isolate_rows(loaded)
     return loaded
 
 
@@ -58,7 +59,7 @@ def _keep_caps_of_attention(model: PreTrainedModel) -> None:
 def bitsandbytes_config(
     quantization: QuantizationSection, family: Family, dtype: str
 ) -> BitsAndBytesConfig:
-    """The recipe's quantisation in bitsandbytes' terms, parts named as in this module tree."""
+    """The recipe's quantization in bitsandbytes' terms, parts named as in this module tree."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
@@ -86,11 +87,11 @@ def check_quantized(model: nn.Module, family: Family, quantization: Quantization
         is_4bit = isinstance(module, Linear4bit)
         if wanted != is_4bit:
             raise BaseModelError(
-                f"expected {name} to be {'4-bit' if wanted else 'unquantised'}, bitsandbytes "
-                f"made it {'4-bit' if is_4bit else 'unquantised'}: report this base"
+                f"expected {name} to be {'4-bit' if wanted else 'unquantized'}, bitsandbytes "
+                f"made it {'4-bit' if is_4bit else 'unquantized'}: report this base"
             )
         if is_4bit:
-            module.support_avx512bf16_for_cpu = False
+            cast("Any", module).support_avx512bf16_for_cpu = False
             part = _part_of(name, family.parts)
             counts[part] = counts.get(part, 0) + 1
     listed = ", ".join(f"{count} {part}" for part, count in counts.items())

@@ -7,14 +7,14 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
+    PreTrainedModel,
     ProcessorMixin,
     TrainingArguments,
 )
@@ -25,13 +25,13 @@ from medft.config.recipe import (
     LoraSection,
     QuantizationSection,
 )
-from medft.data.chat import (
+from medft.data.rows import (
     SHOWN_PROBLEMS,
+    Row,
     describe_counts,
     fingerprint,
     image_source,
     load_rows,
-    messages_of,
 )
 from medft.data.tokens import length_percentiles
 from medft.decoder.checks import (
@@ -44,17 +44,13 @@ from medft.decoder.checks import (
     plan_targets,
     shards_weights,
 )
-from medft.decoder.collator import (
-    IGNORED,
-    ConversationEncoder,
-    DecoderCollator,
-    check_labels,
-    mark_trained,
-)
-from medft.decoder.families import Family, family_of
-from medft.decoder.sampler import RoundSampler
+from medft.decoder.collator import DecoderCollator, check_labels
+from medft.decoder.conversation import IGNORED, ConversationEncoder, EncodedRow, mark_trained
+from medft.decoder.families import family_of
+from medft.decoder.families.base import Family
+from medft.decoder.sampler import GlobalBatchSampler
 from medft.decoder.vision_cache import VisionCache, weights_sha256
-from medft.errors import DataError, Findings
+from medft.errors import DataError, ErrorCollector
 from medft.models.base import empty_model, load_config, load_processor
 from medft.models.lora import ALL_WEIGHTS
 from medft.provenance import package_versions
@@ -68,7 +64,7 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderInputs:
+class PreparedDecoderData:
     """What a decoder is trained on and with."""
 
     config: PreTrainedConfig
@@ -80,7 +76,7 @@ class DecoderInputs:
 
     train: Dataset
     validation: Dataset | None
-    sampler: RoundSampler
+    sampler: GlobalBatchSampler
     """The order of training rows."""
 
     model: DecoderModelSection
@@ -96,7 +92,7 @@ class DecoderInputs:
         """Training rows of an epoch, with those that come again."""
         return len(self.sampler)
 
-    def open_cache(self, model: nn.Module) -> VisionCache | None:
+    def open_cache(self, model: PreTrainedModel) -> VisionCache | None:
         """The cache of what tower and projector make of images, where the recipe asks for one.
 
         Args:
@@ -109,7 +105,7 @@ class DecoderInputs:
             "config": self.config.vision_config.to_dict(),
             "attention": model.config.vision_config._attn_implementation,
             "processor": self.processor.image_processor.to_dict(),
-            "max_image_tiles": self.collator.encoder.max_image_tiles,
+            "max_image_tiles": self.collator.conversation.max_image_tiles,
             "prunes": self.model.cross_attention_fix,
             "versions": {name: package_versions()[name] for name in _VERSIONS},
             "device": str(torch.accelerator.current_accelerator()),
@@ -126,7 +122,7 @@ class DecoderInputs:
         images = len({hashlib.sha256(s).digest() if isinstance(s, bytes) else s for s in sources})
         tiles = 1
         if self.family.has_tiles:
-            limit = self.collator.encoder.max_image_tiles
+            limit = self.collator.conversation.max_image_tiles
             every = self.processor.image_processor.max_image_tiles
             tiles = limit if self.model.cross_attention_fix else every
         each = math.prod(self.family.feature_shape(self.config)) * _BYTES[self.model.dtype]
@@ -141,88 +137,120 @@ class DecoderInputs:
 
     def examples(self, num_rows: int = 3) -> list[str]:
         """The first rows as text, what is trained between >>> and <<<."""
-        encoder, max_length = self.collator.encoder, self.collator.max_length
-        rows = self.train.select(range(min(num_rows, len(self.train))))
-        return [
-            mark_trained(encoder.encode(messages_of(row), row["id"]), encoder, max_length)
-            for row in rows.remove_columns("images")
-        ]
+        conversation, max_length = self.collator.conversation, self.collator.max_length
+        records = self.train.select(range(min(num_rows, len(self.train))))
+        rows = map(Row.of, records.remove_columns("images"))
+        encoded = (conversation.encode(row.messages, row.id) for row in rows)
+        return [mark_trained(row, conversation, max_length) for row in encoded]
 
 
-def prepare_inputs(
+def prepare_decoder_data(
     model: DecoderModelSection,
     data: DecoderDataSection,
     lora: LoraSection | None,
     arguments: TrainingArguments,
-) -> DecoderInputs:
+) -> PreparedDecoderData:
     """Read the data and the base's small files, and check each row against them.
 
     Raises:
         MedftError: with every problem found: data files first, then the base.
     """
-    findings = Findings()
-    files: dict[str, tuple[Path, Dataset]] = {}
-    for split in ("train", "validation"):
-        path = getattr(data, split)
-        if path is not None:
-            with findings.gather():
-                files[split] = (Path(path), load_rows(Path(path), split=split))
-    with findings.gather():
-        config = load_config(model)
-        family = family_of(config.model_type)
-        check_flags(model, data, lora, family)
-        processor = load_processor(model)
-        encoder = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)
-        empty = empty_model(
-            AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
-        )
-        head_rows = empty.get_output_embeddings().out_features
-        check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
-        plan = plan_targets(empty, lora, family) if lora else ALL_WEIGHTS
-        check_trained_vision(empty, model, family, arguments)
-        if model.vision_cache:
-            check_cached_tower(model.vision_cache, config)
-    findings.raise_any()
-    separates_rows = model.cross_attention_fix or not family.mixes_rows
-    kept: dict[str, Dataset] = {}
-    lengths: dict[str, list[int]] = {}
-    record: dict[str, Any] = {}
-    for split, (path, rows) in files.items():
-        with findings.gather():
-            kept[split], lengths[split], counts = _measured(rows, encoder, data, head_rows)
+    collector = ErrorCollector()
+    files: dict[str, Dataset] = {}
+    for split, path in _files(data).items():
+        with collector.gather():
+            files[split] = load_rows(path, split=split)
+    with collector.gather():
+        base = _checked_base(model, data, lora, arguments)
+    collector.raise_any()
+    isolates_rows = model.cross_attention_fix or not base.family.leaks_across_batch
+    measured: dict[str, _MeasuredRows] = {}
+    for split, rows in files.items():
+        with collector.gather():
+            measured[split] = _measure(rows, base, data)
             if split == "validation":
-                check_validation_batches(counts["images_a_row"], separates_rows, arguments)
-            record[split] = {**fingerprint(path, rows), **counts}
-            logger.info("%s: %s", split, describe_counts(counts))
-    if lora and "train" in kept and record["train"]["images_a_row"].keys() == {"0"}:
-        with findings.gather():
-            unadapted = empty_model(AutoModelForImageTextToText, config)
-            check_layers_run(lora, family, config, unadapted)
-    findings.raise_any()
-    sampler = _sampler(kept["train"], lengths["train"], separates_rows, arguments)
+                check_validation_batches(measured[split].images_a_row, isolates_rows, arguments)
+    if lora and "train" in measured and measured["train"].images_a_row.keys() == {"0"}:
+        with collector.gather():
+            unadapted = empty_model(AutoModelForImageTextToText, base.config)
+            check_layers_run(lora, base.family, base.config, unadapted)
+    collector.raise_any()
+    for split, known in measured.items():
+        logger.info("%s: %s", split, describe_counts(known.counts))
+    sampler = _sampler(measured["train"], isolates_rows, arguments)
     if sampler.repeats:
         logger.info("train: %s rows of an epoch are repeats, to fill batches", sampler.repeats)
-    return DecoderInputs(
-        config=config,
-        family=family,
-        processor=processor,
+    return PreparedDecoderData(
+        config=base.config,
+        family=base.family,
+        processor=base.conversation.processor,
         collator=DecoderCollator(
-            encoder,
+            base.conversation,
             max_length=data.max_length,
-            head_rows=head_rows,
-            separates_rows=separates_rows,
+            vocab_size=base.vocab_size,
+            isolates_rows=isolates_rows,
         ),
-        adapter_plan=plan,
-        train=kept["train"],
-        validation=kept.get("validation"),
+        adapter_plan=base.adapter_plan,
+        train=measured["train"].kept,
+        validation=measured["validation"].kept if "validation" in measured else None,
         sampler=sampler,
         model=model,
         num_processes=arguments.world_size,
-        record=record,
+        record={
+            split: {**fingerprint(path, files[split]), **measured[split].counts}
+            for split, path in _files(data).items()
+        },
     )
 
 
-def inference_notes(
+def _files(data: DecoderDataSection) -> dict[str, Path]:
+    paths = {"train": data.train, "validation": data.validation}
+    return {split: Path(path) for split, path in paths.items() if path is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _CheckedBase:
+    """What of a base is known without its weights."""
+
+    config: PreTrainedConfig
+    family: Family
+    conversation: ConversationEncoder
+    vocab_size: int
+    """Rows of the output head."""
+
+    adapter_plan: str
+
+
+def _checked_base(
+    model: DecoderModelSection,
+    data: DecoderDataSection,
+    lora: LoraSection | None,
+    arguments: TrainingArguments,
+) -> _CheckedBase:
+    config = load_config(model)
+    family = family_of(config.model_type)
+    check_flags(model, data, lora, family)
+    processor = load_processor(model)
+    conversation = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)
+    empty = empty_model(
+        AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
+    )
+    vocab_size = empty.get_output_embeddings().out_features
+    check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
+    plan = plan_targets(empty, lora, family) if lora else ALL_WEIGHTS
+    check_trained_vision(empty, model, family, arguments)
+    if model.vision_cache:
+        check_cached_tower(model.vision_cache, config)
+    return _CheckedBase(
+        config=config,
+        family=family,
+        conversation=conversation,
+        vocab_size=vocab_size,
+        adapter_plan=plan,
+    )
+
+
+def inference_record(
     model: DecoderModelSection, data: DecoderDataSection, quantization: QuantizationSection | None
 ) -> dict[str, Any]:
     """What a trained adapter's user must do as training did, for medft.json."""
@@ -235,93 +263,129 @@ def inference_notes(
     }
 
 
-def _measured(
-    rows: Dataset, encoder: ConversationEncoder, data: DecoderDataSection, head_rows: int
-) -> tuple[Dataset, list[int], dict[str, Any]]:
-    """The rows that fit, their lengths in tokens, and counts of all: images, cut, dropped.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _MeasuredRows:
+    """The rows of a file that fit, and what is known of all."""
+
+    kept: Dataset
+    lengths: list[int]
+    """Tokens of each row that is kept, uncut."""
+
+    counts: dict[str, Any]
+    """For run.json."""
+
+    @property
+    def images_a_row(self) -> dict[str, int]:
+        """How many rows have so many images."""
+        return self.counts["images_a_row"]
+
+
+def _measure(rows: Dataset, base: _CheckedBase, data: DecoderDataSection) -> _MeasuredRows:
+    """Encode every row, and count images and what is cut or dropped.
 
     Raises:
         DataError: a row cannot be encoded, or its prompt is too long and `too_long` is error.
     """
-    names = ("rows_kept", "rows_dropped", "answers_cut", "tokens_cut", "tokens_trained")
-    counts: dict[str, Any] = dict.fromkeys(names, 0)
-    keep: list[int] = []
     lengths: list[int] = []
-    kept_lengths: list[int] = []
-    image_counts: Counter[int] = Counter()
+    kept: list[_KeptRow] = []
     problems: list[str] = []
-    never = encoder.family.never_labels(encoder.processor)
-    for index, row in enumerate(rows.select_columns(["id", "messages", "images"])):
+    for place, record in enumerate(rows.select_columns(["id", "messages", "images"])):
+        row = Row.of(record)
         try:
-            encoded = encoder.encode(messages_of(row), row["id"])
-            _check_image_tokens(row, encoded.input_ids, encoder)
-            check_labels(torch.tensor([encoded.labels]), head_rows, never, [row["id"]])
+            encoded = _encode(row, base)
         except DataError as error:
             problems.append(str(error))
             continue
-        positions = [
-            i for i, token in enumerate(encoded.input_ids) if token == encoder.image_token_id
-        ]
-        needed = max(encoded.prompt_length, *positions, 0) + 1
         lengths.append(len(encoded.input_ids))
-        if needed > data.max_length:
-            counts["rows_dropped"] += 1
-            if data.too_long == "error":
-                problems.append(
-                    f"row {row['id']}: expected a prompt below data.max_length "
-                    f"({data.max_length}), it has {needed - 1} tokens: raise it, or write "
-                    f"data.too_long: drop"
-                )
-            continue
-        keep.append(index)
-        kept_lengths.append(len(encoded.input_ids))
-        image_counts[len(row["images"])] += 1
-        counts["answers_cut"] += len(encoded.input_ids) > data.max_length
-        counts["tokens_cut"] += max(len(encoded.input_ids) - data.max_length, 0)
-        labels = encoded.labels[: data.max_length]
-        counts["tokens_trained"] += sum(label != IGNORED for label in labels)
-    if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        rest = [f"{more} more rows are bad: correct them too"] if more > 0 else []
-        raise DataError(*problems[:SHOWN_PROBLEMS], *rest)
-    if not keep:
+        needed = _tokens_needed(encoded, base.conversation.image_token_id)
+        if needed <= data.max_length:
+            trained = sum(label != IGNORED for label in encoded.labels[: data.max_length])
+            kept.append(_KeptRow(place, len(encoded.input_ids), trained, len(row.images)))
+        elif data.too_long == "error":
+            problems.append(
+                f"row {row.id}: expected a prompt below data.max_length ({data.max_length}), it "
+                f"has {needed - 1} tokens: raise it, or write data.too_long: drop"
+            )
+    _raise_first(problems)
+    if not kept:
         raise DataError(
             f"expected rows whose prompt is below data.max_length ({data.max_length}), all "
             f"{len(rows)} are longer: raise it"
         )
-    counts["rows_kept"] = len(keep)
-    counts["tokens_a_row"] = length_percentiles(lengths)
-    counts["images_a_row"] = {str(count): image_counts[count] for count in sorted(image_counts)}
-    kept = rows if len(keep) == len(rows) else rows.select(keep)
-    return kept, kept_lengths, counts
+    cut = [max(row.tokens - data.max_length, 0) for row in kept]
+    image_counts = Counter(row.images for row in kept)
+    return _MeasuredRows(
+        kept=rows if len(kept) == len(rows) else rows.select([row.place for row in kept]),
+        lengths=[row.tokens for row in kept],
+        counts={
+            "rows_kept": len(kept),
+            "rows_dropped": len(rows) - len(kept),
+            "answers_cut": sum(map(bool, cut)),
+            "tokens_cut": sum(cut),
+            "tokens_trained": sum(row.trained for row in kept),
+            "tokens_a_row": length_percentiles(lengths),
+            "images_a_row": {str(count): image_counts[count] for count in sorted(image_counts)},
+        },
+    )
 
 
-def _check_image_tokens(
-    row: dict[str, Any], input_ids: list[int], encoder: ConversationEncoder
-) -> None:
-    wanted = len(row["images"]) * encoder.family.tokens_per_image(encoder.processor)
-    found = input_ids.count(encoder.image_token_id)
+class _KeptRow(NamedTuple):
+    """What is remembered of a row that fits."""
+
+    place: int
+    """In the file, from 0."""
+
+    tokens: int
+    """Uncut."""
+
+    trained: int
+    """Tokens."""
+
+    images: int
+
+
+def _encode(row: Row, base: _CheckedBase) -> EncodedRow:
+    conversation = base.conversation
+    encoded = conversation.encode(row.messages, row.id)
+    _check_image_tokens(row, encoded.input_ids, conversation)
+    never = base.family.non_answer_token_ids(conversation.processor)
+    check_labels(torch.tensor([encoded.labels]), base.vocab_size, never, [row.id])
+    return encoded
+
+
+def _tokens_needed(row: EncodedRow, image_token_id: int) -> int:
+    """Tokens up to the first one that is trained, and up to the last of an image."""
+    images = (i for i, token in enumerate(row.input_ids) if token == image_token_id)
+    return max(row.prompt_length, *images, 0) + 1
+
+
+def _raise_first(problems: list[str]) -> None:
+    more = len(problems) - SHOWN_PROBLEMS
+    rest = [f"{more} more rows are bad: correct them too"] if more > 0 else []
+    if problems:
+        raise DataError(*problems[:SHOWN_PROBLEMS], *rest)
+
+
+def _check_image_tokens(row: Row, input_ids: list[int], conversation: ConversationEncoder) -> None:
+    wanted = len(row.images) * conversation.family.tokens_per_image(conversation.processor)
+    found = input_ids.count(conversation.image_token_id)
     if found != wanted:
         raise DataError(
-            f"row {row['id']}: expected {wanted} image tokens for its {len(row['images'])} images, "
+            f"row {row.id}: expected {wanted} image tokens for its {len(row.images)} images, "
             f"the chat template wrote {found}: put the base's own template back"
         )
 
 
 def _sampler(
-    train: Dataset,
-    lengths: list[int],
-    separates_rows: bool,
-    arguments: TrainingArguments,
-) -> RoundSampler:
-    image_counts = [len(images) for images in train["images"]]
-    mixes = separates_rows and not shards_weights(arguments)
-    kinds = [min(count, 1) for count in image_counts] if mixes else image_counts
+    train: _MeasuredRows, isolates_rows: bool, arguments: TrainingArguments
+) -> GlobalBatchSampler:
+    image_counts = [len(images) for images in train.kept["images"]]
+    mixes = isolates_rows and not shards_weights(arguments)
     groups = arguments.train_sampling_strategy == "group_by_length"
-    return RoundSampler(
-        kinds,
-        round_size=arguments.per_device_train_batch_size * arguments.world_size,
+    return GlobalBatchSampler(
+        [min(count, 1) for count in image_counts] if mixes else image_counts,
+        global_batch_size=arguments.per_device_train_batch_size * arguments.world_size,
         seed=arguments.seed,
         fills=arguments.world_size > 1,
-        lengths=lengths if groups else None,
+        lengths=train.lengths if groups else None,
     )

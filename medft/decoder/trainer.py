@@ -22,11 +22,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from medft.decoder.frozen_tower import run_frozen_parts_without_grad, take_pictures
-from medft.decoder.prepared import DecoderInputs
-from medft.models.lora import write_notes
+from medft.config.train_keys import TrainSection
+from medft.decoder.frozen_tower import install_image_hook, run_frozen_parts_without_grad
+from medft.decoder.prepared import PreparedDecoderData
+from medft.models.saved import write_saved_record
 from medft.training.arguments import training_arguments
-from medft.training.callbacks import EpochTeller, MeasuredBatches
+from medft.training.callbacks import SetEpochCallback
+from medft.training.trainer import RowTrackingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
 """Figures that may choose best_model/, and whether more is better."""
 
 
-def decoder_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> SFTConfig:
+def decoder_arguments(train: TrainSection, *, dtype: str, **owned: Any) -> SFTConfig:
     """The arguments of a DecoderTrainer; TRL's own cutting is off, the collator cuts.
 
     Raises:
@@ -45,43 +47,47 @@ def decoder_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> SFT
     )
 
 
-class DecoderTrainer(MeasuredBatches, SFTTrainer):
+class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
     """Trains an adapter, or all weights, of an image-text decoder."""
 
     def __init__(
-        self, model: PreTrainedModel, args: SFTConfig, inputs: DecoderInputs, notes: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        prepared: PreparedDecoderData,
+        record: dict[str, Any],
     ) -> None:
         """Make the trainer.
 
         Args:
             model: with its adapter attached.
             args: from `medft.training.arguments.training_arguments`.
-            inputs: from `prepare_inputs`.
-            notes: content of medft.json beside every saved adapter.
+            prepared: from `prepare_decoder_data`.
+            record: content of medft.json beside every saved adapter.
         """
-        args.train_sampling_strategy = "random"  # inputs.sampler groups, Trainer's knows no length
+        args.train_sampling_strategy = "random"  # ours groups, Trainer's knows no length
         float32 = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        frozen = run_frozen_parts_without_grad(base, inputs.family)
+        frozen = run_frozen_parts_without_grad(base, prepared.family)
         logger.info("without backward pass: %s", ", ".join(frozen) or "nothing")
-        cache = inputs.collator.cache = inputs.open_cache(base)
-        fixed = inputs.model.cross_attention_fix
-        take_pictures(base, inputs.family, prunes=fixed, cache=cache)
+        cache = prepared.collator.cache = prepared.open_cache(base)
+        fixed = prepared.model.cross_attention_fix
+        install_image_hook(base, prepared.family, drops_padding_tiles=fixed, cache=cache)
         super().__init__(
             model=model,
             args=args,
-            data_collator=inputs.collator,
-            train_dataset=inputs.train,
-            eval_dataset=inputs.validation,
-            processing_class=inputs.processor,
+            data_collator=prepared.collator,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.validation,
+            processing_class=prepared.processor,
             compute_metrics=_validation_metrics,
         )
-        self.add_callback(EpochTeller(inputs.sampler.set_epoch))
+        self.add_callback(SetEpochCallback(prepared.sampler.set_epoch))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = float32[name].to(parameter.device)
-        self._notes = notes
-        self._sampler = inputs.sampler
+        self._record = record
+        self._sampler = prepared.sampler
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return self._sampler
@@ -117,7 +123,7 @@ class DecoderTrainer(MeasuredBatches, SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_notes(Path(output_dir or self.args.output_dir), self._notes)
+            write_saved_record(Path(output_dir or self.args.output_dir), self._record)
 
 
 def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What the frozen tower and projector made of each image, kept on disk and read in later epochs.
 
-One file an image. A file appears whole or not at all, so that several processes and runs may write
-at once; its checksum tells damage, and what is damaged is computed again. The files are large: for
-thousands of images, not for millions.
+One file an image. A file appears completely or not at all, so that several processes and runs may
+write at once; its checksum shows damage, and what is damaged is computed again. The files are
+large: for thousands of images, not for millions.
 """
 
 import hashlib
@@ -21,13 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from medft.decoder.families import Family, Picture
+from medft.decoder.families.base import Family, ImageInputs
 from medft.files import file_sha256
 
 logger = logging.getLogger(__name__)
-
-ENTRY = "entry"
-"""Key of a picture whose features are to be kept, under which name."""
 
 KEPT_FREE = 2 * 2**30
 """Bytes of the disk that the cache leaves free."""
@@ -65,7 +62,7 @@ class VisionCache:
             return file_sha256(source)
         return hashlib.sha256(source).hexdigest()
 
-    def read(self, name: str) -> Picture | None:
+    def read(self, name: str) -> ImageInputs | None:
         """The features of an image, or None; what is damaged is removed."""
         file = self._file(name)
         try:
@@ -74,7 +71,7 @@ class VisionCache:
                 features = content.get_tensor("features")
             num_tiles = int(known["num_tiles"])
             if int(known["crc32"]) == _checksum(features, num_tiles):
-                return {"features": features, "num_tiles": num_tiles}
+                return ImageInputs(features=features, num_tiles=num_tiles)
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
@@ -124,7 +121,12 @@ class VisionCache:
 
 def _checksum(features: torch.Tensor, num_tiles: int) -> int:
     shape = f"{features.dtype} {tuple(features.shape)} {num_tiles}"
-    return zlib.crc32(features.flatten().view(torch.uint8).numpy(), zlib.crc32(shape.encode()))
+    return zlib.crc32(_bytes_of(features), zlib.crc32(shape.encode()))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def weights_sha256(model: nn.Module, family: Family) -> str:
@@ -134,7 +136,5 @@ def weights_sha256(model: nn.Module, family: Family) -> str:
         for name, weight in sorted(model.get_submodule(family.parts[part]).state_dict().items()):
             if torch.is_tensor(weight):
                 digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-                digest.update(
-                    weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                )
+                digest.update(_bytes_of(weight.detach().cpu().contiguous()))
     return digest.hexdigest()

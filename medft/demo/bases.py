@@ -20,7 +20,9 @@ from transformers import (
     MllamaForConditionalGeneration,
     MllamaImageProcessorPil,
     MllamaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -365,7 +367,7 @@ def build_siglip(
     return _save(folder, model, SiglipProcessor(image_processor, tokenizer))
 
 
-def _save(folder: Path, model: torch.nn.Module, processor: object) -> Path:
+def _save(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

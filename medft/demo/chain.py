@@ -1,4 +1,4 @@
-"""The demo: every step of the pipeline, one after the other, on drawn pictures and tiny models."""
+"""The demo: every step of the pipeline, one after the other, on drawn images and tiny models."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,9 +24,8 @@ from medft.demo.report import write_demo_report
 from medft.errors import RunError
 from medft.evaluation.evaluate import evaluate
 from medft.export.merge import merge
-from medft.files import check_folder_for_output
+from medft.files import check_folder_for_output, packaged_file
 from medft.inference.files import predict_files
-from medft.training.launch import shipped
 
 SEED = 17
 
@@ -49,7 +48,7 @@ class Steps:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Announce a step and note its seconds when it ends."""
+        """Announce a step and record its seconds when it ends."""
         logger.info("\n%s. %s", len(self.seconds) + 1, name)
         started = time.monotonic()
         yield
@@ -61,14 +60,14 @@ def run_demo(out: Path, *, seed: int = SEED) -> Path:
 
     Args:
         out: folder of the demo; an earlier demo in it is replaced.
-        seed: of pictures, bases and training.
+        seed: of images, bases and training.
 
     Returns:
         The path of report.html.
 
     Raises:
         RunError: the folder is not the demo's, pydicom is missing, a training failed, or nothing
-            was learnt.
+            was learned.
     """
     check_folder_for_output(out, allow_content=(out / MARKER).is_file())
     if find_spec("pydicom") is None:
@@ -81,7 +80,7 @@ def run_demo(out: Path, *, seed: int = SEED) -> Path:
     (out / MARKER).touch()
     data, models, steps = out / "data", out / "models", Steps()
 
-    with steps.step("drawing pictures as four hospitals export them"):
+    with steps.step("drawing images as four hospitals export them"):
         sources = write_exports(data / "raw", pairs=PAIRS, seed=seed)
     with steps.step("medft data prepare: every row accepted, or rejected with its reason"):
         summary = prepare(sources, data)
@@ -106,17 +105,17 @@ def run_demo(out: Path, *, seed: int = SEED) -> Path:
     with steps.step("medft merge: adapters folded into their bases"):
         for kind in KINDS:
             merge(out / kind, out / f"{kind}_merged")
-    with steps.step("medft predict: reports and nearest cases of new pictures"):
-        pictures = draw_new_pictures(data / "new", seed=seed)
+    with steps.step("medft predict: reports and nearest cases of new images"):
+        images = draw_new_images(data / "new", seed=seed)
         predict_files(
             out / "decoder_merged",
-            [pictures],
+            [images],
             out / "predictions.jsonl",
             prompt=None,
             siglip=out / "siglip",
         )
     report = write_demo_report(out, summary, metrics, steps.seconds)
-    check_learnt(metrics)
+    check_learned(metrics)
     return report
 
 
@@ -140,7 +139,7 @@ def train_both(models: Path, chat: Path, out: Path, overrides: list[str]) -> Non
     for kind in KINDS:
         command = [sys.executable, "-m", "medft.cli", "train"]
         command += [
-            str(shipped(f"recipes/{kind}/tiny.yaml")),
+            str(packaged_file(f"recipes/{kind}/tiny.yaml")),
             f"model.base={models / kind}",
             f"data.train={chat / 'train.jsonl'}",
             f"data.validation={chat / 'validation.jsonl'}",
@@ -150,7 +149,7 @@ def train_both(models: Path, chat: Path, out: Path, overrides: list[str]) -> Non
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
-        reader = threading.Thread(target=_follow, args=(kind, process, out / f"{kind}.log"))
+        reader = threading.Thread(target=_follow, args=(kind, process.stdout, out / f"{kind}.log"))
         reader.start()
         running[kind] = process, reader
     for process, reader in running.values():
@@ -164,9 +163,9 @@ def train_both(models: Path, chat: Path, out: Path, overrides: list[str]) -> Non
             )
 
 
-def _follow(kind: str, process: subprocess.Popen, log: Path) -> None:
+def _follow(kind: str, output: IO[str], log: Path) -> None:
     with log.open("w", encoding="utf-8") as file:
-        for line in process.stdout:
+        for line in output:
             file.write(line)
             file.flush()
             if "loss'" in line:
@@ -176,20 +175,20 @@ def _follow(kind: str, process: subprocess.Popen, log: Path) -> None:
                 logger.info("%s: %s", kind, ", ".join(f"{n} {values[n]}" for n in shown))
 
 
-def draw_new_pictures(folder: Path, *, seed: int) -> Path:
-    """Write three pictures of each modality that no table names; returns the folder."""
+def draw_new_images(folder: Path, *, seed: int) -> Path:
+    """Write three images of each modality that no table names; returns the folder."""
     folder.mkdir(parents=True)
     random = np.random.default_rng([seed, 99])
     for modality in MODALITIES:
         for number in range(3):
             phantom = draw_phantom(modality, random)
-            picture = image_of(render(phantom, random), grey=modality != "skin")
-            picture.save(folder / f"{modality}{number}.png")
+            image = image_of(render(phantom, random), gray=modality != "skin")
+            image.save(folder / f"{modality}{number}.png")
     return folder
 
 
-def check_learnt(metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a result that could have come without looking at the pictures.
+def check_learned(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a result that could have come without looking at the images.
 
     Args:
         metrics: of both models, by kind.
@@ -215,6 +214,6 @@ def check_learnt(metrics: Mapping[str, Mapping[str, Any]]) -> None:
         failed.append(f"recall@1 {tuned:.3f} against a chance of {chance:.3f}")
     if failed:
         raise RunError(
-            f"expected the models to learn from the pictures, the lower ends of these do not show "
+            f"expected the models to learn from the images, the lower ends of these do not show "
             f"it: {'; '.join(failed)}: see report.html"
         )

@@ -1,7 +1,7 @@
 """The phantoms as four hospitals would export them, broken rows included.
 
 Knee radiographs are a CSV beside PNG files, skin photographs JSON lines beside JPEG files, chest
-films a Parquet file with the pictures inside and two views of some studies, CT slices DICOM files
+films a Parquet file with the images inside and two views of some studies, CT slices DICOM files
 with a table of reports.
 """
 
@@ -71,7 +71,7 @@ def write_exports(folder: Path, *, pairs: int, seed: int) -> Path:
     Args:
         folder: created.
         pairs: rows and studies that will be accepted, over all sources; a few more are broken.
-        seed: equal seeds write equal pictures and tables.
+        seed: equal seeds write equal images and tables.
 
     Raises:
         ImportError: pydicom is not installed.
@@ -88,7 +88,7 @@ def write_exports(folder: Path, *, pairs: int, seed: int) -> Path:
 
 
 def _cases(modality: str, number: int, random: np.random.Generator) -> Iterator[Case]:
-    """Patients with one to three pictures each: patient, content, pixels and report."""
+    """Patients with one to three images each: patient, content, pixels and report."""
     patient, left = 0, 0
     for _ in range(number):
         if left == 0:
@@ -100,17 +100,17 @@ def _cases(modality: str, number: int, random: np.random.Generator) -> Iterator[
 
 
 def _write_knee(folder: Path, cases: list[Case], random: np.random.Generator) -> None:
-    """Also a lost file, a torn one, an empty report and a row that stands twice."""
+    """Also a lost file, a truncated one, an empty report and a row that stands twice."""
     images = folder / "images"
     images.mkdir()
-    rows = []
+    rows: list[list[Any]] = []
     for index, (patient, _, pixels, text) in enumerate(cases):
         name = f"{index:04d}.png"
-        image_of(pixels, grey=True).save(images / name)
+        image_of(pixels, gray=True).save(images / name)
         rows.append([name, text, patient, int(random.integers(20, 90))])
-    (images / "torn.png").write_bytes((images / rows[0][0]).read_bytes()[:900])
+    (images / "truncated.png").write_bytes((images / rows[0][0]).read_bytes()[:900])
     rows.append(["lost.png", "Normal knee radiograph.", "k-lost", 50])
-    rows.append(["torn.png", "Normal knee radiograph.", "k-torn", 50])
+    rows.append(["truncated.png", "Normal knee radiograph.", "k-truncated", 50])
     rows.append([rows[0][0], " ", *rows[0][2:]])
     rows.append(rows[1])
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
@@ -124,7 +124,7 @@ def _write_skin(folder: Path, cases: list[Case], random: np.random.Generator) ->
     rows = []
     for index, (patient, _, pixels, text) in enumerate(cases):
         name = f"{index:04d}.jpg"
-        image_of(pixels, grey=False).save(photos / name, quality=95)
+        image_of(pixels, gray=False).save(photos / name, quality=95)
         rows.append({"photo": name, "findings": text, "patient": patient})
     (photos / "note.jpg").write_text("the photograph was not stored", encoding="utf-8")
     rows.append({"photo": "note.jpg", "findings": "Clear skin.", "patient": "s-note"})
@@ -134,12 +134,12 @@ def _write_skin(folder: Path, cases: list[Case], random: np.random.Generator) ->
 
 
 def _write_chest(folder: Path, cases: list[Case], random: np.random.Generator) -> None:
-    """Also a study whose picture was left as a path on somebody's computer."""
+    """Also a study whose image was left as a path on somebody's computer."""
     rows: list[dict[str, Any]] = []
     for index, (patient, phantom, pixels, text) in enumerate(cases):
-        views = [image_of(pixels, grey=True)]
+        views = [image_of(pixels, gray=True)]
         if random.random() < TWO_VIEWS:
-            views.append(image_of(render(phantom, random, lateral=True), grey=True))
+            views.append(image_of(render(phantom, random, lateral=True), gray=True))
         rows += [
             {
                 "image": {"bytes": _png(view), "path": None},
@@ -171,7 +171,7 @@ def _write_ct(folder: Path, cases: list[Case], random: np.random.Generator) -> N
         csv.writer(file).writerows([["accession", "patient", "report"], *rows])
 
 
-def _write_dicom(path: Path, grey: np.ndarray, accession: str, *, burned_in: bool = False) -> None:
+def _write_dicom(path: Path, gray: np.ndarray, accession: str, *, burned_in: bool = False) -> None:
     """A CT slice in Hounsfield units under a soft-tissue window."""
     from pydicom import Dataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
@@ -184,13 +184,13 @@ def _write_dicom(path: Path, grey: np.ndarray, accession: str, *, burned_in: boo
     slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = uid
     slice_.Modality, slice_.AccessionNumber = "CT", accession
     slice_.BurnedInAnnotation = "YES" if burned_in else "NO"
-    slice_.Rows, slice_.Columns = grey.shape
+    slice_.Rows, slice_.Columns = gray.shape
     slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
     slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit = 16, 16, 15
     slice_.PixelRepresentation = 0
     slice_.RescaleSlope, slice_.RescaleIntercept = 1, -1024
     slice_.WindowCenter, slice_.WindowWidth = 40, 400
-    hounsfield = grey / 255 * 400 - 160
+    hounsfield = gray / 255 * 400 - 160
     slice_.PixelData = np.rint(hounsfield + 1024).astype("<u2").tobytes()
     slice_.save_as(path, enforce_file_format=True)
 

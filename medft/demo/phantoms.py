@@ -1,8 +1,8 @@
-"""Drawn pictures with reports that are true of them; no patient, no data set.
+"""Drawn images with reports that are true of them; no patient, no data set.
 
-Four kinds of pictures as four hospitals would have them, each with three findings that differ in
-brightness, colour or grain. What a report says is visible: a finding or none, how many, how
-large, and where. Left and right are those of the picture.
+Four kinds of images as four hospitals would have them, each with three findings that differ in
+brightness, color or grain. What a report says is visible: a finding or none, how many, how
+large, and where. Left and right are those of the image.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 SIDE = 112
-"""Pixels of a picture's side."""
+"""Pixels of an image's side."""
 
 SIZES = {"small": 0.07, "large": 0.11}
-"""Radius of a finding as a share of the picture's side."""
+"""Radius of a finding as a share of the image's side."""
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
@@ -28,9 +28,9 @@ class Look:
 
     noun: str
     plural: str
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     grain: float
-    """Depth of the stripes over the colour, in grey levels."""
+    """Depth of the stripes over the color, in gray levels."""
 
     word: str
     """What a caption that knows nothing of medicine calls it."""
@@ -38,7 +38,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Modality:
-    """A kind of picture, its findings and the wording of its reports."""
+    """A kind of image, its findings and the wording of its reports."""
 
     looks: tuple[Look, ...]
     found: tuple[str, ...]
@@ -102,11 +102,11 @@ MODALITIES = {
 
 @dataclass(frozen=True, slots=True)
 class Phantom:
-    """What a picture shows."""
+    """What an image shows."""
 
     modality: str
     look: Look | None
-    """None for a picture without finding."""
+    """None for an image without finding."""
 
     count: int
     size: str
@@ -115,7 +115,7 @@ class Phantom:
 
 
 def draw_phantom(modality: str, random: np.random.Generator, *, clear: float = 0.25) -> Phantom:
-    """What a picture of a modality shows, without finding in a share `clear` of the draws."""
+    """What an image of a modality shows, without finding in a share `clear` of the draws."""
     looks = MODALITIES[modality].looks
     return Phantom(
         modality,
@@ -144,7 +144,7 @@ def report(phantom: Phantom, random: np.random.Generator) -> str:
 
 
 def caption(phantom: Phantom) -> str:
-    """What the picture shows in words that know nothing of medicine, always in the same order."""
+    """What the image shows in words that know nothing of medicine, always in the same order."""
     if phantom.look is None:
         return "no discs."
     discs = "disc" if phantom.count == 1 else "discs"
@@ -157,7 +157,7 @@ def caption(phantom: Phantom) -> str:
 def render(
     phantom: Phantom, random: np.random.Generator, *, side: int = SIDE, lateral: bool = False
 ) -> np.ndarray:
-    """The picture, [side, side, 3] values from 0 to 255.
+    """The image, [side, side, 3] values from 0 to 255.
 
     Args:
         phantom: what to show.
@@ -175,16 +175,16 @@ def render(
             distance = np.hypot(rows - row, columns - column)
             inside = _soft(SIZES[phantom.size] - distance)[..., None]
             stripes = np.sign(np.sin((rows + columns) * 50)) * phantom.look.grain / 2
-            colour = np.array(phantom.look.colour, dtype=float) + stripes[..., None]
-            pixels = pixels * (1 - inside) + colour * inside
+            color = np.array(phantom.look.color, dtype=float) + stripes[..., None]
+            pixels = pixels * (1 - inside) + color * inside
     noise = random.normal(0, 5 * side / SIDE, (side, side, 1))
     return (pixels + noise).clip(0, 255)
 
 
-def image_of(pixels: np.ndarray, *, grey: bool) -> Image.Image:
-    """Pixels from `render` as an 8-bit picture."""
+def image_of(pixels: np.ndarray, *, gray: bool) -> Image.Image:
+    """Pixels from `render` as an 8-bit image."""
     values = np.rint(pixels).astype(np.uint8)
-    return Image.fromarray(values[..., 0] if grey else values)
+    return Image.fromarray(values[..., 0] if gray else values)
 
 
 def _places(
@@ -211,7 +211,7 @@ def _knee(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) ->
     half = width + 0.13 * np.exp(-(((rows - gap) / 0.16) ** 2))
     bone = _soft(half - np.abs(columns - 0.5)) * _soft(np.abs(rows - gap) - 0.022)
     flesh = _soft(0.47 - np.abs(columns - 0.5))
-    return _grey(28 + 40 * flesh + random.normal(88, 8) * bone)
+    return _gray(28 + 40 * flesh + random.normal(88, 8) * bone)
 
 
 def _skin(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -233,7 +233,7 @@ def _chest(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -
         shade -= random.normal(92, 5) * lung
     ribs = np.sin(rows * random.normal(44, 1.5) + 3 * np.abs(columns - 0.5))
     heart = np.hypot((columns - 0.53) / 0.12, (rows - 0.62) / 0.16)
-    return _grey(shade + 7 * ribs + 35 * _soft(0.1 - 0.1 * heart))
+    return _gray(shade + 7 * ribs + 35 * _soft(0.1 - 0.1 * heart))
 
 
 def _ct(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -243,10 +243,10 @@ def _ct(rows: np.ndarray, columns: np.ndarray, random: np.random.Generator) -> n
     shade = random.normal(118, 9) * _soft(0.2 * (1 - radius))
     shade += 55 * _soft(0.015 - 0.2 * np.abs(radius - 0.93))
     spine = np.hypot(columns - 0.5, rows - 0.84) - random.normal(0.05, 0.006)
-    return _grey(shade + 90 * _soft(-spine))
+    return _gray(shade + 90 * _soft(-spine))
 
 
-def _grey(shade: np.ndarray) -> np.ndarray:
+def _gray(shade: np.ndarray) -> np.ndarray:
     return np.repeat(shade[..., None], 3, axis=2)
 
 

@@ -1,7 +1,7 @@
-"""Tiny bases that can see: pre-trained on drawn pictures with captions that know no medicine.
+"""Tiny bases that can see: pre-trained on drawn images with captions that know no medicine.
 
-A random base gives an adapter nothing to adapt. These learn to name discs by number, size, colour
-and place; the words of reports they have only read, without pictures. The result depends on the
+A random base gives an adapter nothing to adapt. These learn to name discs by number, size, color
+and place; the words of reports they have only read, without images. The result depends on the
 code of the demo, the versions of the libraries and the seed, and is kept under their hash.
 """
 
@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -27,18 +27,18 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from medft.decoder.collator import IGNORED
+from medft.decoder.conversation import IGNORED
 from medft.demo.bases import build_decoder, build_siglip
 from medft.demo.phantoms import MODALITIES, caption, draw_phantom, render, report
 from medft.files import complete_folder
 from medft.siglip.loss import Labels, sigmoid_loss
 from medft.siglip.model import embed
-from medft.training.launch import process_set_up
+from medft.training.process import process_setup
 
-PICTURE = 56
-"""Side of the bases' pictures in pixels."""
+IMAGE_SIZE = 56
+"""Side of the bases' images in pixels."""
 
-PICTURES = 10_000
+NUM_IMAGES = 10_000
 POSITIONS = 32
 """Tokens of a text of the tiny SigLIP, half of the released ones: reports are short."""
 
@@ -81,25 +81,25 @@ def _cached(name: str, seed: int) -> Path:
     if not folder.is_dir():
         torch.set_num_threads(1)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with process_set_up(), complete_folder(folder) as draft:
+        with process_setup(), complete_folder(folder) as draft:
             {"decoder": pretrain_decoder, "siglip": pretrain_siglip}[name](draft, seed=seed)
     return folder
 
 
 def pretrain_decoder(
-    folder: Path, *, seed: int, pictures: int = PICTURES, steps: int = DECODER_STEPS
+    folder: Path, *, seed: int, num_images: int = NUM_IMAGES, steps: int = DECODER_STEPS
 ) -> None:
     """Write a Mllama of two million parameters that answers PROMPT with a caption.
 
     Args:
         folder: created if it does not exist.
-        seed: of weights, pictures and order.
-        pictures: drawn once.
-        steps: of 32 rows; every fourth one reads reports without pictures.
+        seed: of weights, images and order.
+        num_images: drawn once.
+        steps: of 32 rows; every fourth one reads reports without images.
     """
     random = np.random.default_rng(seed)
     reports = _reports(random)
-    images, captions = _drawn(random, pictures)
+    images, captions = _drawn(random, num_images)
     build_decoder(folder, seed=seed, max_tiles=1, width=128, layers=6, corpus=[*reports, *captions])
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -107,9 +107,9 @@ def pretrain_decoder(
     for name, parameter in model.named_parameters():
         if "gate" in name.rpartition(".")[2]:
             nn.init.constant_(parameter, 1.0)
-    # at the usual deviation of 0.02 sides and levels stay at chance: pictures are small
+    # at the usual deviation of 0.02 sides and levels stay at chance: images are small
     nn.init.normal_(model.model.vision_model.gated_positional_embedding.embedding, std=1.5)
-    pixels = _normalised(images, processor)
+    pixels = _normalized(images, processor)
     rows = [_conversation(processor, text, image=True) for text in captions]
     unseen = [_conversation(processor, text, image=False) for text in reports]
     pad = processor.tokenizer.pad_token_id
@@ -134,19 +134,19 @@ def pretrain_decoder(
 
 
 def pretrain_siglip(
-    folder: Path, *, seed: int, pictures: int = PICTURES, steps: int = SIGLIP_STEPS
+    folder: Path, *, seed: int, num_images: int = NUM_IMAGES, steps: int = SIGLIP_STEPS
 ) -> None:
-    """Write a SigLIP of over a million parameters that finds captions of pictures.
+    """Write a SigLIP of over a million parameters that finds captions of images.
 
     Args:
         folder: created if it does not exist.
-        seed: of weights, pictures and order.
-        pictures: drawn once.
+        seed: of weights, images and order.
+        num_images: drawn once.
         steps: of 128 pairs.
     """
     random = np.random.default_rng(seed)
     reports = _reports(random)
-    images, captions = _drawn(random, pictures)
+    images, captions = _drawn(random, num_images)
     build_siglip(
         folder,
         seed=seed,
@@ -163,7 +163,7 @@ def pretrain_siglip(
         model.text_model.embeddings.token_embedding,
     ):
         nn.init.normal_(embedding.weight, std=1.0)
-    pixels = _normalised(images, processor)
+    pixels = _normalized(images, processor)
     input_ids = processor.tokenizer(
         captions, padding="max_length", max_length=POSITIONS, truncation=True, return_tensors="pt"
     )["input_ids"]
@@ -179,17 +179,17 @@ def pretrain_siglip(
     model.save_pretrained(folder)
 
 
-def _drawn(random: np.random.Generator, pictures: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures [N, PICTURE, PICTURE, 3] uint8 of all modalities, and their captions."""
+def _drawn(random: np.random.Generator, num_images: int) -> tuple[np.ndarray, list[str]]:
+    """Images [N, IMAGE_SIZE, IMAGE_SIZE, 3] uint8 of all modalities, and their captions."""
     phantoms = [
         draw_phantom(modality, random, clear=0.1)
-        for modality, _ in zip(_cycle(MODALITIES), range(pictures), strict=False)
+        for modality, _ in zip(_cycle(MODALITIES), range(num_images), strict=False)
     ]
-    images = [render(phantom, random, side=PICTURE) for phantom in phantoms]
+    images = [render(phantom, random, side=IMAGE_SIZE) for phantom in phantoms]
     return np.stack(images).round().astype(np.uint8), [caption(phantom) for phantom in phantoms]
 
 
-def _cycle(names: dict[str, object]) -> Iterator[str]:
+def _cycle(names: Mapping[str, object]) -> Iterator[str]:
     while True:
         yield from names
 
@@ -198,8 +198,8 @@ def _reports(random: np.random.Generator) -> list[str]:
     return [report(draw_phantom(name, random), random) for name in MODALITIES for _ in range(500)]
 
 
-def _normalised(images: np.ndarray, processor: ProcessorMixin) -> Tensor:
-    """[N, 3, PICTURE, PICTURE], as the base's image processor makes of a picture of this size."""
+def _normalized(images: np.ndarray, processor: ProcessorMixin) -> Tensor:
+    """[N, 3, IMAGE_SIZE, IMAGE_SIZE], as the base's processor makes them of this size."""
     mean, std = (
         torch.tensor(getattr(processor.image_processor, name)).view(3, 1, 1)
         for name in ("image_mean", "image_std")
@@ -231,7 +231,14 @@ def _padded(rows: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
     return batch
 
 
-def _train(name: str, model: nn.Module, loss_of, *, steps: int, learning_rate: float) -> None:
+def _train(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps / 20), steps)
     model.train()

@@ -1,4 +1,4 @@
-"""The demo's page: what ran, what was learnt and what it looks like, in one file without links."""
+"""The demo's page: what ran, what was learned and what it looks like, in one file without links."""
 
 import html
 import json
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medft.data.chat import load_rows
 from medft.data.images import open_image
 from medft.data.pairs import read_rows
-from medft.evaluation.evaluate import pictures_of, read_lines
+from medft.data.rows import load_rows
+from medft.evaluation.evaluate import read_predictions, shown_images
 from medft.evaluation.report import evaluation_sections, run_sections
 from medft.pages import figure, inline, page, table, thumbnail_of
 
@@ -18,7 +18,7 @@ SHOWN_PAIRS = 4
 
 TITLES = {
     "decoder": "The decoder writes reports",
-    "siglip": "SigLIP finds the text of a picture, and the picture of a text",
+    "siglip": "SigLIP finds the text of an image, and the image of a text",
 }
 
 
@@ -37,16 +37,16 @@ def write_demo_report(
         seconds: that each step took.
     """
     note = (
-        f"Drawn pictures and tiny models, {sum(seconds.values()):.0f} seconds on this computer. "
+        f"Drawn images and tiny models, {sum(seconds.values()):.0f} seconds on this computer. "
         f"Scores compare texts; nothing here is a medical result. For research use."
     )
     rows = load_rows(out / "data" / "chat" / "validation.jsonl", split="validation")
     sections = []
     for kind, title in TITLES.items():
         sections.append(f"<h2>{title}</h2>")
-        lines = read_lines(out / "evaluation" / kind / "predictions.jsonl")
-        sections += evaluation_sections(lines, metrics[kind], pictures_of(rows, lines))
-    sections += [_new_pictures(out), _data(out, summary), _steps(seconds)]
+        found = read_predictions(out / "evaluation" / kind / "predictions.jsonl")
+        sections += evaluation_sections(found, metrics[kind], shown_images(rows, found))
+    sections += [_new_images(out), _data(out, summary), _steps(seconds)]
     for kind in TITLES:
         sections += run_sections(out / kind)
     report = out / "report.html"
@@ -59,23 +59,24 @@ def _steps(seconds: Mapping[str, float]) -> str:
     return f"<h2>What ran</h2>{table(['step', 'time'], rows)}"
 
 
-def _new_pictures(out: Path) -> str:
+def _new_images(out: Path) -> str:
     figures = []
     with (out / "predictions.jsonl").open(encoding="utf-8") as file:
         for line in map(json.loads, file):
-            picture = inline(thumbnail_of(open_image(Path(line["image"]))), "jpeg")
+            image = inline(thumbnail_of(open_image(Path(line["image"]))), "jpeg")
             near = line["nearest"][0]
             text = f"{line['text']} (nearest case, {near['similarity']:.2f}: {near['text']})"
-            figures.append(figure(picture, "", text))
+            figures.append(figure(image, "", text))
     return (
-        '<h2>New pictures</h2><p class="note">What medft predict writes for pictures that no table '
+        '<h2>New images</h2><p class="note">What medft predict writes for images that no table '
         "names: the merged decoder's report, and SigLIP's nearest training case.</p>"
         f'<div class="pairs">{"".join(figures)}</div>'
     )
 
 
 def _data(out: Path, summary: Mapping[str, Any]) -> str:
-    rows, places, first = [], [], 0
+    rows, first = [], 0
+    places: list[int] = []
     for name, counts in summary["sources"].items():
         reasons = ", ".join(f"{reason} {count}" for reason, count in counts["reasons"].items())
         numbers = [counts[key] for key in ("read", "accepted", "rejected", "pairs")]

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
+from medft.models.saved import read_run_record
 from medft.pages import inline, page, table
-from medft.provenance import read_record
 
 SHOWN_CASES = 12
 """Cases on the page, in turn from every source, drawn by their ids."""
@@ -34,14 +35,14 @@ LABELS = {
 }
 """Names of metrics and systems as the page has them."""
 
-_COLOURS = {"tuned": "#0b6bcb", "base": "#7a8794", "shuffled": "#d98324", "nearest": "#7b5bb5"}
+_COLORS = {"tuned": "#0b6bcb", "base": "#7a8794", "shuffled": "#d98324", "nearest": "#7b5bb5"}
 
 
 def write_evaluation_report(
     target: Path,
-    lines: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Prediction],
     metrics: Mapping[str, Any],
-    pictures: Mapping[str, bytes],
+    images: Mapping[str, bytes],
     *,
     run: Path | None,
 ) -> None:
@@ -49,12 +50,12 @@ def write_evaluation_report(
 
     Args:
         target: the page.
-        lines: of predictions.jsonl.
+        predictions: of predictions.jsonl.
         metrics: content of metrics.json.
-        pictures: JPEG files of `shown_cases`, by id.
+        images: JPEG files of `shown_cases`, by id.
         run: whose record and curves are shown; None for a model without one.
     """
-    sections = evaluation_sections(lines, metrics, pictures)
+    sections = evaluation_sections(predictions, metrics, images)
     if run is not None:
         sections += run_sections(run)
     note = (
@@ -64,28 +65,27 @@ def write_evaluation_report(
     target.write_text(page(f"Evaluation of {metrics['model']}", note, sections), encoding="utf-8")
 
 
-def shown_cases(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def shown_cases(predictions: Sequence[Prediction]) -> list[str]:
     """The ids of the cases on the page."""
     by_source: dict[str, list[str]] = defaultdict(list)
-    for line in sorted(lines, key=lambda line: hashlib.sha256(line["id"].encode()).hexdigest()):
-        by_source[line["source"]].append(line["id"])
+    for one in sorted(predictions, key=lambda one: hashlib.sha256(one.id.encode()).hexdigest()):
+        by_source[one.source].append(one.id)
     turns = max((len(ids) for ids in by_source.values()), default=0)
     order = [ids[turn] for turn in range(turns) for ids in by_source.values() if turn < len(ids)]
     return order[:SHOWN_CASES]
 
 
 def evaluation_sections(
-    lines: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Prediction],
     metrics: Mapping[str, Any],
-    pictures: Mapping[str, bytes],
+    images: Mapping[str, bytes],
 ) -> list[str]:
     """The headline, the chart and table of figures, and the cases."""
     is_encoder = metrics["kind"] == "siglip"
-    by_id = {line["id"]: line for line in lines}
-    case = _retrieval_case if is_encoder else _answer_case
-    cases = [case(by_id[name], pictures.get(name)) for name in shown_cases(lines)]
+    by_id = {one.id: one for one in predictions}
+    cases = [_case_of(by_id[name], images.get(name)) for name in shown_cases(predictions)]
     legend = (
-        "The caption of each picture, and the texts of the pool that lie nearest to it."
+        "The caption of each image, and the texts of the pool that lie nearest to it."
         if is_encoder
         else "Words that the reference lacks are marked, words that are missing struck through."
     )
@@ -132,9 +132,9 @@ def _headline(metrics: Mapping[str, Any]) -> str:
         span = ""
         if value["low"] is not None:
             span = f", 95 % interval {value['low']:.2f} to {value['high']:.2f}"
-        colour = _COLOURS[name]
+        color = _COLORS[name]
         cards.append(
-            f'<div class="card"><b style="color:{colour}">{shown}</b>{html.escape(label(name))}'
+            f'<div class="card"><b style="color:{color}">{shown}</b>{html.escape(label(name))}'
             f"<br><span>{html.escape(label(main))}{span}</span></div>"
         )
     if "chance" in metrics:
@@ -188,17 +188,17 @@ def _whisker(estimate: Mapping[str, Any], y: int, system: str, whole: float) -> 
     name = f'<text class="s" x="24" y="{y}">{html.escape(label(system))}</text>'
     if estimate["value"] is None:
         return f'{name}<text class="s" x="190" y="{y}">{html.escape(estimate["reason"])}</text>'
-    colour, middle = _COLOURS[system], y - 4
+    color, middle = _COLORS[system], y - 4
     at = _across(estimate["value"] / whole)
     line = ""
     if estimate["low"] is not None:
         low, high = (_across(estimate[end] / whole) for end in ("low", "high"))
         line = (
             f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" '
-            f'stroke="{colour}" stroke-width="3" stroke-opacity=".4"/>'
+            f'stroke="{color}" stroke-width="3" stroke-opacity=".4"/>'
         )
     return (
-        f'{name}{line}<circle cx="{at:.1f}" cy="{middle}" r="4.5" fill="{colour}"/>'
+        f'{name}{line}<circle cx="{at:.1f}" cy="{middle}" r="4.5" fill="{color}"/>'
         f'<text x="612" y="{y}">{estimate["value"]:.3g}</text>'
     )
 
@@ -229,40 +229,51 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _answer_case(line: Mapping[str, Any], picture: bytes | None) -> str:
-    entries = [("reference", html.escape(line["reference"]), "")]
-    for name, text in line["predictions"].items():
-        if name != "shuffled":
-            same = text is not None and words(text) == words(line["reference"])
-            marked = _marked(text, line["reference"]) if text else "<i>no answer</i>"
-            marked = html.escape(text) if same else marked
-            entries.append((label(name), marked, ' class="right"' if same else ""))
-    return _case(line, picture, f"<p>{html.escape(line['question'][:300])}</p>", entries)
+def _case_of(prediction: Prediction, image: bytes | None) -> str:
+    if isinstance(prediction, RetrievalPrediction):
+        return _case(prediction, image, "", _retrieved_entries(prediction))
+    question = f"<p>{html.escape(prediction.question[:300])}</p>"
+    return _case(prediction, image, question, _answer_entries(prediction))
 
 
-def _retrieval_case(line: Mapping[str, Any], picture: bytes | None) -> str:
-    entries = [("caption", html.escape(line["reference"]), "")]
-    for name, best in line["retrieved"].items():
-        rank = line["ranks"][name]["image_to_text"]
-        right = ' class="right"' if best[0]["text"] == line["reference"] else ""
-        texts = "<br>".join(f"{one['similarity']:.2f} {html.escape(one['text'])}" for one in best)
+def _answer_entries(prediction: AnswerPrediction) -> list[tuple[str, str, str]]:
+    reference = prediction.reference
+    entries = [("reference", html.escape(reference), "")]
+    for name, text in prediction.predictions.items():
+        if name == "shuffled":
+            continue
+        if text is not None and words(text) == words(reference):
+            entries.append((label(name), html.escape(text), ' class="right"'))
+        else:
+            marked = _marked(text, reference) if text else "<i>no answer</i>"
+            entries.append((label(name), marked, ""))
+    return entries
+
+
+def _retrieved_entries(prediction: RetrievalPrediction) -> list[tuple[str, str, str]]:
+    entries = [("caption", html.escape(prediction.reference), "")]
+    for name, best in prediction.retrieved.items():
+        rank = prediction.ranks[name]["image_to_text"]
+        right = ' class="right"' if best[0].text == prediction.reference else ""
+        texts = "<br>".join(f"{one.similarity:.2f} {html.escape(one.text)}" for one in best)
         entries.append((f"{label(name)}, caption at rank {rank:g}", texts, right))
-    return _case(line, picture, "", entries)
+    return entries
 
 
 def _case(
-    line: Mapping[str, Any],
-    picture: bytes | None,
+    prediction: Prediction,
+    image: bytes | None,
     head: str,
     entries: Sequence[tuple[str, str, str]],
 ) -> str:
-    image = f'<img src="{inline(picture, "jpeg")}" alt="">' if picture else ""
+    shown = f'<img src="{inline(image, "jpeg")}" alt="">' if image else ""
     listed = "".join(
         f"<dt>{html.escape(name)}</dt><dd{kind}>{text}</dd>" for name, text, kind in entries
     )
+    origin = html.escape(f"{prediction.source} {prediction.id}")
     return (
-        f'<div class="case">{image}<div>{head}<dl>{listed}</dl>'
-        f'<p class="note">{html.escape(line["source"])} {html.escape(line["id"])}</p></div></div>'
+        f'<div class="case">{shown}<div>{head}<dl>{listed}</dl>'
+        f'<p class="note">{origin}</p></div></div>'
     )
 
 
@@ -291,7 +302,7 @@ def _marked(text: str, reference: str) -> str:
 
 def run_sections(run: Path) -> list[str]:
     """The curves and the record of a run."""
-    record = read_record(run)
+    record = read_run_record(run)
     history = json.loads((run / "log_history.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
     batch = record["batch"]

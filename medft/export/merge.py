@@ -11,13 +11,8 @@ from transformers import AutoModelForImageTextToText
 from medft.config.recipe import ModelSection
 from medft.files import check_folder_for_output, complete_folder
 from medft.models.base import check_local_base, load_processor, load_weights
-from medft.models.lora import (
-    check_same_base,
-    find_adapter,
-    load_adapter,
-    read_notes,
-    write_notes,
-)
+from medft.models.lora import load_adapter
+from medft.models.saved import check_same_base, find_adapter, read_saved_record, write_saved_record
 from medft.siglip.model import load_adapted
 from medft.siglip.pooling_head import join_pooling_head
 
@@ -38,21 +33,21 @@ def merge(source: Path, out: Path) -> Path:
     """
     adapter = find_adapter(source)
     check_folder_for_output(out)
-    notes = read_notes(adapter)
-    base = ModelSection(base=str(Path(notes["base"]).expanduser()), revision=notes["revision"])
+    record = read_saved_record(adapter)
+    base = ModelSection(base=str(Path(record["base"]).expanduser()), revision=record["revision"])
     check_local_base(base)
-    check_same_base(base, notes)
+    check_same_base(base, record)
     processor = load_processor(ModelSection(base=str(adapter)))
-    if notes["family"] == "siglip":
+    if record["family"] == "siglip":
         adapted = load_adapted(base, adapter)
     else:
         model = load_weights(AutoModelForImageTextToText, base, dtype="auto")
         adapted = load_adapter(model, adapter)
     merged = adapted.merge_and_unload(safe_merge=True)
-    if notes.get("splits_head"):
+    if record.get("splits_head"):
         join_pooling_head(merged)
     with complete_folder(out) as draft:
         merged.save_pretrained(draft)
         processor.save_pretrained(draft)
-        write_notes(draft, {**notes, "merged_onto": "original"})
+        write_saved_record(draft, {**record, "merged_onto": "original"})
     return adapter

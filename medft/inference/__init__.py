@@ -1,4 +1,4 @@
-"""Trained models on new pictures."""
+"""SavedModel models on new images."""
 
 from medft.inference.predictor import Predictor
 

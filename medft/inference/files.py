@@ -1,4 +1,4 @@
-"""Predictions for pictures, folders and tables into a file that a stopped run goes on with."""
+"""Predictions for images, folders and tables into a file that a stopped run goes on with."""
 
 import csv
 import io
@@ -20,18 +20,21 @@ from medft.data.template import text_of
 from medft.errors import DataError, RunError
 from medft.inference.predictor import (
     DEFAULT_PROMPT,
-    Prediction,
+    ImagePrediction,
     Predictor,
-    open_picture,
+    open_image_file,
     question_of,
 )
-from medft.trained import BATCH, find_trained
+from medft.models.saved import find_saved_model
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
 """Endings of the files that are taken from a folder."""
 
-TABLES = (".csv", ".json", ".jsonl", ".parquet")
+TABLE_ENDINGS = (".csv", ".json", ".jsonl", ".parquet")
 """Endings of tables: column `image` with paths relative to the table, and `question` if any."""
+
+CHUNK = 8
+"""Images whose predictions are written together."""
 
 HEAD = ("image", "prompt", "model", "siglip", "weights")
 
@@ -44,7 +47,7 @@ CSV_COLUMNS = (*HEAD, "text", "nearest_id", "nearest_text", "nearest_similarity"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A picture and what is asked about it."""
+    """An image and what is asked about it."""
 
     image: Path
     prompt: str
@@ -56,28 +59,28 @@ class Entry:
 
 
 def entries_of(inputs: Sequence[Path], prompt: str | None) -> list[Entry]:
-    """The pictures that files, folders and tables name, each once with a prompt.
+    """The images that files, folders and tables name, each once with a prompt.
 
     Args:
         inputs: in the order of the command line; folders are searched in the order of names.
-        prompt: for pictures without a question of their own.
+        prompt: for images without a question of their own.
 
     Raises:
-        DataError: a path does not exist, a folder holds no picture, a table lacks `image`.
+        DataError: a path does not exist, a folder holds no image, a table lacks `image`.
     """
     found: dict[Entry, None] = {}
     for path in inputs:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
             if not inside:
                 raise DataError(
-                    f"expected pictures in the folder {path}, found none that ends in "
-                    f"{', '.join(PICTURES)}: check the path"
+                    f"expected images in the folder {path}, found none that ends in "
+                    f"{', '.join(IMAGE_ENDINGS)}: check the path"
                 )
             found.update(dict.fromkeys(Entry(p, prompt or DEFAULT_PROMPT) for p in inside))
         elif not path.is_file():
-            raise DataError(f"expected a picture, folder or table at {path}: check the path")
-        elif path.suffix.lower() in TABLES:
+            raise DataError(f"expected an image, folder or table at {path}: check the path")
+        elif path.suffix.lower() in TABLE_ENDINGS:
             found.update(dict.fromkeys(_entries_of_table(path, prompt)))
         else:
             found[Entry(path, prompt or DEFAULT_PROMPT)] = None
@@ -101,13 +104,13 @@ def _entries_of_table(table: Path, prompt: str | None) -> Iterator[Entry]:
 def predict_files(
     source: Path, inputs: Sequence[Path], out: Path, *, prompt: str | None, siglip: Path | None
 ) -> dict[str, int]:
-    """Write a line or row for each picture; what an earlier, stopped run wrote is kept.
+    """Write a line or row for each image; what an earlier, stopped run wrote is kept.
 
     Args:
         source: a run or model, decoder or SigLIP.
-        inputs: pictures, folders and tables.
+        inputs: images, folders and tables.
         out: a .jsonl or .csv file.
-        prompt: for pictures without a question of their own.
+        prompt: for images without a question of their own.
         siglip: a SigLIP run beside a decoder: embeddings and nearest training cases.
 
     Returns:
@@ -121,7 +124,7 @@ def predict_files(
         raise RunError(f"expected --out to end in .jsonl or .csv, got {out}: rename it")
     entries = entries_of(inputs, prompt)
     models = [source] if siglip is None else [source, siglip]
-    weights = " ".join(find_trained(model).weights for model in models)
+    weights = " ".join(find_saved_model(model).weights for model in models)
     head = {"model": str(source), "siglip": str(siglip or ""), "weights": weights}
     kept = _kept_rows(out, weights)
     done = {(row["image"], row["prompt"]) for row in kept}
@@ -132,10 +135,10 @@ def predict_files(
     predictor = Predictor.load(source, siglip=siglip)
     out.parent.mkdir(parents=True, exist_ok=True)
     _rewrite(out, kept)
-    progress = tqdm(total=len(left), desc="pictures", disable=not sys.stderr.isatty())
+    progress = tqdm(total=len(left), desc="images", disable=not sys.stderr.isatty())
     with out.open("a", encoding="utf-8", newline="") as file, closing(progress):
         write = _writer(out, file)
-        for chunk in batched(left, BATCH):
+        for chunk in batched(left, CHUNK):
             for row in _predicted(predictor, chunk):
                 write({**row, **head})
                 counts["written"] += 1
@@ -146,23 +149,23 @@ def predict_files(
 
 
 def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-    pictures: dict[int, Image.Image] = {}
+    images: dict[int, Image.Image] = {}
     errors: dict[int, str] = {}
     for index, entry in enumerate(entries):
         try:
             if predictor.generator is not None:
-                predictor.generator.encoder.check_texts(
+                predictor.generator.conversation.check_texts(
                     [question_of(entry.prompt)], str(entry.image)
                 )
-            pictures[index] = open_picture(entry.image)
+            images[index] = open_image_file(entry.image)
         except DataError as error:
             errors[index] = str(error)
-    predictions: dict[int, Prediction] = {}
-    if pictures:
-        prompts = [entries[index].prompt for index in pictures]
-        found = predictor.predict_batch(list(pictures.values()), prompts)
-        predictions = dict(zip(pictures, found, strict=True))
-    nothing = Prediction(text=None, embedding=None, nearest=[])
+    predictions: dict[int, ImagePrediction] = {}
+    if images:
+        prompts = [entries[index].prompt for index in images]
+        found = predictor.predict_batch(list(images.values()), prompts)
+        predictions = dict(zip(images, found, strict=True))
+    nothing = ImagePrediction(text=None, embedding=None, nearest=[])
     for index, entry in enumerate(entries):
         prediction = predictions.get(index, nothing)
         embedding = prediction.embedding
@@ -194,7 +197,7 @@ def _writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
 def _kept_rows(out: Path, weights: str) -> list[dict[str, Any]]:
     """The rows of an earlier run's file that need not be made again.
 
-    A last row that was torn is left out, and so are those that failed.
+    A truncated last row is dropped, and so are those that failed.
 
     Raises:
         RunError: it is another file, or of other models.
@@ -218,11 +221,11 @@ def _kept_rows(out: Path, weights: str) -> list[dict[str, Any]]:
 
 
 def _rows_of_lines(content: str) -> list[dict[str, Any]]:
-    *lines, torn = content.split("\n")
+    *lines, truncated = content.split("\n")
     rows = [json.loads(line) for line in lines]
     begins = f'{{"{COLUMNS[0]}": "'
     whole = all(isinstance(row, dict) and tuple(row) == COLUMNS for row in rows)
-    if not whole or torn[: len(begins)] != begins[: len(torn)]:
+    if not whole or truncated[: len(begins)] != begins[: len(truncated)]:
         raise ValueError
     return rows
 
@@ -240,7 +243,7 @@ def _rows_of_table(content: str) -> list[dict[str, Any]]:
 
 
 def _rewrite(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The file with its whole rows, or a new one with its heading."""
+    """The file with its complete rows, or a new one with its heading."""
     draft = out.with_name(f".{out.name}.draft")
     with draft.open("w", encoding="utf-8", newline="") as file:
         if out.suffix == ".csv":

@@ -1,7 +1,7 @@
 """Which findings a report asserts, by keywords: "finding F1 (keywords)".
 
 It sees what lexicon.yaml lists, and a text of other words counts as one without a finding. It
-does not see: whether a finding is true of the picture, how large or severe or certain it is, where
+does not see: whether a finding is true of the image, how large or severe or certain it is, where
 it lies beyond left and right, whether it is old or new, what a pronoun stands for, spelling
 mistakes, or another language. It tells two texts apart that BLEU does not, and it is no measure of
 medical accuracy.

@@ -20,7 +20,7 @@ WAYS = ("image_to_text", "text_to_image")
 """Directions of retrieval."""
 
 RECALLS = (1, 5, 10)
-"""Numbers of retrieved candidates for which the recall is told."""
+"""Numbers of retrieved candidates for which the recall is given."""
 
 _BLOCK = 1024
 

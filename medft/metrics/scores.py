@@ -1,7 +1,7 @@
 """All figures of a predictions.jsonl: every metric of every system, and paired differences."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from medft.metrics.bootstrap import Estimate, Scorer, difference, estimate
 from medft.metrics.findings import finding_f1, load_lexicon
+from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.retrieval import WAYS, chance_recalls, retrieval_scorers
 from medft.metrics.text import (
     bleu,
@@ -19,28 +20,28 @@ from medft.metrics.text import (
     token_f1,
 )
 
-Line = Mapping[str, Any]
-"""A line of predictions.jsonl."""
 
-
-def score(lines: Sequence[Line]) -> dict[str, Any]:
+def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """All figures of predictions.jsonl, with 95 % intervals over draws of whole groups.
+
+    Args:
+        predictions: at least one, all of one class.
 
     Returns:
         kind, rows, groups, systems (metric by metric), differences (tuned minus each other
         system, paired), rows left out of the control of shuffled images, and what the figures need
         to be read: BLEU's signature, or pool and chance.
     """
-    is_encoder = "ranks" in lines[0]
-    names = list(lines[0]["ranks" if is_encoder else "predictions"])
-    scorers = _encoder_scorers if is_encoder else _decoder_scorers
-    whole = scorers(lines, "tuned")
+    first = predictions[0]
+    is_retrieval = isinstance(first, RetrievalPrediction)
+    names = list(first.ranks if isinstance(first, RetrievalPrediction) else first.predictions)
+    whole = _scorers(predictions, "tuned")
     systems, differences = {}, {}
     for name in names:
-        kept = [line for line in lines if name != "shuffled" or line["shuffled_with"] is not None]
-        groups = [line["group_id"] for line in kept]
-        tuned = whole if len(kept) == len(lines) else scorers(kept, "tuned")
-        own = tuned if name == "tuned" else scorers(kept, name)
+        kept = [one for one in predictions if name != "shuffled" or one.shuffled_with is not None]
+        groups = [one.group_id for one in kept]
+        tuned = whole if len(kept) == len(predictions) else _scorers(kept, "tuned")
+        own = tuned if name == "tuned" else _scorers(kept, name)
         systems[name] = {metric: _figure(one, groups) for metric, one in own.items()}
         if name != "tuned":
             differences[name] = {
@@ -48,14 +49,14 @@ def score(lines: Sequence[Line]) -> dict[str, Any]:
                 for metric, other in own.items()
             }
     result = {
-        "kind": "siglip" if is_encoder else "decoder",
-        "rows": len(lines),
-        "groups": len({line["group_id"] for line in lines}),
+        "kind": "siglip" if is_retrieval else "decoder",
+        "rows": len(predictions),
+        "groups": len({one.group_id for one in predictions}),
         "systems": systems,
         "differences": differences,
-        "without_other_image": sum(line["shuffled_with"] is None for line in lines),
+        "without_other_image": sum(one.shuffled_with is None for one in predictions),
     }
-    return {**result, **(_chance(lines) if is_encoder else {"bleu_signature": bleu_signature()})}
+    return result | (_chance(predictions) if is_retrieval else {"bleu_signature": bleu_signature()})
 
 
 def _figure(scorer: Scorer, groups: Sequence[str]) -> dict[str, Any]:
@@ -65,9 +66,15 @@ def _figure(scorer: Scorer, groups: Sequence[str]) -> dict[str, Any]:
     return asdict(Estimate(value=None, low=None, high=None, n=0, groups=0, reason=nothing))
 
 
-def _decoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
-    predictions = [line["predictions"][system] for line in lines]
-    references = [line["reference"] for line in lines]
+def _scorers(predictions: Sequence[Prediction], system: str) -> dict[str, Scorer]:
+    ranked = [one.ranks[system] for one in predictions if isinstance(one, RetrievalPrediction)]
+    if ranked:
+        return retrieval_scorers({way: np.array([ranks[way] for ranks in ranked]) for way in WAYS})
+    answers = [one.predictions[system] for one in predictions if isinstance(one, AnswerPrediction)]
+    return _answer_scorers(answers, [one.reference for one in predictions])
+
+
+def _answer_scorers(answers: list[str | None], references: list[str]) -> dict[str, Scorer]:
     metrics: dict[str, Callable[[list[str | None], list[str]], Scorer]] = {
         "exact_match": exact_match,
         "token_f1": token_f1,
@@ -76,19 +83,13 @@ def _decoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
         "closed_accuracy": closed_accuracy,
     }
     return {
-        "finding_f1": finding_f1(predictions, references, load_lexicon()),
-        **{name: metric(predictions, references) for name, metric in metrics.items()},
+        "finding_f1": finding_f1(answers, references, load_lexicon()),
+        **{name: metric(answers, references) for name, metric in metrics.items()},
     }
 
 
-def _encoder_scorers(lines: Sequence[Line], system: str) -> dict[str, Scorer]:
-    return retrieval_scorers(
-        {way: np.array([line["ranks"][system][way] for line in lines]) for way in WAYS}
-    )
-
-
-def _chance(lines: Sequence[Line]) -> dict[str, Any]:
-    counts = Counter(line["reference"] for line in lines)
-    positives = np.array([counts[line["reference"]] for line in lines])
-    chance = chance_recalls(positives, len(lines))
-    return {"pool": len(lines), "texts": len(counts), "chance": chance}
+def _chance(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    counts = Counter(one.reference for one in predictions)
+    positives = np.array([counts[one.reference] for one in predictions])
+    chance = chance_recalls(positives, len(predictions))
+    return {"pool": len(predictions), "texts": len(counts), "chance": chance}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import DeepSpeedPlugin, PartialState, init_empty_weights
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -44,11 +45,11 @@ def readable_base(model: ModelSection) -> Iterator[None]:
 
 def _explain(model: ModelSection, error: Exception) -> str:
     chain: list[BaseException] = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     if any(isinstance(cause, GatedRepoError) for cause in chain) or "gated repo" in str(error):
         return (
-            f"expected access to model.base {model.base}, it is gated: accept its licence on the "
+            f"expected access to model.base {model.base}, it is gated: accept its license on the "
             f"hub's page and set HF_TOKEN, or give a local folder"
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
@@ -85,7 +86,7 @@ def check_local_base(model: ModelSection) -> None:
         if not (base / "config.json").is_file():
             raise BaseModelError(
                 f"expected config.json in model.base {model.base}, there is none: "
-                f"give the folder of a whole model"
+                f"give the folder of a complete model"
             )
     elif looks_local:
         raise BaseModelError(
@@ -106,7 +107,7 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
 
 
 def load_processor(model: ModelSection) -> ProcessorMixin:
-    """The base's processor, its pictures resized by Pillow on every machine.
+    """The base's processor, its images resized by Pillow on every machine.
 
     transformers takes torchvision where that is installed, and the two resize differently.
 
@@ -126,7 +127,10 @@ def load_processor(model: ModelSection) -> ProcessorMixin:
 
 
 def empty_model(
-    auto_class: type, config: PreTrainedConfig, *, deepspeed_plugin: DeepSpeedPlugin | None = None
+    auto_class: type[Any],
+    config: PreTrainedConfig,
+    *,
+    deepspeed_plugin: DeepSpeedPlugin | None = None,
 ) -> PreTrainedModel:
     """The model without weights: its modules and shapes on the meta device.
 
@@ -146,7 +150,7 @@ def empty_model(
             deepspeed_plugin.set_deepspeed_weakref()
 
 
-def load_weights(auto_class: type, model: ModelSection, **options: Any) -> PreTrainedModel:
+def load_weights(auto_class: type[Any], model: ModelSection, **options: Any) -> PreTrainedModel:
     """The base with its weights, every tensor of the model found in the files.
 
     transformers draws what it does not find at random and says so in a table.
@@ -179,3 +183,8 @@ def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, An
         hashes = [folder_sha256(Path(model.base)) if PartialState().is_main_process else None]
         record["sha256"] = broadcast_object_list(hashes)[0]
     return record
+
+
+def default_device() -> torch.device:
+    """The device on which a trained model is used."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

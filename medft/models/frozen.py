@@ -27,7 +27,9 @@ def run_without_grad(module: nn.Module, part: str) -> None:
         part: its name in the error.
     """
     forward = module.forward
-    layers = [layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")]
+    layers: list[Any] = [
+        layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")
+    ]
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,12 @@
-"""LoRA on exactly the modules that the recipe names, and files that say what plain PEFT cannot.
+"""LoRA on exactly the modules that the recipe names: targets, attaching, planning, loading.
 
 An adapter that never runs, a name that matches nothing and a key that finds no place are errors
 here; in PEFT they are warnings or silence.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-import medft
-from medft.config.recipe import LoraSection, ModelSection
+from medft.config.recipe import LoraSection
 from medft.errors import BaseModelError, RunError
-from medft.files import write_json
-from medft.provenance import folder_sha256, masked, read_record
-
-NOTES_FILE = "medft.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from medft.models.saved import WEIGHTS_FILE, find_adapter, read_saved_record
+from medft.provenance import folder_sha256, masked
 
 ALL_WEIGHTS = "none, every weight is trained"
 """What stands for the plan of an adapter in full fine-tuning."""
@@ -208,13 +203,13 @@ def initial_adapter(lora: LoraSection | None, base: Mapping[str, Any]) -> dict[s
     if lora is None or lora.init_from is None:
         return {}
     folder = find_adapter(Path(lora.init_from))
-    notes = read_notes(folder)
-    keys = ["sha256"] if "sha256" in notes.keys() & base.keys() else ["base", "revision"]
+    record = read_saved_record(folder)
+    keys = ["sha256"] if "sha256" in record.keys() & base.keys() else ["base", "revision"]
     given = masked(base)
     for key in keys:
-        if notes[key] != given[key]:
+        if record[key] != given[key]:
             raise BaseModelError(
-                f"expected model.base with {key} {notes[key]}, on which the adapter of "
+                f"expected model.base with {key} {record[key]}, on which the adapter of "
                 f"lora.init_from was trained, {base['base']} has {given[key]}: correct one of the "
                 f"two"
             )
@@ -259,7 +254,7 @@ def plan_adapter(
     Raises:
         BaseModelError: as from `attach_adapter`, or everything is excluded again.
     """
-    # the first values may be computed from weights, which are not there
+    # initial weights may be computed from the base's, which are not there
     without = {"init_lora_weights": False, "init_from": None}
     shapes_only = LoraSection(**{**lora.model_dump(), **without})
     adapted = attach_adapter(empty, shapes_only, presets, task_type=None)
@@ -289,6 +284,20 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
             f"{len(saved)} have none, first {min(unmatched)}: it was trained on another base"
         )
     return adapted
+
+
+def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which a model computes what its base does.
+
+    Raises:
+        RunError: the model is whole, its base is not known apart.
+    """
+    if not isinstance(model, PeftModel):
+        raise RunError(
+            "expected an adapter, whose base can be compared with it, got a whole model: give the "
+            "run that trained it"
+        )
+    return model.disable_adapter()
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -333,68 +342,3 @@ def refuse_inert(weights: Mapping[str, torch.Tensor]) -> None:
             f"expected a trained adapter, {which} is zero as before training ({len(inert)} of "
             f"{len(last)}): train longer, or leave layers that no row runs out of lora.targets"
         )
-
-
-def find_adapter(source: Path) -> Path:
-    """The adapter folder that a path means.
-
-    Raises:
-        RunError: the path is neither a finished run nor an adapter.
-    """
-    if (source / "run.json").is_file():
-        status = read_record(source).get("status")
-        if status != "completed":
-            raise RunError(
-                f"expected a completed run in {source}, its status is {status}: resume it, or "
-                f"give its best_model/ or a checkpoint"
-            )
-        source = source / "adapter"
-    if not (source / "adapter_config.json").is_file():
-        raise RunError(
-            f"expected a run or an adapter folder, {source} holds no adapter_config.json: "
-            f"give the output_dir of a run with lora"
-        )
-    return source
-
-
-def check_same_base(base: ModelSection, notes: dict[str, Any]) -> None:
-    """Refuse a base folder whose files are not those that the adapter was trained on.
-
-    Raises:
-        BaseModelError: the content hash differs.
-    """
-    if "sha256" in notes and folder_sha256(Path(base.base)) != notes["sha256"]:
-        raise BaseModelError(
-            f"expected the base that the adapter was trained on in {base.base}, its files "
-            f"have changed: restore them"
-        )
-
-
-def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
-    """Write medft.json: what of a trained model plain PEFT files cannot hold."""
-    write_json(folder / NOTES_FILE, masked({"medft": medft.__version__, **notes}))
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """The content of a trained folder's medft.json.
-
-    Raises:
-        BaseModelError: there is none.
-    """
-    try:
-        notes = json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
-        if {"family", "base", "revision"} <= notes.keys():
-            return notes
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseModelError(
-            f"expected {NOTES_FILE} in {folder}, could not read it: give a folder that medft wrote"
-        ) from error
-    raise BaseModelError(
-        f"expected family, base and revision in {folder / NOTES_FILE}, it lacks some: "
-        f"give a folder that medft wrote"
-    )
-
-
-def exact_float(parameter: torch.Tensor) -> float:
-    """A one-element float32 parameter as a number that JSON gives back bit for bit."""
-    return float(parameter.detach().float().cpu().reshape(()).item())

@@ -1,4 +1,4 @@
-"""Small random changes to training pictures that leave what a report says of them true."""
+"""Small random changes to training images that leave what a report says of them true."""
 
 from collections.abc import Sequence
 
@@ -16,12 +16,12 @@ def augments(data: SiglipDataSection) -> bool:
 
 
 def augment(image: Image.Image, data: SiglipDataSection, seed: Sequence[int]) -> Image.Image:
-    """A picture turned, cropped, made brighter or darker and mirrored as far as a recipe allows.
+    """An image turned, cropped, made brighter or darker and mirrored as far as a recipe allows.
 
     Args:
         image: RGB.
         data: the recipe's section; its `random_` keys say how much.
-        seed: what the changes are drawn from; equal seeds give equal pictures.
+        seed: what the changes are drawn from; equal seeds give equal images.
     """
     draw = np.random.default_rng(seed)
     angle, kept, left, top, brightness = (

@@ -2,19 +2,35 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset as Rows
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from medft.config.recipe import SiglipDataSection
-from medft.data.chat import image_source
 from medft.data.images import open_image
-from medft.errors import DataError
+from medft.data.messages import first_texts
+from medft.data.rows import Row, image_source
+from medft.data.template import fill_template, template_names
+from medft.errors import DataError, RecipeError
 from medft.siglip.augmentation import augment, augments
-from medft.training.callbacks import ROW_IDS
+from medft.training.trainer import ROW_IDS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairEntry:
+    """One image and its caption."""
+
+    id: str
+    group_id: str
+    image: Image.Image
+    """RGB."""
+
+    caption: str
 
 
 class PairDataset(Dataset):
@@ -34,7 +50,7 @@ class PairDataset(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers live on
 
     def augment(self, data: SiglipDataSection, seed: int) -> None:
-        """Change pictures at random from here on, drawn from seed, epoch and entry."""
+        """Change images at random from here on, drawn from seed, epoch and entry."""
         self._changes = (data, seed) if augments(data) else None
 
     def set_epoch(self, epoch: int) -> None:
@@ -44,27 +60,27 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """id, image (RGB), caption and group_id of an entry.
+    def __getitem__(self, index: int) -> PairEntry:
+        """The entry, its image opened and, in training, augmented.
 
         Raises:
             DataError: the image cannot be read.
         """
         row_index, image_index = self._places[index]
-        row = self.rows[row_index]
+        record = self.rows[row_index]
         try:
-            image = open_image(image_source(row["images"][image_index]))
+            image = open_image(image_source(record["images"][image_index]))
         except DataError as error:
-            raise DataError(f"row {row['id']}: {error}") from error
+            raise DataError(f"row {record['id']}: {error}") from error
         if self._changes:
             data, seed = self._changes
             image = augment(image, data, (seed, int(self._epoch), index))
-        return {
-            "id": row["id"],
-            "group_id": row["group_id"],
-            "image": image,
-            "caption": self.captions[row_index],
-        }
+        return PairEntry(
+            id=record["id"],
+            group_id=record["group_id"],
+            image=image,
+            caption=self.captions[row_index],
+        )
 
     def by_entry(self, of_rows: Sequence[Any]) -> list[Any]:
         """What belongs to each row, for each entry."""
@@ -84,27 +100,46 @@ class PairCollator:
         self.processor = processor
         self.max_length = max_length
 
-    def __call__(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, entries: Sequence[PairEntry]) -> dict[str, Any]:
         """The batch, with its ids under ROW_IDS.
 
         Captions are padded to max_length and come without attention mask, as in training SigLIP.
         """
         texts = self.processor.tokenizer(
-            [entry["caption"] for entry in entries],
+            [entry.caption for entry in entries],
             padding="max_length",
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
         )
-        images = [entry["image"] for entry in entries]
+        images = [entry.image for entry in entries]
         pixels = self.processor.image_processor(images, return_tensors="pt")
         groups = [
-            int.from_bytes(hashlib.sha256(entry["group_id"].encode()).digest()[:7])
+            int.from_bytes(hashlib.sha256(entry.group_id.encode()).digest()[:7])
             for entry in entries
         ]
         return {
             "input_ids": texts["input_ids"],
             "pixel_values": pixels["pixel_values"],
             "group_ids": torch.tensor(groups),
-            ROW_IDS: [entry["id"] for entry in entries],
+            ROW_IDS: [entry.id for entry in entries],
         }
+
+
+def caption_of(row: Row, template: str | None) -> str:
+    """The caption of a row: a template over it, or its first assistant text.
+
+    Raises:
+        RecipeError: the template names what the row does not have.
+    """
+    texts = first_texts(row.messages)
+    if template is None:
+        return texts["answer"]
+    values = {**row.fields, **texts, "id": row.id}
+    missing = [name for name in template_names(template) if name not in values]
+    if missing:
+        raise RecipeError(
+            f"expected data.caption to name parts of the row, {', '.join(missing)} is none in row "
+            f"{row.id}: choose from {', '.join(sorted(values))}"
+        )
+    return fill_template(template, values)

@@ -40,7 +40,7 @@ def sigmoid_floor(
     of_text_in_group = Counter(zip(texts, groups, strict=True))
     floor = 0.0
     for (image, text), own in cells.items():
-        matches, others = own, of_image[image] * of_text[text] - own
+        matches, others = float(own), float(of_image[image] * of_text[text] - own)
         if positives != "diagonal":
             matches += with_other * own * (of_text[text] - 1)
             others = (of_image[image] - own) * of_text[text]

@@ -1,4 +1,4 @@
-"""Towers that hold nothing to train, as the picture tower in locked-image tuning.
+"""Towers that hold nothing to train, as the image tower in locked-image tuning.
 
 Source: the name is that of arXiv:2111.07991.
 """
@@ -40,7 +40,7 @@ class LockedTowers:
         return list(self._kept)
 
     @contextmanager
-    def first_pass(self) -> Iterator[None]:
+    def caching_pass(self) -> Iterator[None]:
         """Keep what comes out in the block; forwards after it give that again, in its order."""
         for outputs in self._kept.values():
             outputs.clear()

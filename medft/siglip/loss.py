@@ -145,7 +145,7 @@ def softmax_loss(
 def row_sigmoid_loss(
     images: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """-mean log sigmoid(t (s_ii - log sum_j exp s_ij) + b): each row normalised, then one decision.
+    """-mean log sigmoid(t (s_ii - log sum_j exp s_ij) + b): each row normalized, then one decision.
 
     Some write-ups call this SigLIP's loss; it is not the published one. Pairs that match but for
     the own one are left out of the sum.
@@ -192,30 +192,48 @@ def sigmoid_gradients(
     """
     with float32(images.device.type):
         t, b = logit_scale.float().exp(), logit_bias.float()
-        by_images, by_texts = torch.zeros_like(images), torch.zeros_like(texts)
-        loss, by_scale, by_bias = torch.zeros(3, dtype=torch.float64, device=images.device)
-        for rows, columns in _tiles(len(images), tile):
-            cosines = images[rows] @ texts[columns].T
-            z = labels.tile(rows, columns)
+        grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        loss, grad_scale, grad_bias = torch.zeros(3, dtype=torch.float64, device=images.device)
+        for rows, columns, cosines, z in _tiles(images, texts, labels, tile=tile):
             logits = t * cosines + b
             loss += (functional.softplus(-z * logits) * z.abs()).sum()
             g = -z * torch.sigmoid(-z * logits) / len(images)
-            by_images[rows] += t * (g @ texts[columns])
-            by_texts[columns] += t * (g.T @ images[rows])
-            by_scale += (g * cosines).sum() * t.squeeze()
-            by_bias += g.sum()
+            grad_images[rows] += t * (g @ texts[columns])
+            grad_texts[columns] += t * (g.T @ images[rows])
+            grad_scale += (g * cosines).sum() * t.squeeze()
+            grad_bias += g.sum()
         return Gradients(
             loss=(loss / len(images)).float(),
-            images=by_images,
-            texts=by_texts,
-            logit_scale=by_scale.to(logit_scale).expand_as(logit_scale),
-            logit_bias=by_bias.to(logit_bias).expand_as(logit_bias),
+            images=grad_images,
+            texts=grad_texts,
+            logit_scale=grad_scale.to(logit_scale).expand_as(logit_scale),
+            logit_bias=grad_bias.to(logit_bias).expand_as(logit_bias),
         )
 
 
-def _tiles(count: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    steps = [slice(start, start + tile) for start in range(0, count, tile)]
-    return ((rows, columns) for rows in steps for columns in steps)
+class _Tile(NamedTuple):
+    """Some images against some texts."""
+
+    rows: slice
+    """Of the images."""
+
+    columns: slice
+    """Of the texts."""
+
+    cosines: Tensor
+    """[rows, columns]."""
+
+    labels: Tensor
+    """[rows, columns] in {+1, -1, 0}."""
+
+
+def _tiles(images: Tensor, texts: Tensor, labels: Labels, *, tile: int = TILE) -> Iterator[_Tile]:
+    """All pairs of images and texts [N, D] of length 1, a tile at a time."""
+    steps = [slice(start, start + tile) for start in range(0, len(images), tile)]
+    for rows in steps:
+        for columns in steps:
+            cosines = images[rows] @ texts[columns].T
+            yield _Tile(rows, columns, cosines, labels.tile(rows, columns))
 
 
 MATRIX_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -242,11 +260,11 @@ def loss_gradients(
     if name == "sigmoid":
         return sigmoid_gradients(images, texts, labels, logit_scale, logit_bias)
     with torch.enable_grad():
-        leaves = [
+        x, y, scale, bias = (
             part.detach().requires_grad_() for part in (images, texts, logit_scale, logit_bias)
-        ]
-        loss = MATRIX_LOSSES[name](*leaves[:2], labels.tile(), *leaves[2:])
-        found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        )
+        loss = MATRIX_LOSSES[name](x, y, labels.tile(), scale, bias)
+        found = torch.autograd.grad(loss, (x, y, scale, bias), materialize_grads=True)
     return Gradients(loss.detach(), *found)
 
 
@@ -262,10 +280,8 @@ def loss_alone(
     t, b = logit_scale.float().exp(), logit_bias.float()
     loss = torch.zeros((), dtype=torch.float64, device=images.device)
     with float32(images.device.type):
-        for rows, columns in _tiles(len(images), TILE):
-            z = labels.tile(rows, columns)
-            logits = t * (images[rows] @ texts[columns].T) + b
-            loss += (functional.softplus(-z * logits) * z.abs()).sum()
+        for _, _, cosines, z in _tiles(images, texts, labels):
+            loss += (functional.softplus(-z * (t * cosines + b)) * z.abs()).sum()
     return (loss / len(images)).float()
 
 
@@ -281,9 +297,8 @@ def mean_logits(
     images, texts = unit(pairs.images), unit(pairs.texts)
     sums = torch.zeros(2, 2, dtype=torch.float64, device=images.device)
     with float32(images.device.type):
-        for rows, columns in _tiles(len(images), TILE):
-            cosines, z = images[rows] @ texts[columns].T, labels.tile(rows, columns)
-            for kind, chosen in enumerate((z > 0, z < 0)):
-                sums[kind] += torch.stack([(cosines * chosen).sum(), chosen.sum()])
+        for _, _, cosines, z in _tiles(images, texts, labels):
+            for sign, chosen in enumerate((z > 0, z < 0)):
+                sums[sign] += torch.stack([(cosines * chosen).sum(), chosen.sum()])
     means = logit_scale.double().exp() * sums[:, 0] / sums[:, 1] + logit_bias.double()
     return means[0], means[1]

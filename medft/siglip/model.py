@@ -14,17 +14,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, Siglip2Tokenizer, SiglipModel
+from transformers import AutoModel, ProcessorMixin, Siglip2Tokenizer, SiglipModel
 
 from medft.config.recipe import LoraSection, ModelSection
 from medft.errors import BaseModelError
 from medft.models.base import load_processor, load_weights, readable_base
-from medft.models.lora import (
-    cast_trainable_to_float32,
-    exact_float,
-    load_adapter,
-    read_notes,
-)
+from medft.models.lora import cast_trainable_to_float32, load_adapter
+from medft.models.saved import read_saved_record
 from medft.siglip.pooling_head import split_pooling_head
 
 logger = logging.getLogger(__name__)
@@ -55,29 +51,10 @@ def splits_head(lora: LoraSection | None) -> bool:
     return lora is not None and lora.targets in HEAD_PRESETS
 
 
-def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a base that is no SigLIP of fixed resolution with a pooling head.
-
-    Raises:
-        BaseModelError: another architecture.
-    """
-    if config.model_type != "siglip":
-        raise BaseModelError(
-            f"expected a SigLIP of fixed resolution (model_type siglip), model.base has "
-            f"model_type {config.model_type!r}: choose another base; decoders are trained with "
-            f"decoder_qlora.py"
-        )
-    if not getattr(config.vision_config, "vision_use_head", True):
-        raise BaseModelError(
-            "expected a SigLIP whose vision tower has a pooling head, that of model.base has none "
-            "and gives no embedding: choose a whole SigLIP"
-        )
-
-
 def load_siglip_processor(
     model: ModelSection, *, image_size: int, max_length: int
 ) -> ProcessorMixin:
-    """The base's processor, for pictures of `image_size` and texts of `max_length` tokens.
+    """The base's processor, for images of `image_size` and texts of `max_length` tokens.
 
     Texts are in lower case and padded behind. Released SigLIP 2 models name Gemma's tokenizer,
     which keeps upper case; they were trained on lower case (transformers#43054). transformers' own
@@ -127,7 +104,7 @@ def resize_positions(model: SiglipModel, image_size: int) -> None:
     """Interpolate the vision tower's position embeddings to another input size, once.
 
     The result equals what the tower does on every forward under interpolate_pos_encoding=True;
-    afterwards the plain forward takes pictures of the new size and the saved config says so.
+    afterwards the plain forward takes images of the new size and the saved config says so.
     """
     config = model.config.vision_config
     if image_size == config.image_size:
@@ -163,7 +140,7 @@ def train_scale_and_bias(model: nn.Module) -> None:
     cast_trainable_to_float32(model)
 
 
-def scale_and_bias_notes(model: nn.Module) -> dict[str, float]:
+def scale_and_bias_record(model: nn.Module) -> dict[str, float]:
     """The values of scale and bias for medft.json, exact to the bit."""
     scale, bias = scale_and_bias(model)
     return {"logit_scale": exact_float(scale), "logit_bias": exact_float(bias)}
@@ -175,8 +152,8 @@ def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
     Raises:
         BaseModelError: the file is missing or lacks them.
     """
-    notes: dict[str, Any] = read_notes(folder)
-    if not {"logit_scale", "logit_bias"} <= notes.keys():
+    record: dict[str, Any] = read_saved_record(folder)
+    if not {"logit_scale", "logit_bias"} <= record.keys():
         raise BaseModelError(
             f"expected logit_scale and logit_bias in {folder / 'medft.json'}, they are missing: "
             f"give an adapter that siglip_lora.py trained"
@@ -186,7 +163,7 @@ def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
             ("logit_scale", "logit_bias"), scale_and_bias(model), strict=True
         ):
             parameter.data = parameter.data.float()
-            parameter.fill_(notes[name])
+            parameter.fill_(record[name])
 
 
 def load_adapted(base: ModelSection, folder: Path) -> PeftModel:
@@ -199,10 +176,10 @@ def load_adapted(base: ModelSection, folder: Path) -> PeftModel:
     Raises:
         BaseModelError: one of the two cannot be loaded, or a tensor has no place.
     """
-    notes = read_notes(folder)
+    record = read_saved_record(folder)
     model = load_weights(AutoModel, base, dtype="auto")
-    resize_positions(model, notes["image_size"])
-    if notes.get("splits_head"):
+    resize_positions(model, record["image_size"])
+    if record.get("splits_head"):
         split_pooling_head(model)
     adapted = load_adapter(model, folder)
     restore_scale_and_bias(adapted, folder)
@@ -210,7 +187,7 @@ def load_adapted(base: ModelSection, folder: Path) -> PeftModel:
 
 
 def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings of images and texts as the towers give them, not normalised.
+    """Embeddings of images and texts as the towers give them, not normalized.
 
     Args:
         model: SiglipModel, with or without adapter, or a wrapper around it.
@@ -225,10 +202,15 @@ def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Te
 
 
 def embed_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Embeddings [B, D] of pictures [B, 3, height, width] as the tower gives them."""
+    """Embeddings [B, D] of images [B, 3, height, width] as the tower gives them."""
     return bare_model(model).vision_model(pixel_values=pixel_values).pooler_output
 
 
 def embed_texts(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Embeddings [B, D] of texts [B, S], padded as in `embed`, as the tower gives them."""
     return bare_model(model).text_model(input_ids=input_ids).pooler_output
+
+
+def exact_float(parameter: torch.Tensor) -> float:
+    """A one-element float32 parameter as a number that JSON gives back bit for bit."""
+    return float(parameter.detach().float().cpu().reshape(()).item())

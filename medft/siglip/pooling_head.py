@@ -1,4 +1,4 @@
-"""The attention that pools a picture's patches, split so that adapters can sit on it, and put back.
+"""The attention that pools an image's patches, split so that adapters can sit on it, and put back.
 
 Stock code keeps three of its layers in one parameter and never calls the fourth as a module, so
 that an adapter would sit there without effect.
@@ -48,7 +48,7 @@ class SplitAttention(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = nn.Linear(*weight.shape[::-1], device="meta")
+    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     made.weight = nn.Parameter(weight.detach().clone())
     made.bias = nn.Parameter(bias.detach().clone())
     return made

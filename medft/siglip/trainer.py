@@ -1,14 +1,14 @@
 """A contrastive trainer on transformers.Trainer: loop, precision and checkpoints are Trainer's.
 
 With `exact_batch` every pair of the effective batch is compared with every other, whatever the
-accumulation and the number of processes. The loss is taken in float32 on normalised embeddings;
+accumulation and the number of processes. The loss is taken in float32 on normalized embeddings;
 scale and bias have their own parameter group without weight decay; validation sees the whole split
 as one batch.
 """
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import EvalPrediction, TrainingArguments
 
 from medft.config.recipe import ContrastiveSection
+from medft.config.train_keys import TrainSection
 from medft.metrics.retrieval import (
     RECALLS,
     WAYS,
@@ -26,8 +27,8 @@ from medft.metrics.retrieval import (
     ranks_both_ways,
     retrieval_scorers,
 )
-from medft.models.lora import write_notes
-from medft.siglip.exact_batch import Share, random_numbers_again, share_out
+from medft.models.saved import write_saved_record
+from medft.siglip.exact_batch import ExactBatch, MicroBatch, replay_rng
 from medft.siglip.locked_towers import LockedTowers
 from medft.siglip.loss import (
     Gradients,
@@ -37,17 +38,16 @@ from medft.siglip.loss import (
     mean_logits,
     unit,
 )
-from medft.siglip.model import (
-    embed,
-    restore_scale_and_bias,
-    scale_and_bias,
-    scale_and_bias_notes,
-)
-from medft.siglip.prepared import SiglipInputs
+from medft.siglip.model import embed, restore_scale_and_bias, scale_and_bias, scale_and_bias_record
+from medft.siglip.prepared import PreparedSiglipData
 from medft.training.arguments import training_arguments
-from medft.training.callbacks import EpochTeller, MeasuredBatches
+from medft.training.callbacks import SetEpochCallback
+from medft.training.trainer import RowTrackingTrainer
 
 logger = logging.getLogger(__name__)
+
+EXACT_BATCH = "exact_batch"
+"""Key of a micro-batch's ExactBatch and of its index therein, which no model sees."""
 
 METRICS = {
     "loss": False,
@@ -57,7 +57,7 @@ METRICS = {
 """Figures that may choose best_model/, and whether more is better."""
 
 
-def siglip_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> TrainingArguments:
+def siglip_arguments(train: TrainSection, *, dtype: str, **owned: Any) -> TrainingArguments:
     """The arguments of a SiglipTrainer.
 
     Raises:
@@ -66,51 +66,50 @@ def siglip_arguments(train: dict[str, Any], *, dtype: str, **owned: Any) -> Trai
     return training_arguments(TrainingArguments, train, dtype=dtype, metrics=METRICS, **owned)
 
 
-class SiglipTrainer(MeasuredBatches):
+class SiglipTrainer(RowTrackingTrainer):
     """Trains an adapter, or all weights, of a SigLIP."""
 
     def __init__(
         self,
         model: nn.Module,
         args: TrainingArguments,
-        inputs: SiglipInputs,
+        prepared: PreparedSiglipData,
         contrastive: ContrastiveSection,
-        notes: dict[str, Any],
+        record: dict[str, Any],
     ) -> None:
         """Make the trainer.
 
         Args:
             model: with its adapter attached, scale and bias trainable.
             args: from `medft.training.arguments.training_arguments`.
-            inputs: from `prepare_inputs`.
+            prepared: from `prepare_siglip_data`.
             contrastive: the recipe's section.
-            notes: content of medft.json beside every saved adapter, but for scale and bias.
+            record: content of medft.json beside every saved adapter, but for scale and bias.
         """
         self._locked = LockedTowers(model)
         logger.info("without backward pass: %s", ", ".join(self._locked.parts) or "nothing")
         super().__init__(
             model=model,
             args=args,
-            data_collator=inputs.collator,
-            train_dataset=inputs.train,
-            eval_dataset=inputs.validation,
-            processing_class=inputs.processor,
+            data_collator=prepared.collator,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.validation,
+            processing_class=prepared.processor,
             compute_metrics=self._validation_metrics,
         )
         self.model_accepts_loss_kwargs = False  # a mean over pairs: Trainer divides by the steps
-        self.add_callback(EpochTeller(inputs.train.set_epoch))
+        self.add_callback(SetEpochCallback(prepared.train.set_epoch))
         self._contrastive = contrastive
-        self._plan = inputs.batches
-        self._pairs_an_epoch = inputs.rows_per_epoch
-        self._notes = notes
-        self._micro_batches: list[dict[str, Tensor]] = []
-        self._shares: list[Share] = []
-        self._compared: Pairs | None = None
+        self._plan = prepared.batches
+        self._pairs_an_epoch = prepared.rows_per_epoch
+        self._record = record
+        self._compared: ExactBatch | None = None
+        """The batch of the last loss, for the log."""
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -119,46 +118,47 @@ class SiglipTrainer(MeasuredBatches):
         Raises:
             RunError: its embeddings are others than when the batch's loss was taken.
         """
-        if self._micro_batches:
-            self._shares = self._share_out(self._first_pass())
+        batch, index = inputs.pop(EXACT_BATCH)
+        batch.run_caching_pass()
         pairs = _pairs(model, inputs)
-        if not self._shares:
-            self._shares = self._share_out([pairs])
-        share = self._shares.pop(0)
-        loss = share.loss_of(pairs.images, pairs.texts, *scale_and_bias(self.model))
+        cached = batch.cached(index, pairs)
+        self._compared = batch
+        loss = cached.loss_of(pairs.images, pairs.texts, *scale_and_bias(self.model))
         return (loss, {}) if return_outputs else loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of a step, kept where they are one exact batch."""
+        """The micro-batches of a step, each with the batch that it is compared in."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        is_one = self._contrastive.exact_batch and len(batches) > 1
-        self._micro_batches, self._shares = batches if is_one else [], []
-        return batches, items
+        if self._contrastive.exact_batch:
+            whole = self._exact_batch(batches, across_processes=True)
+            places = [(whole, index) for index in range(len(batches))]
+        else:
+            places = [(self._exact_batch([b], across_processes=False), 0) for b in batches]
+        return [
+            {**batch, EXACT_BATCH: place} for batch, place in zip(batches, places, strict=True)
+        ], items
 
-    def _first_pass(self) -> list[Pairs]:
-        """The step's embeddings without grad; the random numbers drawn for them come again."""
-        # not before the first micro-batch: until then a resumed run restores its random state
-        batches, self._micro_batches = self._micro_batches, []
-        with (
-            random_numbers_again(self.args.device),
-            self._locked.first_pass(),
-            torch.no_grad(),
-        ):
-            return [_pairs(self.model, self._prepare_inputs(batch)) for batch in batches]
-
-    def _share_out(self, parts: list[Pairs]) -> list[Share]:
-        exact = self._contrastive.exact_batch
-        return share_out(
-            parts,
-            self._gradients_of,
-            across_processes=exact,
-            divided_by=len(parts) if exact else 1,
+    def _exact_batch(
+        self, micro_batches: list[dict[str, Any]], *, across_processes: bool
+    ) -> ExactBatch:
+        return ExactBatch(
+            micro_batches,
+            embed_without_grad=self._embed_without_grad,
+            gradients_of=self._gradients_of,
+            across_processes=across_processes,
         )
 
+    def _embed_without_grad(self, batches: Sequence[MicroBatch]) -> list[Pairs]:
+        with (
+            replay_rng(self.args.device),
+            self._locked.caching_pass(),
+            torch.no_grad(),
+        ):
+            return [_pairs(self.model, self._prepare_inputs(dict(batch))) for batch in batches]
+
     def _gradients_of(self, pairs: Pairs) -> Gradients:
-        self._compared = pairs
         chosen = self._contrastive
         return loss_gradients(chosen.loss, pairs, chosen.positives, *scale_and_bias(self.model))
 
@@ -174,21 +174,21 @@ class SiglipTrainer(MeasuredBatches):
         for parameter in own:
             parameter.requires_grad_(False)
         try:
-            super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
         finally:
             for parameter in own:
                 parameter.requires_grad_(True)
         learning_rate = self.args.learning_rate * self._contrastive.scale_lr
-        self.optimizer.add_param_group({"params": own, "lr": learning_rate, "weight_decay": 0.0})
-        return self.optimizer
+        optimizer.add_param_group({"params": own, "lr": learning_rate, "weight_decay": 0.0})
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add how far the loss is above its floor, scale, bias and the last batch's logits."""
-        if "loss" in logs and self._compared is not None:
+        if "loss" in logs and self._compared is not None and self._compared.pairs is not None:
             logs.update(_above(self._plan.loss_floor, logs["loss"]))
             scale, bias = scale_and_bias(self.model)
             logs["scale"], logs["bias"] = scale.exp().item(), bias.item()
-            logs.update(self._mean_logits(self._compared))
+            logs.update(self._mean_logits(self._compared.pairs))
         super().log(logs, start_time)
 
     def prediction_step(
@@ -211,7 +211,7 @@ class SiglipTrainer(MeasuredBatches):
         """The loss of all pairs as one batch, where the matches stand, and what chance would give.
 
         Raises:
-            DataError: an embedding is no number.
+            DataError: an embedding is NaN or infinite.
         """
         arrays = (*prediction.predictions, *prediction.label_ids)
         pairs = Pairs(*(torch.as_tensor(array) for array in arrays))
@@ -231,8 +231,8 @@ class SiglipTrainer(MeasuredBatches):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            notes = {**self._notes, **scale_and_bias_notes(self.model)}
-            write_notes(Path(output_dir or self.args.output_dir), notes)
+            record = {**self._record, **scale_and_bias_record(self.model)}
+            write_saved_record(Path(output_dir or self.args.output_dir), record)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -1,5 +1,6 @@
 """The recipe's `train` and `model.dtype` as the library's training arguments, in one precision."""
 
+import math
 import os
 import sys
 import warnings
@@ -7,10 +8,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import get_available_reporting_integrations
 
-from medft.config.train_keys import EARLY_STOPPING_KEYS
+from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -20,7 +25,7 @@ _MIXED_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 def training_arguments(
     arguments_class: type[Arguments],
-    train: dict[str, Any],
+    train: TrainSection,
     *,
     dtype: str,
     metrics: Mapping[str, bool],
@@ -37,14 +42,14 @@ def training_arguments(
 
     Raises:
         RecipeError: the library refuses a value, this machine lacks the precision, the launcher
-            was told another one, or a process sees several GPUs, which Trainer would use at once.
+            has another one, or a process sees several GPUs, which Trainer would use at once.
     """
     mixed = _mixed_precision(dtype)
     fields = {
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
-        **train,
+        **train.library_fields(),
         "bf16": mixed == "bf16",
         "fp16": mixed == "fp16",
         "logging_nan_inf_filter": False,
@@ -52,8 +57,6 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,
         **owned,
     }
-    for name in ("resume_from_checkpoint", *EARLY_STOPPING_KEYS):
-        fields.pop(name, None)
     if "metric_for_best_model" in fields:
         name = fields["metric_for_best_model"].removeprefix("eval_")
         if name not in metrics:
@@ -112,3 +115,28 @@ def _try_out(arguments: TrainingArguments) -> None:
     missing = set(arguments.report_to) - set(get_available_reporting_integrations())
     if missing:
         raise ImportError(f"report_to names {', '.join(sorted(missing))}, which is not installed")
+
+
+def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
+    """How rows become optimizer steps, as Trainer counts them.
+
+    Returns:
+        per_device, accumulation, world, effective (rows an optimizer step), steps_per_epoch,
+        steps and warmup_steps.
+    """
+    per_device = arguments.per_device_train_batch_size
+    accumulation = arguments.gradient_accumulation_steps
+    global_batch_size = per_device * arguments.world_size
+    steps_per_epoch = math.ceil(math.ceil(rows / global_batch_size) / accumulation)
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    return {
+        "per_device": per_device,
+        "accumulation": accumulation,
+        "world": arguments.world_size,
+        "effective": global_batch_size * accumulation,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps,
+        "warmup_steps": arguments.get_warmup_steps(steps),
+    }

@@ -1,90 +1,33 @@
-"""What medft adds to Trainer's loop: numbers that are none stop it, SIGTERM ends it in order.
+"""What medft adds to Trainer's loop: what stops a run, and what is written while it goes on.
 
-A step knows the ids of its rows, and the log how fast rows come and how long they are waited for.
+One callback for each: non-finite numbers, parameters without gradient, signals; the epoch of
+samplers, the log, manifests of checkpoints, and best_model/.
 """
 
 import functools
+import logging
+import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from medft.errors import RunError
-from medft.provenance import peak_memory
+from medft.errors import BaseModelError, RunError
+from medft.training.checkpoints import checkpoints_of, write_manifest
+from medft.training.process import wait_for_everyone
 
-ROW_IDS = "row_ids"
-"""Key of a batch's ids, which no model sees."""
+logger = logging.getLogger(__name__)
 
 SHOWN_ROWS = 8
 """Ids of a broken step's rows that are named at the most."""
 
 
-class MeasuredBatches(Trainer):
-    """A trainer whose collator puts ids beside its tensors, under ROW_IDS."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.row_ids: list[str] = []
-        self._since: float | None = None  # training has not begun
-        self._restart_measuring()
-
-    def _restart_measuring(self) -> None:
-        self._rows_taken = self._tokens_taken = 0
-        self._seconds_waited = 0.0
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
-        """The batches of a step, their ids kept in `row_ids`."""
-        started = time.perf_counter()
-        self._since = self._since or started
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._seconds_waited += time.perf_counter() - started
-        self.row_ids = [name for batch in batches for name in batch.pop(ROW_IDS)]
-        self._rows_taken += len(self.row_ids)
-        self._tokens_taken += sum(int((b["labels"] >= 0).sum()) for b in batches if "labels" in b)
-        return batches, items
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The figures of an evaluation, whose time is not counted as training."""
-        started = time.perf_counter()
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            if self._since is not None:
-                self._since += time.perf_counter() - started
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this process's rows and supervised tokens a second, waiting and memory."""
-        if "loss" in logs and self._since is not None:
-            now = time.perf_counter()
-            seconds = now - self._since
-            logs["rows_per_second"] = round(self._rows_taken / seconds, 3)
-            if self._tokens_taken:
-                logs["supervised_tokens_per_second"] = round(self._tokens_taken / seconds, 3)
-            logs["data_wait"] = round(self._seconds_waited / seconds, 4)
-            peak = peak_memory()
-            logs["peak_memory_gib"] = round(peak.get("device", peak["host"]) / 2**30, 3)
-            self._since = now
-            self._restart_measuring()
-        super().log(logs, start_time)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs({k: v for k, v in inputs.items() if k != ROW_IDS})
-
-
-class NumberGuard(TrainerCallback):
-    """Stops a run before a gradient, a weight or a loss that is no number can be kept.
+class NonFiniteCallback(TrainerCallback):
+    """Raises before a NaN or infinite gradient, weight or loss reaches a checkpoint.
 
     A step's gradients are looked at before the optimizer uses them and its weights afterwards, so
     that no checkpoint holds what is broken. Under loss scaling an infinite gradient only skips the
@@ -137,17 +80,18 @@ class NumberGuard(TrainerCallback):
             ids = self._row_ids()
             more = f" and {len(ids) - SHOWN_ROWS} more" if len(ids) > SHOWN_ROWS else ""
             raise RunError(
-                f"expected every {name} of step {step} to be a number, some are not after the rows "
-                f"{', '.join(ids[:SHOWN_ROWS])}{more}: look at them, lower train.learning_rate or "
-                f"use model.dtype: float32, and resume from the last checkpoint"
+                f"expected every {name} of step {step} to be finite, some are NaN or infinite "
+                f"after the rows {', '.join(ids[:SHOWN_ROWS])}{more}: look at them, lower "
+                f"train.learning_rate or use model.dtype: float32, and resume from the last "
+                f"checkpoint"
             )
 
 
-class GradientWitness(TrainerCallback):
-    """Stops a run after its first whole epoch where a tensor of the adapter got no gradient in it.
+class UntrainedParameterCallback(TrainerCallback):
+    """Raises after the first complete epoch if a tensor of the adapter got no gradient in it.
 
     Such a tensor sits on a layer that no row runs, or whose adapter is never called; the adapter
-    would hold it untrained. A part of an epoch tells nothing, its rows may be of one kind.
+    would hold it untrained. A part of an epoch shows nothing, its rows may be of one modality.
     """
 
     def __init__(self) -> None:
@@ -201,20 +145,20 @@ class GradientWitness(TrainerCallback):
             )
 
 
-class EpochTeller(TrainerCallback):
-    """Tells the number of an epoch, also to what Accelerate's wrappers hide from Trainer."""
+class SetEpochCallback(TrainerCallback):
+    """Sets the epoch of a sampler or dataset, also of one that Accelerate's wrappers hide."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self.tell = tell
+    def __init__(self, set_epoch: Callable[[int], None]) -> None:
+        self._set_epoch = set_epoch
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the epoch, counted from 0, that begins or goes on."""
-        self.tell(int(state.epoch or 0))
+        """Set the epoch, counted from 0, that begins or goes on."""
+        self._set_epoch(int(state.epoch or 0))
 
 
-class HistoryWriter(TrainerCallback):
+class LogHistoryCallback(TrainerCallback):
     """Writes the history at every save."""
 
     def __init__(self, write: Callable[[TrainerState], None]) -> None:
@@ -231,7 +175,7 @@ class HistoryWriter(TrainerCallback):
         self.write(state)
 
 
-class SigtermStopper(TrainerCallback):
+class SignalCallback(TrainerCallback):
     """Saves a checkpoint and ends training after the step in which SIGTERM came."""
 
     def __init__(self) -> None:
@@ -279,3 +223,54 @@ class SigtermStopper(TrainerCallback):
             is_real_end = float(state.epoch).is_integer()
             control.should_evaluate = control.should_evaluate and is_real_end
             control.should_save = is_real_end
+
+
+class CheckpointManifestCallback(TrainerCallback):
+    """Writes each checkpoint's manifest once every process has saved, then deletes the oldest.
+
+    Trainer deletes old checkpoints before the new one is known to be complete; this one after.
+    """
+
+    def __init__(self, save_total_limit: int | None) -> None:
+        self.save_total_limit = save_total_limit
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Write the manifest of the checkpoint that was just saved."""
+        wait_for_everyone()
+        if not args.should_save:
+            return
+        run = Path(args.output_dir)
+        write_manifest(run / f"checkpoint-{state.global_step}", world_size=args.world_size)
+        if self.save_total_limit:
+            for old in checkpoints_of(run)[self.save_total_limit :]:
+                shutil.rmtree(old)
+
+
+class BestModelCallback(TrainerCallback):
+    """Writes best_model/ at each evaluation that improves the metric, whatever save_steps is."""
+
+    def __init__(self, save: Callable[[Path], None]) -> None:
+        self.save = save
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Compare with the best so far, which Trainer updates after this call."""
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        value, best = metrics[name], state.best_metric
+        if best is None or (value > best if args.greater_is_better else value < best):
+            try:
+                self.save(Path(args.output_dir) / "best_model")
+            except BaseModelError as error:  # before the first step that moves anything
+                logger.warning("step %s: no best_model/: %s", state.global_step, error)

@@ -1,13 +1,7 @@
 """The benchmark of the exact batch runs, on a model small enough to be waited for."""
 
 import pytest
-from accelerate.state import AcceleratorState
 from contrastive import compare, siglip_config
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
 
 
 def test_the_exact_batch_has_the_gradient_of_one_graph_in_less_memory(tmp_path):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from medft.config.recipe import DecoderRecipe, SiglipRecipe, _names
-from medft.config.train_keys import FOREIGN_KEYS, REFUSED_TRAIN_KEYS, TRAIN_KEYS
+from medft.config.advice import FOREIGN_KEYS
+from medft.config.recipe import DecoderRecipe, SiglipRecipe, key_paths
+from medft.config.train_keys import EARLY_STOPPING_KEYS, REFUSED_TRAIN_KEYS, TrainSection
 from medft.errors import RecipeError
 
 GOOD = """\
@@ -33,12 +34,12 @@ def problems(load, text, *overrides, kind=DecoderRecipe):
 
 def test_defaults_are_filled_in_and_a_bare_exponent_is_a_number(load):
     recipe = load(GOOD)
-    assert recipe.train["learning_rate"] == 1e-4
+    assert recipe.train.learning_rate == 1e-4
     assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.targets) == (16, 32, "language")
     assert (recipe.quantization.bits, recipe.quantization.type) == (4, "nf4")
-    assert (recipe.train["adam_beta2"], recipe.train["warmup_steps"]) == (0.95, 0.1)
-    assert "eval_strategy" not in recipe.train
-    assert load(GOOD, "data.validation=v.jsonl").train["eval_strategy"] == "epoch"
+    assert (recipe.train.adam_beta2, recipe.train.warmup_steps) == (0.95, 0.1)
+    assert recipe.train.eval_strategy is None
+    assert load(GOOD, "data.validation=v.jsonl").train.eval_strategy == "epoch"
 
 
 def test_null_switches_a_section_off(load):
@@ -57,7 +58,7 @@ def test_a_dumped_recipe_loads_as_itself(load, kind):
 
 
 def test_overrides_come_after_the_file_and_are_validated(load):
-    assert load(GOOD, "train.learning_rate=3e-5").train["learning_rate"] == 3e-5
+    assert load(GOOD, "train.learning_rate=3e-5").train.learning_rate == 3e-5
     assert load(GOOD, "lora.targets=[q_proj, v_proj]").lora.targets == ["q_proj", "v_proj"]
     [problem] = problems(load, GOOD, "train.learning_rate=fast")
     assert "override 'train.learning_rate=fast'" in problem
@@ -169,11 +170,29 @@ def test_every_field_of_the_library_is_taken_or_refused():
     from transformers import TrainingArguments
     from trl import SFTConfig
 
+    own = TrainSection.model_fields.keys() - EARLY_STOPPING_KEYS
     for library in (SFTConfig, TrainingArguments):
-        names = {field.name for field in dataclasses.fields(library)}
-        assert names >= TRAIN_KEYS.keys() | {"output_dir"}
-        assert names > TRAIN_KEYS.keys()
-    assert not TRAIN_KEYS.keys() & REFUSED_TRAIN_KEYS.keys()
+        assert {field.name for field in dataclasses.fields(library)} > own
+    assert not TrainSection.model_fields.keys() & REFUSED_TRAIN_KEYS.keys()
+
+
+def test_the_train_section_shows_what_was_written_and_medfts_defaults(load):
+    """A key that nobody wrote stays the library's; a whole number stays one; null is no number."""
+    shown = load(GOOD, "train.save_steps=4", "train.save_total_limit=null").train.model_dump()
+    assert {key: shown[key] for key in ("save_steps", "save_total_limit", "weight_decay")} == {
+        "save_steps": 4,
+        "save_total_limit": None,
+        "weight_decay": 0.01,
+    }
+    assert isinstance(shown["save_steps"], int)
+    assert not {"gradient_accumulation_steps", "optim", "tf32"} & shown.keys()
+    for key in ("gradient_accumulation_steps", "optim", "num_train_epochs"):
+        [problem] = problems(load, GOOD, f"train.{key}=null")
+        assert "got None" in problem
+    assert load(GOOD).train.early_stopping() == {}
+    stopping = load(GOOD, "data.validation=v.jsonl", "train.early_stopping_patience=3").train
+    assert stopping.early_stopping() == {"early_stopping_patience": 3}
+    assert not stopping.library_fields().keys() & {*EARLY_STOPPING_KEYS, "resume_from_checkpoint"}
 
 
 def test_a_field_that_medft_does_not_know_is_refused_not_passed_on(load):
@@ -244,9 +263,9 @@ def test_keys_without_effect_in_this_version_are_refused(load):
 
 @pytest.mark.parametrize("kind", [DecoderRecipe, SiglipRecipe])
 def test_the_table_of_other_tools_names_points_at_real_keys(kind):
-    real = {".".join(name) for name in [*_names(DecoderRecipe), *_names(SiglipRecipe)]}
+    real = {".".join(name) for name in [*key_paths(DecoderRecipe), *key_paths(SiglipRecipe)]}
     assert {target.split(" ")[0] for target in FOREIGN_KEYS.values()} <= real
-    own = {name[-1] for name in _names(kind)}
+    own = {name[-1] for name in key_paths(kind)}
     assert not own & FOREIGN_KEYS.keys()
 
 

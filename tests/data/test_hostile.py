@@ -18,9 +18,9 @@ from medft.data.pairs import read_pairs
 from medft.data.prepare import prepare
 
 RANDOM = np.random.default_rng(0)
-GREY = RANDOM.integers(0, 255, (40, 50), dtype=np.uint8)
-COLOUR = RANDOM.integers(0, 255, (40, 50, 3), dtype=np.uint8)
-PALETTE = Image.fromarray(COLOUR).quantize(16)
+GRAY = RANDOM.integers(0, 255, (40, 50), dtype=np.uint8)
+COLOR = RANDOM.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+PALETTE = Image.fromarray(COLOR).quantize(16)
 
 
 def encoded(image, format="PNG", **options):
@@ -29,8 +29,8 @@ def encoded(image, format="PNG", **options):
     return stream.getvalue()
 
 
-def grey(**options):
-    return encoded(Image.fromarray(GREY), **options)
+def gray(**options):
+    return encoded(Image.fromarray(GRAY), **options)
 
 
 def chunk(kind, body):
@@ -38,7 +38,7 @@ def chunk(kind, body):
 
 
 def bomb(side=22400):
-    """About 60 KB that would unpack to 500 MB of grey values."""
+    """About 60 KB that would unpack to 500 MB of gray values."""
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     packer = zlib.compressobj(9)
     parts = [packer.compress(b"\0" * (side + 1) * 100) for _ in range(side // 100)]
@@ -61,7 +61,7 @@ def animated(format):
 
 
 def with_text():
-    return encoded(Image.fromarray(GREY), pnginfo=_text())
+    return encoded(Image.fromarray(GRAY), pnginfo=_text())
 
 
 def _text():
@@ -75,41 +75,41 @@ def _text():
 ACCEPTED = None
 # name, content of the file (None: no file is written), reason
 FILES = [
-    ("plain.png", grey(), ACCEPTED),
-    ("colour.png", encoded(Image.fromarray(COLOUR)), ACCEPTED),
-    ("plain.jpg", encoded(Image.fromarray(COLOUR), "JPEG"), ACCEPTED),
-    ("grey.jpeg", encoded(Image.fromarray(GREY), "JPEG"), ACCEPTED),
-    ("progressive.jpg", encoded(Image.fromarray(COLOUR), "JPEG", progressive=True), ACCEPTED),
-    ("png named.jpg", grey(), ACCEPTED),
-    ("jpg named.png", encoded(Image.fromarray(COLOUR), "JPEG"), ACCEPTED),
-    ("no extension", grey(), ACCEPTED),
-    ("umlaut \u00e4\u00f6.png", grey(), ACCEPTED),
-    ("sixteen.png", encoded(Image.fromarray(GREY.astype(np.uint16) * 200)), ACCEPTED),
+    ("plain.png", gray(), ACCEPTED),
+    ("color.png", encoded(Image.fromarray(COLOR)), ACCEPTED),
+    ("plain.jpg", encoded(Image.fromarray(COLOR), "JPEG"), ACCEPTED),
+    ("gray.jpeg", encoded(Image.fromarray(GRAY), "JPEG"), ACCEPTED),
+    ("progressive.jpg", encoded(Image.fromarray(COLOR), "JPEG", progressive=True), ACCEPTED),
+    ("png named.jpg", gray(), ACCEPTED),
+    ("jpg named.png", encoded(Image.fromarray(COLOR), "JPEG"), ACCEPTED),
+    ("no extension", gray(), ACCEPTED),
+    ("umlaut \u00e4\u00f6.png", gray(), ACCEPTED),
+    ("sixteen.png", encoded(Image.fromarray(GRAY.astype(np.uint16) * 200)), ACCEPTED),
     ("palette.png", encoded(PALETTE), ACCEPTED),
     ("transparent palette.png", encoded(PALETTE, transparency=3), ACCEPTED),
-    ("one bit.png", encoded(Image.fromarray(GREY).convert("1")), ACCEPTED),
-    ("rgba.png", encoded(Image.fromarray(COLOUR).convert("RGBA")), ACCEPTED),
-    ("la.png", encoded(Image.fromarray(GREY).convert("LA")), ACCEPTED),
-    ("cmyk.jpg", encoded(Image.fromarray(COLOUR).convert("CMYK"), "JPEG"), ACCEPTED),
-    ("turned.jpg", encoded(Image.fromarray(COLOUR), "JPEG", exif=exif(6)), ACCEPTED),
-    ("named.jpg", encoded(Image.fromarray(COLOUR), "JPEG", exif=exif(1)), ACCEPTED),
+    ("one bit.png", encoded(Image.fromarray(GRAY).convert("1")), ACCEPTED),
+    ("rgba.png", encoded(Image.fromarray(COLOR).convert("RGBA")), ACCEPTED),
+    ("la.png", encoded(Image.fromarray(GRAY).convert("LA")), ACCEPTED),
+    ("cmyk.jpg", encoded(Image.fromarray(COLOR).convert("CMYK"), "JPEG"), ACCEPTED),
+    ("turned.jpg", encoded(Image.fromarray(COLOR), "JPEG", exif=exif(6)), ACCEPTED),
+    ("named.jpg", encoded(Image.fromarray(COLOR), "JPEG", exif=exif(1)), ACCEPTED),
     ("named.png", with_text(), ACCEPTED),
-    ("float.tif", encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), ACCEPTED),
-    ("plain.bmp", encoded(Image.fromarray(GREY), "BMP"), ACCEPTED),
-    ("plain.webp", encoded(Image.fromarray(COLOUR), "WEBP"), ACCEPTED),
+    ("float.tif", encoded(Image.fromarray(GRAY.astype(np.float32)), "TIFF"), ACCEPTED),
+    ("plain.bmp", encoded(Image.fromarray(GRAY), "BMP"), ACCEPTED),
+    ("plain.webp", encoded(Image.fromarray(COLOR), "WEBP"), ACCEPTED),
     ("one pixel.png", encoded(Image.new("L", (1, 1), 7)), ACCEPTED),
     ("thin.png", encoded(Image.new("L", (3000, 1), 7)), ACCEPTED),
-    ("half.jpg", encoded(Image.fromarray(COLOUR), "JPEG")[:900], "bad_image"),
-    ("half.png", grey()[:900], "bad_image"),
-    ("no end.png", grey()[:-20], ACCEPTED),
-    ("flipped bit.png", grey()[:200] + bytes([grey()[200] ^ 8]) + grey()[201:], "bad_image"),
+    ("half.jpg", encoded(Image.fromarray(COLOR), "JPEG")[:900], "bad_image"),
+    ("half.png", gray()[:900], "bad_image"),
+    ("no end.png", gray()[:-20], ACCEPTED),
+    ("flipped bit.png", gray()[:200] + bytes([gray()[200] ^ 8]) + gray()[201:], "bad_image"),
     ("empty.png", b"", "bad_image"),
-    ("text.png", b"this is no picture", "bad_image"),
+    ("text.png", b"this is no image", "bad_image"),
     ("page.png", b"<html>", "bad_image"),
     ("document.png", b"%PDF-1.7", "bad_image"),
     ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "bad_image"),
     ("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "bad_image"),
-    ("foreign.pcx", encoded(Image.fromarray(COLOUR), "PCX"), "bad_image"),
+    ("foreign.pcx", encoded(Image.fromarray(COLOR), "PCX"), "bad_image"),
     ("moving.gif", animated("GIF"), "bad_image"),
     ("pages.tif", animated("TIFF"), "bad_image"),
     ("moving.png", animated("PNG"), "bad_image"),
@@ -130,7 +130,7 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     images = folder / "images"
     images.mkdir()
-    (folder / "secret.png").write_bytes(grey())
+    (folder / "secret.png").write_bytes(gray())
     os.symlink(folder / "secret.png", images / "link.png")
     rows = []
     for index, (name, content, _) in enumerate(FILES):
@@ -158,7 +158,7 @@ def test_every_case_ends_as_the_table_says(outcome):
     assert all(str(folder) not in line["detail"] for line in lines)
 
 
-def test_what_is_stored_shows_the_same_picture_without_its_metadata(outcome):
+def test_what_is_stored_shows_the_same_image_without_its_metadata(outcome):
     folder, _ = outcome
     stored = {row["text"]: row for row in read_pairs(folder / "out" / "pairs.parquet")}
     for index, (name, content, reason) in enumerate(FILES):
@@ -171,7 +171,7 @@ def test_what_is_stored_shows_the_same_picture_without_its_metadata(outcome):
     assert b"Jane Doe" in dict((n, c) for n, c, _ in FILES)["named.png"]
 
 
-def test_memory_stays_small_although_pictures_would_unpack_to_much(outcome):
+def test_memory_stays_small_although_images_would_unpack_to_much(outcome):
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert 0 < peak < 1.5e9  # workers are forked from the tests' process, which holds torch
 
@@ -188,9 +188,9 @@ def prepared(folder, source, **rest):
 
 
 def test_parquet_with_bytes_structs_and_paths(tmp_path):
-    (tmp_path / "here.png").write_bytes(grey())
+    (tmp_path / "here.png").write_bytes(gray())
     rows = [
-        {"a": {"bytes": grey(), "path": "x.png"}, "t": "struct"},
+        {"a": {"bytes": gray(), "path": "x.png"}, "t": "struct"},
         {"a": {"bytes": None, "path": "here.png"}, "t": "path"},
         {"a": {"bytes": None, "path": "/etc/passwd"}, "t": "outside"},
         {"a": {"bytes": b"torn", "path": None}, "t": "torn"},
@@ -201,16 +201,16 @@ def test_parquet_with_bytes_structs_and_paths(tmp_path):
     _, pairs, rejects = prepared(tmp_path, source)
     assert [row["text"] for row in pairs] == ["struct", "path"]
     assert [line["reason"] for line in rejects] == ["outside_root", "bad_image", "no_image"]
-    raw = pa.table({"a": [grey()], "t": ["raw"]})
+    raw = pa.table({"a": [gray()], "t": ["raw"]})
     pq.write_table(raw, tmp_path / "t.parquet")
     _, pairs, _ = prepared(tmp_path, source)
-    assert pairs[0]["images"][0]["bytes"] == grey()
+    assert pairs[0]["images"][0]["bytes"] == gray()
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_an_image_folder(tmp_path, name):
     (tmp_path / "f" / "sub").mkdir(parents=True)
-    (tmp_path / "f" / "sub" / "1.png").write_bytes(grey())
+    (tmp_path / "f" / "sub" / "1.png").write_bytes(gray())
     if name.endswith("csv"):
         (tmp_path / "f" / name).write_text("file_name,text\nsub/1.png,One.\n")
     else:
@@ -244,8 +244,8 @@ def test_a_study_is_one_pair_and_its_rows_are_counted(tmp_path):
 
 
 def test_several_image_columns_are_one_row_with_several_images(tmp_path):
-    (tmp_path / "a.png").write_bytes(grey())
-    (tmp_path / "b.png").write_bytes(encoded(Image.fromarray(COLOUR)))
+    (tmp_path / "a.png").write_bytes(gray())
+    (tmp_path / "b.png").write_bytes(encoded(Image.fromarray(COLOR)))
     (tmp_path / "t.csv").write_text("front,side,text\na.png,b.png,Both.\na.png,,One is missing.\n")
     source = {
         "name": "s",
@@ -260,7 +260,7 @@ def test_several_image_columns_are_one_row_with_several_images(tmp_path):
 
 
 def test_texts_of_any_size_and_cells_that_mean_nothing(tmp_path):
-    (tmp_path / "a.png").write_bytes(grey())
+    (tmp_path / "a.png").write_bytes(gray())
     long = "word " * 10_000_000
     rows = [
         {"f": "a.png", "t": long}, {"f": "a.png", "t": float("nan")}, {"f": "a.png", "t": None},
@@ -273,11 +273,11 @@ def test_texts_of_any_size_and_cells_that_mean_nothing(tmp_path):
     assert [x["reason"] for x in rejects] == ["empty_text"] * 3 + ["missing_image"]
 
 
-def test_larger_pictures_are_shrunk_and_smaller_ones_kept(tmp_path):
+def test_larger_images_are_shrunk_and_smaller_ones_kept(tmp_path):
     (tmp_path / "large.png").write_bytes(encoded(Image.new("RGB", (300, 100), "red")))
-    (tmp_path / "small.png").write_bytes(grey())
+    (tmp_path / "small.png").write_bytes(gray())
     (tmp_path / "t.csv").write_text("f,t\nlarge.png,L\nsmall.png,S\n")
     source = {"name": "s", "kind": "csv", "path": "t.csv", "image": "f", "text": "t"}
     _, pairs, _ = prepared(tmp_path, source, images="{max_side: 60}")
     assert [(row["width"], row["height"]) for row in pairs] == [([60], [20]), ([50], [40])]
-    assert pairs[1]["images"][0]["bytes"] == grey()
+    assert pairs[1]["images"][0]["bytes"] == gray()

@@ -1,4 +1,4 @@
-"""Every picture comes out as upright 8-bit RGB, or is refused with the reason."""
+"""Every image comes out as upright 8-bit RGB, or is refused with the reason."""
 
 import io
 import struct
@@ -25,8 +25,8 @@ def pixels(content: bytes) -> np.ndarray:
 
 
 def test_sixteen_bits_are_scaled_where_pillow_clips():
-    grey = np.array([[0, 257, 4000, 65535]], dtype=np.uint16)
-    content = encoded(Image.fromarray(grey))
+    gray = np.array([[0, 257, 4000, 65535]], dtype=np.uint16)
+    content = encoded(Image.fromarray(gray))
     assert pixels(content)[0, :, 0].tolist() == [0, 1, 16, 255]
     clipped = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))[0, :, 0].tolist()
     assert clipped == [0, 255, 255, 255]
@@ -38,8 +38,8 @@ def test_hidden_pixels_under_transparency_become_black():
     got = pixels(encoded(Image.fromarray(rgba)))
     assert got[0, :2].tolist() == [[0, 0, 0], [200, 100, 50]]
     assert abs(int(got[0, 2, 0]) - 100) <= 1  # half of 200, rounded by Pillow's 8-bit blend
-    grey = Image.fromarray(np.array([[[90, 0], [90, 255]]], dtype=np.uint8), mode=None)
-    assert pixels(encoded(grey))[0, :, 0].tolist() == [0, 90]
+    gray = Image.fromarray(np.array([[[90, 0], [90, 255]]], dtype=np.uint8), mode=None)
+    assert pixels(encoded(gray))[0, :, 0].tolist() == [0, 90]
 
 
 def test_the_orientation_a_camera_noted_is_applied():
@@ -96,7 +96,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         b"%PDF-1.4",
         b"GIF89a",
     ):
-        with pytest.raises(DataError, match="expected a whole picture"):
+        with pytest.raises(DataError, match="expected a complete image"):
             open_image(content)
     with pytest.raises(DataError, match="there is no file"):
         open_image(tmp_path / "none.png")
@@ -115,7 +115,7 @@ def test_a_format_outside_the_list_is_not_opened():
         open_image(content)
 
 
-def test_what_is_no_picture_is_refused_in_the_same_words_every_time():
+def test_what_is_no_image_is_refused_in_the_same_words_every_time():
     sentences = set()
     for _ in range(2):
         with pytest.raises(DataError, match="it is of another format") as refused:

@@ -16,7 +16,7 @@ from medft.data.splits import join_groups
 from medft.errors import DataError, RecipeError
 
 
-def picture(folder, name, seed):
+def image(folder, name, seed):
     values = np.random.default_rng(seed).integers(0, 255, (30, 40), dtype=np.uint8)
     folder.mkdir(exist_ok=True)
     Image.fromarray(values).save(folder / name)
@@ -24,9 +24,9 @@ def picture(folder, name, seed):
 
 @pytest.fixture
 def export(tmp_path):
-    """A folder with pictures and a way to write a table and its SOURCES.yaml."""
+    """A folder with images and a way to write a table and its SOURCES.yaml."""
     for seed in range(6):
-        picture(tmp_path / "images", f"{seed}.png", seed)
+        image(tmp_path / "images", f"{seed}.png", seed)
 
     def write(table: bytes, yaml: str, name: str = "table.csv"):
         (tmp_path / name).write_bytes(table)
@@ -72,7 +72,7 @@ def test_a_messy_csv_is_read_and_every_row_accounted_for(export, tmp_path):
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
-def test_cells_are_neither_cut_nor_torn(export, tmp_path):
+def test_cells_are_neither_cut_nor_truncated(export, tmp_path):
     table = (
         'file,report\n0.png,"Line one.\x0cLine two,\u2028 and three\x85"\n'
         '1.png,Normal chest, no effusion. Fracture of rib 5\n2.png\n3.png,"a\nb",\n'
@@ -118,8 +118,8 @@ def test_what_is_stored_is_what_datasets_reads(export, tmp_path):
         assert (row["width"], row["height"]) == ([40], [30])
         image = row["images"][0]
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(content))))
-        grey = image.convert("L").resize((32, 32), Image.Resampling.HAMMING, reducing_gap=3.0)
-        assert perceptual_hash(grey) == row["phash"][0]
+        gray = image.convert("L").resize((32, 32), Image.Resampling.HAMMING, reducing_gap=3.0)
+        assert perceptual_hash(gray) == row["phash"][0]
         assert raw["images"][0]["path"] in ("0.png", "1.png")
 
 
@@ -149,12 +149,12 @@ sources:
     ]
 
 
-def test_groups_stay_together_and_equal_pictures_join_them(export, tmp_path):
+def test_groups_stay_together_and_equal_images_join_them(export, tmp_path):
     lines = ["file,report,patient"]
     for index in range(60):
-        picture(tmp_path / "images", f"v{index}.png", 100 + index)
+        image(tmp_path / "images", f"v{index}.png", 100 + index)
         lines.append(f"v{index}.png,text {index},p{index // 3}")
-    lines.append("v0.png,another text,p19")  # the picture of p0 under p19
+    lines.append("v0.png,another text,p19")  # the image of p0 under p19
     yaml = YAML.replace("0.0", "0.2") % ", group: patient"
     sources = export("\n".join(lines).encode(), yaml)
     summary = prepare(sources, tmp_path / "out")
@@ -260,8 +260,8 @@ def test_templates_take_names_only(export, tmp_path, template):
         prepare(sources, tmp_path / "out")
 
 
-def test_a_picture_that_changes_while_it_is_prepared_is_an_error(export, tmp_path, monkeypatch):
-    """Pictures that are stored as they came are read twice; they must be what was hashed."""
+def test_a_image_that_changes_while_it_is_prepared_is_an_error(export, tmp_path, monkeypatch):
+    """Images that are stored as they came are read twice; they must be what was hashed."""
     from medft.data import prepare as prepare_module
 
     sources = export(b"file,report\n0.png,first\n1.png,second\n", YAML % "")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medft.data.pairs import perceptual_hash, store_picture
+from medft.data.pairs import perceptual_hash, store_encoded_image
 from medft.data.splits import (
     NEAR_BITS,
-    NEAR_GREY,
+    NEAR_GRAY,
     SplitSection,
     assign_splits,
     check_no_overlap,
@@ -22,21 +22,21 @@ from medft.data.splits import (
 from medft.errors import DataError
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     """Smooth random thumbnails [count, 1024] and their hashes."""
     noise = np.random.default_rng(seed).normal(size=(count, 4, 4))
     images = [Image.fromarray(part).resize((32, 32), Image.Resampling.BICUBIC) for part in noise]
-    grey = [np.asarray(image) * 40 + 128 for image in images]
-    thumbnails = np.clip(grey, 0, 255).astype(np.uint8).reshape(count, 1024)
+    gray = [np.asarray(image) * 40 + 128 for image in images]
+    thumbnails = np.clip(gray, 0, 255).astype(np.uint8).reshape(count, 1024)
     return thumbnails, [perceptual_hash(Image.fromarray(t.reshape(32, 32))) for t in thumbnails]
 
 
 def join(rows, thumbnails=None, hashes=None):
-    """Final groups of (group, digests) rows; pictures differ unless given otherwise."""
+    """Final groups of (group, digests) rows; images differ unless given otherwise."""
     count = sum(len(digests) for _, digests in rows)
     if thumbnails is None:
         drawn = {digest: i for i, digest in enumerate({d for _, ds in rows for d in sorted(ds)})}
-        every, names = pictures(len(drawn), seed=7)
+        every, names = images(len(drawn), seed=7)
         order = [drawn[digest] for _, digests in rows for digest in digests]
         thumbnails, hashes = every[order], [names[i] for i in order]
     assert len(thumbnails) == count
@@ -45,16 +45,16 @@ def join(rows, thumbnails=None, hashes=None):
     return join_groups([g for g, _ in rows], [d for _, d in rows], phashes, thumbnails)
 
 
-def test_groups_that_share_a_picture_become_one():
+def test_groups_that_share_a_image_become_one():
     rows = [("a", ["1"]), ("b", ["2"]), ("c", ["2", "3"]), ("d", ["3"]), ("e", ["4"])]
     groups, report = join(rows)
     assert groups == ["a", "b", "b", "b", "e"]
-    assert report["joined_by_equal_pictures"] == 2
+    assert report["joined_by_equal_images"] == 2
     assert join([("a", ["1"]), ("b", ["2"])])[0] == ["a", "b"]
 
 
 def test_near_copies_join_and_other_near_hashes_are_counted():
-    thumbnails, hashes = pictures(4)
+    thumbnails, hashes = images(4)
     copy = np.clip(thumbnails[1].astype(int) + 1, 0, 255).astype(np.uint8)
     unlike = thumbnails[2][::-1].copy()
     blank = np.full(1024, 90, np.uint8)
@@ -70,26 +70,26 @@ def test_near_copies_join_and_other_near_hashes_are_counted():
     assert report["near_hashes_left_apart"] == 1
 
 
-def test_a_picture_saved_again_or_shrunk_stays_below_the_limits():
+def test_a_image_saved_again_or_shrunk_stays_below_the_limits():
     """Sharp edges and sides that no power of two divides, as scans have them."""
     random = np.random.default_rng(8)
     for _ in range(20):
         coarse = Image.fromarray(random.normal(128, 50, (7, 7)).clip(0, 255).astype(np.uint8))
         original = coarse.resize((753, 530), Image.Resampling.BICUBIC)
         pixels = np.asarray(original, dtype=float) + random.normal(0, 8, (530, 753))
-        for left, top, grey in random.integers(0, 250, (12, 3)):
-            pixels[2 * top : 2 * top + 90, 3 * left : 3 * left + 40] = grey
+        for left, top, gray in random.integers(0, 250, (12, 3)):
+            pixels[2 * top : 2 * top + 90, 3 * left : 3 * left + 40] = gray
         original = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB")
         half = original.resize((376, 265), Image.Resampling.LANCZOS)
         less = original.resize((581, 409), Image.Resampling.LANCZOS)
         copies = [encoded(original), encoded(half), encoded(half, "PNG"), encoded(less)]
         one, *others = (
-            store_picture(content, name=None, max_pixels=10**6)
+            store_encoded_image(content, name=None, max_pixels=10**6)
             for content in (encoded(original, "PNG"), *copies)
         )
         for other in others:
-            greys = (np.frombuffer(i.thumbnail, np.uint8).astype(int) for i in (one, other))
-            assert np.abs(next(greys) - next(greys)).mean() < NEAR_GREY
+            grays = (np.frombuffer(i.thumbnail, np.uint8).astype(int) for i in (one, other))
+            assert np.abs(next(grays) - next(grays)).mean() < NEAR_GRAY
             assert (int(one.phash, 16) ^ int(other.phash, 16)).bit_count() <= NEAR_BITS
 
 
@@ -119,7 +119,7 @@ def test_candidates_are_those_of_comparing_every_pair():
     assert [tuple(pair) for pair in near.tolist()] == expected
 
 
-def test_the_search_among_50_000_pictures_stays_small():
+def test_the_search_among_50_000_images_stays_small():
     random = np.random.default_rng(1)
     hashes = random.integers(0, 2**63, 50_000, dtype=np.uint64)
     thumbnails = random.integers(0, 255, (50_000, 1024), dtype=np.uint8)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from fresh import reset_accelerator
 from transformers import set_seed
 
 from medft.config.recipe import DecoderRecipe
 from medft.decoder.model import load_model
-from medft.decoder.prepared import prepare_inputs
+from medft.decoder.prepared import prepare_decoder_data
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.models.lora import attach_adapter
 
@@ -17,11 +17,11 @@ def build_trainer():
     """The trainer of a recipe file with overrides; its adapter fresh, or away from zero."""
 
     def build(file, changes=(), *, is_fresh=True):
-        AcceleratorState._reset_state(True)
+        reset_accelerator()
         recipe = DecoderRecipe.load(file, changes)
         set_seed(3)
         arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
-        inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+        inputs = prepare_decoder_data(recipe.model, recipe.data, recipe.lora, arguments)
         model = load_model(
             recipe.model,
             inputs.family,

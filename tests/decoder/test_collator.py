@@ -12,14 +12,10 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import AutoProcessor
 
-from medft.decoder.collator import (
-    IGNORED,
-    ConversationEncoder,
-    DecoderCollator,
-    check_labels,
-    mark_trained,
-)
-from medft.decoder.families import MLLAMA, family_of
+from medft.decoder.collator import DecoderCollator, check_labels
+from medft.decoder.conversation import IGNORED, ConversationEncoder, mark_trained
+from medft.decoder.families import family_of
+from medft.decoder.families.mllama import MLLAMA
 from medft.errors import BaseModelError, DataError
 
 
@@ -108,24 +104,24 @@ def test_a_conversation_that_the_template_refuses_names_the_row(encoder):
 
 
 def make(encoder, **options):
-    options = {"max_length": 200, "head_rows": 512, "separates_rows": False, **options}
+    options = {"max_length": 200, "vocab_size": 512, "isolates_rows": False, **options}
     return DecoderCollator(encoder, **options)
 
 
 def stacked(batch, *counts):
     """The batch as stock code takes it; rows have these numbers of images."""
-    pictures = iter(batch.pop("pictures"))
-    rows = [[next(pictures) for _ in range(count)] for count in counts]
-    return {**batch, **MLLAMA.stack(rows)}
+    images = iter(batch.pop("images"))
+    rows = [[next(images) for _ in range(count)] for count in counts]
+    return {**batch, **MLLAMA.stack_images(rows)}
 
 
 def test_a_batch_is_what_the_processor_makes_with_labels_beside_it(processor, encoder):
     image = png()
     batch = stacked(make(encoder)([row(ONE, image), row(TWO, image)]), 1, 1)
     texts = [processor.apply_chat_template(messages) for messages in (ONE, TWO)]
-    picture = Image.open(io.BytesIO(image["bytes"]))
+    image = Image.open(io.BytesIO(image["bytes"]))
     expected = processor(
-        images=[[picture], [picture]], text=texts, add_special_tokens=False, padding=True,
+        images=[[image], [image]], text=texts, add_special_tokens=False, padding=True,
         return_tensors="pt",
     )  # fmt: skip
     assert batch.pop("row_ids") == ["r", "r"]
@@ -144,7 +140,7 @@ def test_a_batch_is_what_the_processor_makes_with_labels_beside_it(processor, en
 
 def test_a_batch_without_images_has_no_image_tensors(encoder):
     batch = make(encoder)([row(TEXT)])
-    assert batch.pop("pictures") == []
+    assert batch.pop("images") == []
     assert batch.keys() == {"input_ids", "attention_mask", "labels", "row_ids"}
 
 
@@ -164,9 +160,9 @@ def test_mixed_image_counts_share_a_batch_only_where_rows_are_separate(encoder):
     rows = [row(ONE, png()), row(TEXT)]
     with pytest.raises(DataError, match=r"equally many images in a batch, got \[0, 1\]"):
         make(encoder)(rows)
-    batch = make(encoder, separates_rows=True)(rows)
+    batch = make(encoder, isolates_rows=True)(rows)
     alone = make(encoder)(rows[:1])
-    assert len(batch["pictures"]) == 1
+    assert len(batch["images"]) == 1
     length = alone["input_ids"].shape[1]
     assert torch.equal(batch["cross_attention_mask"][:1, :length], alone["cross_attention_mask"])
     assert batch["cross_attention_mask"][1].sum() == 0
@@ -192,8 +188,8 @@ def test_labels_are_checked_in_every_batch():
 
 
 def test_an_unreadable_image_names_the_row(encoder):
-    with pytest.raises(DataError, match="row r9: expected a whole picture"):
-        make(encoder)([row(ONE, {"bytes": b"no picture", "path": None}, name="r9")])
+    with pytest.raises(DataError, match="row r9: expected a complete image"):
+        make(encoder)([row(ONE, {"bytes": b"no image", "path": None}, name="r9")])
 
 
 # one arrangement of tiles is kept where it is small enough, else the best smaller one is taken

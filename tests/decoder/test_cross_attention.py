@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medft.config.recipe import ModelSection
-from medft.decoder.families import MLLAMA
+from medft.decoder.families.mllama import MLLAMA
+from medft.decoder.generator import Generator
 from medft.decoder.model import load_model
-from medft.trained import Generator
 
 TILES, SIDE = 4, 56
 
@@ -112,12 +112,12 @@ def test_recomputed_layers_are_masked_too(model):
 
 
 def test_the_fix_is_noted_in_the_adapter_and_applied_in_generation(
-    sections, write_recipe, start_script, output_of, tmp_path
+    sections, write_recipe, run_script, tmp_path
 ):
     recipe = sections("decoder")
     recipe["model"]["cross_attention_fix"] = True
     recipe["train"] |= {"max_steps": 2}
-    output_of(start_script("decoder", write_recipe(recipe)))
+    run_script("decoder", write_recipe(recipe))
     adapter = tmp_path / "run" / "adapter"
     notes = json.loads((adapter / "medft.json").read_text())
     assert notes["cross_attention_fix"] is True

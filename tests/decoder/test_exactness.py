@@ -1,11 +1,11 @@
 """What a step computes, for every family: against plain transformers with inputs made by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.nn import functional
@@ -25,11 +25,6 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def trainer(sections, write_recipe, bases, tmp_path, build_trainer):
     """A trainer of a family on CONVERSATIONS, its adapter away from zero."""
@@ -45,7 +40,7 @@ def trainer(sections, write_recipe, bases, tmp_path, build_trainer):
     return make
 
 
-def pictures():
+def drawn_images():
     return [
         [
             Image.fromarray(
@@ -59,7 +54,7 @@ def pictures():
 
 def write_rows(folder):
     lines = []
-    for row, (turns, images) in enumerate(zip(CONVERSATIONS, pictures(), strict=True)):
+    for row, (turns, images) in enumerate(zip(CONVERSATIONS, drawn_images(), strict=True)):
         names = [f"{row}_{index}.png" for index in range(len(images))]
         for name, image in zip(names, images, strict=True):
             image.save(folder / name)
@@ -124,7 +119,7 @@ def by_hand(family, bases):
         "attention_mask": (positions < torch.tensor([[len(row)] for row in rows])).long(),
     }
     if family == "mllama":
-        seen = processor.image_processor(pictures(), return_tensors="pt")
+        seen = processor.image_processor(drawn_images(), return_tensors="pt")
         tiles = seen.pop("num_tiles")
         mask = torch.zeros(3, ids.shape[1], 2, 4, dtype=torch.long)
         for row in range(3):
@@ -133,7 +128,7 @@ def by_hand(family, bases):
                 mask[row, position:, image, : tiles[row][image]] = 1
         batch |= {**seen, "cross_attention_mask": mask}
     else:
-        flat = [image for row in pictures() for image in row]
+        flat = [image for row in drawn_images() for image in row]
         batch["pixel_values"] = processor.image_processor(flat, return_tensors="pt")["pixel_values"]
         if family == "paligemma":
             batch["token_type_ids"] = (positions >= torch.tensor(first_answer)[:, None]).long()
@@ -176,8 +171,9 @@ def test_step_0_is_that_of_plain_transformers(trainer, bases, family, dtype):
     if dtype == torch.float32:
         loss = trained.compute_loss(trained.model, inputs)
     else:  # TRL's head works in fp32: here the inputs and the model
-        for picture in inputs["pictures"]:
-            picture["pixel_values"] = picture["pixel_values"].double()
+        inputs["images"] = [
+            replace(image, pixel_values=image.pixel_values.double()) for image in inputs["images"]
+        ]
         loss = plain_loss(trained.model, inputs, inputs.pop("labels"))
     loss.backward()
 
@@ -205,7 +201,6 @@ def trajectory(made):
     """Loss and gradient norm of every step [steps, 2]."""
     made.train()
     log = [entry for entry in made.state.log_history if "loss" in entry]
-    AcceleratorState._reset_state(True)
     return np.array([[entry["loss"], entry["grad_norm"]] for entry in log])
 
 

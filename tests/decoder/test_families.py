@@ -18,8 +18,11 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medft.config.recipe import ModelSection, QuantizationSection
-from medft.decoder.collator import ConversationEncoder, DecoderCollator, mark_trained
-from medft.decoder.families import FAMILIES, GEMMA3, PALIGEMMA
+from medft.decoder.collator import DecoderCollator
+from medft.decoder.conversation import ConversationEncoder, mark_trained
+from medft.decoder.families import FAMILIES
+from medft.decoder.families.gemma3 import GEMMA3
+from medft.decoder.families.paligemma import PALIGEMMA
 from medft.decoder.model import check_quantized, load_model
 from medft.errors import BaseModelError, DataError
 from medft.models.base import empty_model
@@ -53,7 +56,7 @@ def turn(role, text, images=0):
     }
 
 
-def picture(seed=0):
+def image(seed=0):
     values = np.random.default_rng(seed).integers(0, 255, (50, 70, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -62,17 +65,17 @@ def row(messages, images=0, name="r"):
     content = []
     for seed in range(images):
         stream = io.BytesIO()
-        picture(seed).save(stream, format="PNG")
+        image(seed).save(stream, format="PNG")
         content.append({"bytes": stream.getvalue(), "path": None})
     return {"id": name, "messages": json.dumps(messages), "images": content}
 
 
 def collate(encoder, *rows, max_length=200):
-    head_rows = encoder.processor.tokenizer.vocab_size + 2000  # here the labels are looked at
+    vocab_size = encoder.processor.tokenizer.vocab_size + 2000  # here the labels are looked at
     batch = DecoderCollator(
-        encoder, max_length=max_length, head_rows=head_rows, separates_rows=True
+        encoder, max_length=max_length, vocab_size=vocab_size, isolates_rows=True
     )(rows)
-    return batch | encoder.family.stack([batch.pop("pictures")])
+    return batch | encoder.family.stack_images([batch.pop("images")])
 
 
 ONE = [turn("user", "What is seen?", images=1), turn("assistant", "A disc.")]
@@ -117,7 +120,7 @@ def test_paligemmas_batch_is_what_its_processor_makes_of_prompt_and_suffix(encod
     processor = AutoProcessor.from_pretrained(bases / "paligemma", backend="pil")
     expected = processor(
         text=["<image>What is seen?"] * 2, suffix=["A disc.", "Yes"],
-        images=[[picture()], [picture()]], return_tensors="pt", padding=True, padding_side="right",
+        images=[[image()], [image()]], return_tensors="pt", padding=True, padding_side="right",
     )  # fmt: skip
     assert batch.pop("row_ids") == ["r", "r"]
     assert batch.keys() == expected.keys()
@@ -133,7 +136,7 @@ def test_gemma3s_batch_is_what_its_processor_makes(encoders, bases):
     processor = AutoProcessor.from_pretrained(bases / "gemma3", backend="pil")
     expected = processor(
         text=[processor.apply_chat_template(TWO), processor.apply_chat_template(ONE)],
-        images=[[picture(0), picture(1)], [picture(0)]],
+        images=[[image(0), image(1)], [image(0)]],
         return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False,
     )  # fmt: skip
     labels = batch.pop("labels")
@@ -158,8 +161,8 @@ def stock_batch(bases, name, encoders, messages, images):
     processor = AutoProcessor.from_pretrained(bases / name, backend="pil")
     processor.chat_template = encoders[name].processor.chat_template
     collator = DataCollatorForVisionLanguageModeling(processor, max_length=None)
-    pictures = [picture(seed) for seed in range(images)]
-    return collator([{"messages": copy.deepcopy(messages), "images": pictures}])
+    images = [image(seed) for seed in range(images)]
+    return collator([{"messages": copy.deepcopy(messages), "images": images}])
 
 
 def test_paligemmas_answers_are_causal_and_its_prompt_is_not(encoders, model, bases):
@@ -249,7 +252,7 @@ def test_presets_hit_the_parts_they_name_and_only_the_language_is_4_bit(bases, n
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["vision_model"])
     stock = AutoModelForImageTextToText.from_pretrained(bases / name, quantization_config=config)
     assert any(isinstance(m, Linear4bit) for m in stock.model.vision_tower.modules())
-    with pytest.raises(BaseModelError, match="to be unquantised, bitsandbytes made it 4-bit"):
+    with pytest.raises(BaseModelError, match="to be unquantized, bitsandbytes made it 4-bit"):
         check_quantized(stock, family, QuantizationSection())
 
 
@@ -311,7 +314,7 @@ def test_a_base_without_template_is_refused_and_paligemma_gets_its_own(encoders,
     assert encoders["paligemma"].processor.chat_template == PALIGEMMA.chat_template
 
 
-def test_crops_beside_the_picture_are_refused(bases):
+def test_crops_beside_the_image_are_refused(bases):
     processor = AutoProcessor.from_pretrained(bases / "gemma3", backend="pil")
     processor.image_processor.do_pan_and_scan = True
     with pytest.raises(BaseModelError, match="do_pan_and_scan to be off"):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from medft.config.recipe import ModelSection, QuantizationSection
-from medft.decoder.families import MLLAMA
+from medft.decoder.families.mllama import MLLAMA
 from medft.decoder.model import check_quantized, load_model
 from medft.errors import BaseModelError
 
@@ -23,14 +23,14 @@ def section(bases):
     return ModelSection(base=str(bases / "decoder"), dtype="float32")
 
 
-def test_what_skip_names_stays_unquantised(section):
+def test_what_skip_names_stays_unquantized(section):
     model = load_model(section, MLLAMA, QuantizationSection(), dtype=section.dtype)
     names = four_bit(model)
     assert len(names) == 28
     assert all(name.startswith("model.language_model.layers") for name in names)
 
 
-def test_what_skip_leaves_out_is_quantised(section):
+def test_what_skip_leaves_out_is_quantized(section):
     quantization = QuantizationSection(skip=["projector", "lm_head"])
     names = four_bit(load_model(section, MLLAMA, quantization, dtype=section.dtype))
     assert sum(name.startswith("model.vision_model") for name in names) == 24
@@ -42,7 +42,7 @@ def test_a_skip_name_of_an_older_module_tree_matches_nothing_and_is_caught(secti
     )
     model = AutoModelForImageTextToText.from_pretrained(section.base, quantization_config=config)
     assert any("vision_model" in name for name in four_bit(model))  # the trap, unseen in stock
-    with pytest.raises(BaseModelError, match="to be unquantised, bitsandbytes made it 4-bit"):
+    with pytest.raises(BaseModelError, match="to be unquantized, bitsandbytes made it 4-bit"):
         check_quantized(model, MLLAMA, QuantizationSection())
 
 
@@ -78,7 +78,7 @@ def test_the_base_is_in_the_recipes_precision_unless_all_is_trained(section):
     assert dtypes == {torch.float32}
 
 
-def test_quantisation_changes_the_logits_a_little(section):
+def test_quantization_changes_the_logits_a_little(section):
     plain = load_model(section, MLLAMA, None, dtype=section.dtype)
     packed = load_model(section, MLLAMA, QuantizationSection(), dtype=section.dtype)
     ids = torch.arange(7, 27)[None]

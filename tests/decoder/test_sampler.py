@@ -5,14 +5,14 @@ from collections import Counter
 import pytest
 from torch.utils.data import BatchSampler
 
-from medft.decoder.sampler import RoundSampler
+from medft.decoder.sampler import GlobalBatchSampler
 
 COUNTS = [1] * 23 + [2] * 8 + [0] * 3
 
 
 @pytest.fixture
 def sampler():
-    return RoundSampler(COUNTS, round_size=6, seed=5, fills=True)
+    return GlobalBatchSampler(COUNTS, global_batch_size=6, seed=5, fills=True)
 
 
 def test_every_round_has_one_number_of_images_and_every_row_comes(sampler):
@@ -38,14 +38,15 @@ def test_kinds_are_mixed_over_the_epoch_and_differ_between_epochs_and_seeds(samp
     assert kinds != sorted(kinds)
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert list(RoundSampler(COUNTS, round_size=6, seed=6, fills=True)) != first
+    assert list(GlobalBatchSampler(COUNTS, global_batch_size=6, seed=6, fills=True)) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
 
 
 def test_rows_of_one_kind_come_in_the_same_order_whatever_the_round(sampler):
     whole, filled = (
-        RoundSampler([1] * 20, round_size=size, seed=5, fills=size == 6) for size in (1, 6)
+        GlobalBatchSampler([1] * 20, global_batch_size=size, seed=5, fills=size == 6)
+        for size in (1, 6)
     )
     assert sorted(whole) == list(range(20)) != list(whole)
     assert (len(whole), whole.repeats, len(filled), filled.repeats) == (20, 0, 24, 4)
@@ -55,9 +56,9 @@ def test_rows_of_one_kind_come_in_the_same_order_whatever_the_round(sampler):
 
 def test_grouping_by_length_shortens_what_is_padded_and_loses_nothing():
     lengths = [7 * index % 100 for index in range(100)]
-    options = {"round_size": 4, "seed": 5, "fills": True}
+    options = {"global_batch_size": 4, "seed": 5, "fills": True}
     drawn, grouped = (
-        RoundSampler([1] * 100, **options, lengths=given) for given in (None, lengths)
+        GlobalBatchSampler([1] * 100, **options, lengths=given) for given in (None, lengths)
     )
 
     def padding(order):

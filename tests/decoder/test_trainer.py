@@ -5,26 +5,20 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from medft.config.recipe import DecoderRecipe
-from medft.data.chat import image_source
 from medft.data.images import open_image
-from medft.decoder.families import MLLAMA
+from medft.data.rows import image_source
+from medft.decoder.families.mllama import MLLAMA
 from medft.decoder.model import load_model
-from medft.decoder.prepared import prepare_inputs
+from medft.decoder.prepared import prepare_decoder_data
 from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import MedftError, RecipeError
-from medft.training import callbacks
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
+from medft.training import trainer as training_trainer
 
 
 @pytest.fixture
@@ -115,7 +109,7 @@ def test_the_logged_loss_of_the_first_step_is_the_plain_one(bases, trainer):
     with torch.no_grad():
         for batch in batches:
             labels = batch.pop("labels")
-            batch |= MLLAMA.stack([[picture] for picture in batch.pop("pictures")])
+            batch |= MLLAMA.stack_images([[image] for image in batch.pop("images")])
             expected += plain_loss(plain, batch, labels, tokens).item()
     trained.train()
     assert trained.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -146,8 +140,6 @@ def test_adapters_stay_float32_on_a_4_bit_base_where_trl_rounds_them(trainer, da
     trained.train()
     states = trained.optimizer.state.values()
     assert {s["exp_avg"].dtype for s in states} == {torch.float32}
-
-    AcceleratorState._reset_state(True)
     arguments = SFTConfig(
         "unused", max_length=None, report_to="none", remove_unused_columns=False, use_cpu=True
     )
@@ -190,7 +182,6 @@ def test_float16_without_gpu_is_an_error_before_loading(trainer):
 
 def test_bfloat16_runs_under_autocast_and_float32_does_not(trainer):
     assert trainer(("model.dtype=bfloat16",)).accelerator.mixed_precision == "bf16"
-    AcceleratorState._reset_state(True)
     assert trainer().accelerator.mixed_precision == "no"
 
 
@@ -198,7 +189,6 @@ def test_bfloat16_runs_under_autocast_and_float32_does_not(trainer):
 def test_the_direction_of_a_metric_is_known(trainer, name, more):
     made = trainer((f"train.metric_for_best_model={name}",))
     assert made.args.greater_is_better is more
-    AcceleratorState._reset_state(True)
     with pytest.raises(RecipeError, match="one of eval_loss, eval_perplexity"):
         trainer(("train.metric_for_best_model=foo",))
 
@@ -222,7 +212,7 @@ def test_without_lora_every_weight_is_trained_in_float32(sections, write_recipe)
     recipe["train"] |= {"max_steps": 2, "save_strategy": "no"}
     recipe = DecoderRecipe.load(write_recipe(recipe), ["lora=null", "model.dtype=bfloat16"])
     arguments = decoder_arguments(recipe.train, dtype="bfloat16")
-    inputs = prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+    inputs = prepare_decoder_data(recipe.model, recipe.data, recipe.lora, arguments)
     model = load_model(recipe.model, MLLAMA, None, dtype="float32")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = DecoderTrainer(model, arguments, inputs, {})
@@ -287,7 +277,7 @@ def test_the_log_tells_rows_and_tokens_a_second_and_the_share_of_waiting(trainer
         return batch
 
     made.data_collator = noted
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(training_trainer.time, "perf_counter", lambda: next(seconds))
     made.train()
     logged = [entry for entry in made.state.log_history if "loss" in entry]
     for entry, (ids, tokens) in zip(logged, taken[: len(logged)], strict=True):

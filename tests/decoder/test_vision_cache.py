@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,11 +17,6 @@ from medft.decoder.vision_cache import VisionCache
 from medft.errors import MedftError
 
 BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
@@ -57,10 +51,10 @@ def same(left, right):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("mllama", []),
+        pytest.param("mllama", [], marks=pytest.mark.slow),
         pytest.param("mllama", ["model.cross_attention_fix=true"], marks=pytest.mark.slow),
         pytest.param("paligemma", [], marks=pytest.mark.slow),
-        ("gemma3", []),
+        pytest.param("gemma3", [], marks=pytest.mark.slow),
     ],
 )
 def test_two_epochs_with_the_cache_are_two_without_bit_for_bit(trainer, tmp_path, family, changes):
@@ -77,13 +71,13 @@ def test_two_epochs_with_the_cache_are_two_without_bit_for_bit(trainer, tmp_path
     assert not same(without, outcome(trainer(family, [*cached, "train.seed=18"])))
 
 
-def test_what_is_lost_torn_or_changed_is_computed_again(trainer, tmp_path):
+def test_what_is_lost_truncated_or_changed_is_computed_again(trainer, tmp_path):
     cached = [f"model.vision_cache={tmp_path / 'cache'}"]
     first = outcome(trainer(changes=cached))
-    lost, torn, flipped, empty = sorted((tmp_path / "cache").rglob("*.safetensors"))[:4]
+    lost, truncated, flipped, empty = sorted((tmp_path / "cache").rglob("*.safetensors"))[:4]
     whole, kept = flipped.read_bytes(), load_file(flipped)["features"].clone()
     lost.unlink()
-    torn.write_bytes(torn.read_bytes()[:-7])
+    truncated.write_bytes(truncated.read_bytes()[:-7])
     flipped.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     empty.write_bytes(b"")
     again = outcome(trainer(changes=cached))
@@ -103,9 +97,9 @@ def test_other_weights_settings_or_flags_take_other_entries(trainer, bases, tmp_
         made = trainer(changes=[cache])
         inner = made.model.get_base_model()
         inner.model.multi_modal_projector.weight[0, 0] += 1e-3
-        key = vision_cache.weights_sha256(inner, base.data_collator.encoder.family)
+        key = vision_cache.weights_sha256(inner, base.data_collator.conversation.family)
     assert key != vision_cache.weights_sha256(
-        base.model.get_base_model(), base.data_collator.encoder.family
+        base.model.get_base_model(), base.data_collator.conversation.family
     )
     assert len(folders) == 3
 
@@ -119,7 +113,7 @@ def test_processes_and_runs_may_write_at_once(tmp_path):
         for _ in range(20):
             cache.write("x", features, 3)
             found = cache.read("x")
-            if found is None or not torch.equal(found["features"], features):
+            if found is None or not torch.equal(found.features, features):
                 broken.append(found)
 
     threads = [threading.Thread(target=work, args=(cache,)) for cache in caches]
@@ -128,7 +122,7 @@ def test_processes_and_runs_may_write_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert not broken
-    assert caches[0].read("x")["num_tiles"] == 3
+    assert caches[0].read("x").num_tiles == 3
     assert len(list(tmp_path.rglob("*"))) == 2  # the folder and the one entry
 
 
@@ -180,10 +174,10 @@ def test_the_tower_of_another_configuration_takes_other_entries(trainer, tmp_pat
         trainer(changes=[cache, f"model.base={base}"])
 
 
-def test_a_lost_picture_is_the_same_sentence_with_the_cache(trainer, tmp_path):
+def test_a_lost_image_is_the_same_sentence_with_the_cache(trainer, tmp_path):
     made = trainer(changes=[f"model.vision_cache={tmp_path / 'cache'}"])
     row = {**made.train_dataset[0], "images": [{"bytes": None, "path": str(tmp_path / "gone.png")}]}
-    with pytest.raises(MedftError, match=rf"row {row['id']}: expected a picture at"):
+    with pytest.raises(MedftError, match=rf"row {row['id']}: expected an image at"):
         made.data_collator([row])
 
 

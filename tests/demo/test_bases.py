@@ -25,11 +25,11 @@ def test_the_decoder_sees_its_image(bases):
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     )
-    pictures = torch.randint(0, 255, (2, 60, 60, 3), dtype=torch.uint8).numpy()
+    images = torch.randint(0, 255, (2, 60, 60, 3), dtype=torch.uint8).numpy()
     with torch.no_grad():
         logits = [
-            model(**processor(images=[[picture]], text=[text], return_tensors="pt")).logits
-            for picture in pictures
+            model(**processor(images=[[image]], text=[text], return_tensors="pt")).logits
+            for image in images
         ]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 

@@ -1,4 +1,4 @@
-"""The demo end to end, by its command; and its check fails where pictures tell nothing."""
+"""The demo end to end, by its command; and its check fails where images tell nothing."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from medft.demo.chain import check_learnt, run_demo, train_both
+from medft.demo.chain import check_learned, run_demo, train_both
 from medft.errors import RunError
 from medft.evaluation.evaluate import evaluate
 
@@ -48,7 +48,7 @@ def test_the_demo_learns_and_ends_with_the_path_of_its_page(demo):
     assert len(predictions) == 12
 
 
-def test_pictures_that_belong_to_other_texts_make_the_check_fail(demo, tmp_path):
+def test_images_that_belong_to_other_texts_make_the_check_fail(demo, tmp_path):
     out, _ = demo
     chat = tmp_path / "chat"
     chat.mkdir()
@@ -79,13 +79,13 @@ def test_pictures_that_belong_to_other_texts_make_the_check_fail(demo, tmp_path)
         for kind in ("decoder", "siglip")
     }
     with pytest.raises(RunError, match="tuned minus shuffled images") as refused:
-        check_learnt(metrics)
+        check_learned(metrics)
     assert "recall@1" in str(refused.value)
     known = {
         kind: json.loads((out / "evaluation" / kind / "metrics.json").read_text())
         for kind in ("decoder", "siglip")
     }
-    check_learnt(known)
+    check_learned(known)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):

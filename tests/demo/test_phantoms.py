@@ -1,4 +1,4 @@
-"""What a report says is visible in the picture, and the exports hold what a demo needs."""
+"""What a report says is visible in the image, and the exports hold what a demo needs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ LEVELS, SIDES = ("upper", "lower"), ("left", "right")
 
 
 def quadrant_of_change(phantom, seed, **options):
-    """Where a picture differs most from the same picture without finding."""
+    """Where an image differs most from the same image without finding."""
     empty = Phantom(phantom.modality, None, *_rest(phantom))
     with_finding, without = (
         render(p, np.random.default_rng(seed), **options) for p in (phantom, empty)
@@ -38,7 +38,7 @@ def _rest(phantom):
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_side_level_count_and_size_of_the_report_are_those_of_the_picture(modality):
+def test_side_level_count_and_size_of_the_report_are_those_of_the_image(modality):
     for look in MODALITIES[modality].looks:
         for level in LEVELS:
             for side in SIDES:
@@ -66,12 +66,12 @@ def test_a_lateral_view_shows_the_level_only():
 
 def test_findings_of_a_modality_look_different():
     for modality, kind in MODALITIES.items():
-        pictures = []
+        images = []
         for look in kind.looks:
             phantom = Phantom(modality, look, 1, "large", "upper", "left")
-            pictures.append(render(phantom, np.random.default_rng(1)))
-        radius = SIZES["large"] * len(pictures[0])
-        for one, other in zip(pictures, pictures[1:] + pictures[:1], strict=True):
+            images.append(render(phantom, np.random.default_rng(1)))
+        radius = SIZES["large"] * len(images[0])
+        for one, other in zip(images, images[1:] + images[:1], strict=True):
             assert np.abs(one - other).mean(axis=2).sum() > 20 * np.pi * radius**2
 
 
@@ -110,6 +110,7 @@ def test_exports_are_drawn_from_their_seed(tmp_path):
     assert files["a"] != files["c"]
 
 
+@pytest.mark.slow
 def test_the_demos_exports_give_2317_pairs_and_116_to_validate(tmp_path):
     sources = write_exports(tmp_path / "raw", pairs=2317, seed=17)
     summary = prepare(sources, tmp_path)

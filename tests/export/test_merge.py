@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from medft.config.recipe import ModelSection, QuantizationSection
-from medft.decoder.families import MLLAMA
+from medft.decoder.families.mllama import MLLAMA
 from medft.decoder.model import load_model
 from medft.errors import BaseModelError, RunError
 from medft.export.merge import merge
@@ -110,7 +110,7 @@ def test_an_adapter_of_a_4_bit_base_merges_onto_the_original(runs, bases, tmp_pa
     merge(runs / "nf4", tmp_path / "merged")
     merged = decoder_logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), bases)
     assert gap(merged, onto_original) < MERGED
-    # the trained model saw rounded weights: near what it learnt, nearer than the base is
+    # the trained model saw rounded weights: near what it learned, nearer than the base is
     near, far = ((x - trained).abs().mean().item() for x in (merged, untouched))
     assert 0 < near < far
 

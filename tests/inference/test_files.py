@@ -1,10 +1,8 @@
-"""Predictions for files, folders and tables; a stopped run goes on; a bad picture is a row."""
+"""Predictions for files, folders and tables; a stopped run goes on; a bad image is a row."""
 
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -22,7 +20,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_files_folders_and_tables_name_each_picture_once(knees, tmp_path):
+def test_files_folders_and_tables_name_each_image_once(knees, tmp_path):
     table = tmp_path / "cases.csv"
     table.write_text(f"image,question\n{knees / '0001.png'},Left?\n{knees / '0002.png'},\n")
     found = entries_of([knees / "0000.png", table, knees], None)
@@ -36,12 +34,12 @@ def test_files_folders_and_tables_name_each_picture_once(knees, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "none.png", "expected a picture, folder or table"),
+        (lambda folder: folder / "none.png", "expected an image, folder or table"),
         (lambda folder: folder / "empty", "found none"),
         (lambda folder: folder / "other.csv", "expected a column image"),
     ],
 )
-def test_inputs_that_name_no_picture_are_refused(make, message, tmp_path):
+def test_inputs_that_name_no_image_are_refused(make, message, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.csv").write_text("file\na.png\n")
     with pytest.raises(DataError, match=message):
@@ -69,16 +67,16 @@ def test_a_stopped_run_goes_on_and_ends_as_a_whole_one(runs, knees, tmp_path):
     assert len(read(out)) == len(inputs)
 
 
-def test_a_picture_that_cannot_be_read_is_a_row_with_its_error(runs, knees, tmp_path):
+def test_a_image_that_cannot_be_read_is_a_row_with_its_error(runs, knees, tmp_path):
     out = tmp_path / "out.csv"
-    inputs = [knees / "0000.png", knees / "torn.png", knees / "0001.png"]
+    inputs = [knees / "0000.png", knees / "truncated.png", knees / "0001.png"]
     counts = predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
     assert counts == {"written": 3, "kept": 0, "failed": 1}
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == CSV_COLUMNS
     assert [bool(row["error"]) for row in rows] == [False, True, False]
-    assert "torn.png" in rows[1]["error"]
+    assert "truncated.png" in rows[1]["error"]
     assert float(rows[0]["nearest_similarity"]) > 0
     content = out.read_bytes()
     out.write_bytes(content[: content.rfind(b"0001.png") + 20])
@@ -87,25 +85,23 @@ def test_a_picture_that_cannot_be_read_is_a_row_with_its_error(runs, knees, tmp_
     assert sorted(out.read_bytes().splitlines()) == sorted(content.splitlines())
 
 
-def test_only_torn_pictures_give_only_errors(runs, knees, tmp_path):
+def test_only_truncated_images_give_only_errors(runs, knees, tmp_path):
     counts = predict_files(
-        runs / "siglip", [knees / "torn.png"], tmp_path / "o.jsonl", prompt=None, siglip=None
+        runs / "siglip", [knees / "truncated.png"], tmp_path / "o.jsonl", prompt=None, siglip=None
     )
     assert counts == {"written": 1, "kept": 0, "failed": 1}
 
 
-def test_wrong_input_is_one_sentence(runs, knees, tmp_path):
+def test_wrong_input_is_one_sentence(medft, capsys, runs, knees, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"my": "notes"}\n')
     for words, message in (
         ((runs / "siglip", knees, "--out", tmp_path / "a.txt"), "to end in .jsonl or .csv"),
         ((runs / "siglip", knees, "--out", tmp_path / "mine.jsonl"), "holds something else"),
         ((tmp_path, knees, "--out", tmp_path / "a.csv"), "expected a run or an adapter folder"),
     ):
-        command = [sys.executable, "-m", "medft.cli", "predict", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        assert medft("predict", *words) == 2
+        [sentence] = capsys.readouterr().err.splitlines()
+        assert message in sentence
     assert (tmp_path / "mine.jsonl").read_text() == '{"my": "notes"}\n'
     assert not (tmp_path / "a.csv").exists()
 

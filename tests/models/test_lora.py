@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from medft.config.recipe import LoraSection
-from medft.decoder.families import MLLAMA
+from medft.decoder.families.mllama import MLLAMA
 from medft.errors import BaseModelError
 from medft.models.base import empty_model
 from medft.models.lora import (
@@ -18,10 +18,9 @@ from medft.models.lora import (
     count_by_part,
     load_adapter,
     plan_adapter,
-    read_notes,
     target_modules,
-    write_notes,
 )
+from medft.models.saved import read_saved_record, write_saved_record
 from medft.siglip import model as siglip_model
 
 NOTES = {"family": "mllama", "base": "x", "revision": None}
@@ -232,11 +231,11 @@ def test_a_folder_without_adapter_is_an_error(bases, tmp_path):
 
 def test_notes_are_read_back_bit_for_bit(tmp_path):
     value = torch.rand(1, generator=torch.Generator().manual_seed(3)).item() * 3
-    write_notes(tmp_path, {**NOTES, "logit_scale": value})
-    assert read_notes(tmp_path)["logit_scale"] == value
+    write_saved_record(tmp_path, {**NOTES, "logit_scale": value})
+    assert read_saved_record(tmp_path)["logit_scale"] == value
     assert "medft" in json.loads((tmp_path / "medft.json").read_text())
     with pytest.raises(BaseModelError, match=r"medft\.json"):
-        read_notes(tmp_path / "none")
-    write_notes(tmp_path, {"family": "mllama"})
+        read_saved_record(tmp_path / "none")
+    write_saved_record(tmp_path, {"family": "mllama"})
     with pytest.raises(BaseModelError, match="it lacks some"):
-        read_notes(tmp_path)
+        read_saved_record(tmp_path)

@@ -1,46 +1,37 @@
 """Runs that end early, build on another run, or must not end with an adapter that does nothing."""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from medft.check import check
 from medft.config.recipe import DecoderRecipe
-from medft.decoder.prepared import prepare_inputs
+from medft.decoder.prepared import prepare_decoder_data
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import BaseModelError, MedftError, RecipeError, RunError
 from medft.export.merge import merge
-from medft.training.callbacks import GradientWitness, MeasuredBatches
-
-ROOT = Path(__file__).parent.parent.parent
+from medft.training.callbacks import UntrainedParameterCallback
+from medft.training.trainer import RowTrackingTrainer
 
 
 @pytest.fixture
-def train(sections, tmp_path):
+def train(sections, tmp_path, run_script):
     """Run a recipe script in this process; gives the run directory."""
 
     def run(name, kind="decoder", changes=(), **train):
-        AcceleratorState._reset_state(True)
         recipe = sections(kind)
         recipe["train"] |= {"output_dir": str(tmp_path / name), "max_steps": 4, **train}
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe))
-        script = {"decoder": "decoder_qlora", "siglip": "siglip_lora"}[kind]
-        spec = importlib.util.spec_from_file_location(script, ROOT / "recipes" / f"{script}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.main([str(file), *changes])
+        run_script(kind, file, *changes)
         return tmp_path / name
 
     return run
@@ -83,7 +74,7 @@ def test_patience_is_counted_on_over_a_resumed_run(train):
     [
         (["train.early_stopping_patience=2", "data.validation=null"], "counts evaluations"),
         (["train.early_stopping_threshold=0.1"], "needs train.early_stopping_patience"),
-        (["lora.init_from=x", "lora.init_lora_weights=pissa"], "both give the adapter's first"),
+        (["lora.init_from=x", "lora.init_lora_weights=pissa"], "both give the adapter's initial"),
     ],
 )
 def test_contradictions_are_errors(sections, write_recipe, changes, message):
@@ -175,9 +166,9 @@ def test_a_merged_models_flag_must_be_kept(sections, write_recipe, runs, tmp_pat
     )
     arguments = decoder_arguments(recipe.train, dtype="float32")
     with pytest.raises(MedftError, match=r"expected model\.cross_attention_fix: true, with"):
-        prepare_inputs(recipe.model, recipe.data, recipe.lora, arguments)
+        prepare_decoder_data(recipe.model, recipe.data, recipe.lora, arguments)
     model = recipe.model.model_copy(update={"cross_attention_fix": True})
-    assert prepare_inputs(model, recipe.data, recipe.lora, arguments).collator.separates_rows
+    assert prepare_decoder_data(model, recipe.data, recipe.lora, arguments).collator.isolates_rows
 
 
 @pytest.fixture
@@ -212,17 +203,18 @@ class Half(torch.nn.Module):
 
 @pytest.mark.parametrize(("steps", "stops"), [(3, False), (4, True), (9, True)])
 def test_a_tensor_without_gradient_stops_the_run_after_a_whole_epoch(tmp_path, steps, stops):
-    AcceleratorState._reset_state(True)
     rows = [{"x": torch.randn(2)} for _ in range(8)]
     arguments = TrainingArguments(
         str(tmp_path), max_steps=steps, per_device_train_batch_size=2, use_cpu=True,
         report_to="none", save_steps=2,
     )  # fmt: skip
-    callbacks = [GradientWitness()]
+    callbacks = [UntrainedParameterCallback()]
     trainer = Trainer(Half(), arguments, train_dataset=rows, callbacks=callbacks)
     if not stops:
         trainer.train()
-        again = Trainer(Half(), arguments, train_dataset=rows, callbacks=[GradientWitness()])
+        again = Trainer(
+            Half(), arguments, train_dataset=rows, callbacks=[UntrainedParameterCallback()]
+        )
         again.args.max_steps = 4  # the rest of an epoch tells nothing either
         again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
         return
@@ -317,14 +309,14 @@ def test_a_result_that_was_not_written_is_written_without_training_further(train
 
 
 def test_sigterm_in_the_last_evaluation_loses_nothing(train, monkeypatch):
-    evaluate = MeasuredBatches.evaluate
+    evaluate = RowTrackingTrainer.evaluate
 
     def interrupted(trainer, *args, **kwargs):
         if trainer.state.global_step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(MeasuredBatches, "evaluate", interrupted)
+    monkeypatch.setattr(RowTrackingTrainer, "evaluate", interrupted)
     run = train("run", eval_strategy="steps", eval_steps=2)
     assert json.loads((run / "run.json").read_text())["status"] == "completed"
     assert (run / "adapter").is_dir()

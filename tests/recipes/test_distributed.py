@@ -53,7 +53,7 @@ def losses(file):
 
 @pytest.mark.parametrize("rows", ["one image", "mixed"])
 def test_two_processes_train_as_one_with_twice_the_batch(recipe, rows, mixed_rows):
-    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612"]
+    words = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     two = recipe("decoder", per_device_train_batch_size=3)
     if rows == "mixed":
         content = yaml.safe_load(two.read_text())
@@ -82,7 +82,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, rows, mixed_row
 
 
 def test_siglip_on_two_processes_keeps_scale_and_bias_in_step(recipe):
-    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    words = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     two = recipe("siglip", learning_rate=1e-3)
     plain = "contrastive.exact_batch=false"
     finish([*words, script("siglip"), str(two), plain])
@@ -155,7 +155,7 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kin
         content["data"] |= {"random_rotation": 5, "random_crop": 0.9, "random_brightness": 0.1}
         content["train"]["gradient_accumulation_steps"] = 2
     file.write_text(yaml.safe_dump(content))
-    words = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29614"]
+    words = ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     finish([*words, script(kind), str(file)])
     whole, run = losses(file)
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")

@@ -1,7 +1,6 @@
-"""The commands users type, in processes of their own: exact repetition, exact resumption."""
+"""The scripts users run: exact repetition, exact resumption, signals."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,8 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from medft.errors import RunError
+
 ROOT = Path(__file__).parent.parent.parent
 NF4 = "quantization={bits: 4}"
+SIGNALLED = Path(__file__).parent / "signalled.py"
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,9 @@ def equal(left: Path, right: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe_of, start_script, output_of):
-    """Finished runs, by name, all side by side."""
+def repeated(sections, tmp_path_factory, run_script):
+    """Short runs, by name; some differ in nothing, some in the seed."""
+    folder = tmp_path_factory.mktemp("repeated")
     plans = {
         "decoder": ("decoder", []),
         "decoder again": ("decoder", []),
@@ -69,43 +72,51 @@ def undisturbed(recipe_of, start_script, output_of):
         "nf4": ("decoder", [NF4]),
         "nf4 again": ("decoder", [NF4]),
         "siglip": ("siglip", []),
+        "siglip again": ("siglip", []),
         "siglip other seed": ("siglip", ["train.seed=18"]),
     }
-    files = {name: recipe_of(kind, "run") for name, (kind, _) in plans.items()}
-    waiting = list(plans.items())
-    while waiting:
-        pair, waiting = waiting[:2], waiting[2:]
-        started = [start_script(kind, files[name], *words) for name, (kind, words) in pair]
-        for process in started:
-            output_of(process)
-    return {name: run_of(file) for name, file in files.items()}
+    for name, (kind, words) in plans.items():
+        recipe = sections(kind)
+        recipe["train"] |= {"output_dir": str(folder / name), "max_steps": 6}
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        run_script(kind, file, *words)
+    return folder
 
 
-@pytest.mark.parametrize("name", ["decoder", "nf4"])
-def test_the_same_recipe_and_seed_give_the_same_adapter_bit_for_bit(undisturbed, name):
-    assert equal(undisturbed[name], undisturbed[f"{name} again"])
+@pytest.mark.parametrize("name", ["decoder", "nf4", "siglip"])
+def test_the_same_recipe_and_seed_give_the_same_adapter_bit_for_bit(repeated, name):
+    assert equal(repeated / name, repeated / f"{name} again")
 
 
 @pytest.mark.parametrize("name", ["decoder", "siglip"])
-def test_another_seed_gives_another_adapter(undisturbed, name):
-    assert not equal(undisturbed[name], undisturbed[f"{name} other seed"])
+def test_another_seed_gives_another_adapter(repeated, name):
+    assert not equal(repeated / name, repeated / f"{name} other seed")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(recipe_of, run_script):
+    """Finished runs, by name."""
+    plans = {"nf4": ("decoder", [NF4]), "siglip": ("siglip", [])}
+    files = {name: recipe_of(kind, "run") for name, (kind, _) in plans.items()}
+    for name, (kind, words) in plans.items():
+        run_script(kind, files[name], *words)
+    return {name: run_of(file) for name, file in files.items()}
+
+
+@pytest.mark.slow
 def test_losses_fall(undisturbed):
-    for name in ("decoder", "nf4", "siglip"):
+    for name in ("nf4", "siglip"):
         history = json.loads((undisturbed[name] / "log_history.json").read_text())
         losses = [entry["loss"] for entry in history if "loss" in entry]
         assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
-    """Return once a checkpoint at or after a step is whole, or the process has ended."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        done = [int(p.parent.name[11:]) for p in run.glob("checkpoint-*/manifest.json")]
-        if max(done, default=0) >= step:
-            break
-        time.sleep(0.005)
+def finished(command: list[object]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
 
 
 def losses_of(run: Path) -> list[tuple[str, float]]:
@@ -118,31 +129,29 @@ def same_best(left: Path, right: Path) -> bool:
     return first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "words"), [("decoder", [NF4]), ("siglip", [])])
-def test_a_killed_run_goes_on_bit_for_bit_past_checkpoints_that_are_not_whole(
-    undisturbed, recipe_of, start_script, output_of, kind, words
+def test_a_killed_run_goes_on_bit_for_bit_past_checkpoints_that_are_not_complete(
+    undisturbed, recipe_of, run_script, caplog, kind, words
 ):
     file = recipe_of(kind, "run")
     run = run_of(file)
-    process = start_script(kind, file, *words)
-    wait_for(run, 20, process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed = finished([SIGNALLED, "SIGKILL", 26, kind, file, *words])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     assert not (run / "adapter").exists()
     steps = sorted(int(path.parent.name[11:]) for path in run.glob("checkpoint-*/manifest.json"))
+    assert steps == [4, 8, 12, 16, 20, 24]
+    (run / "checkpoint-24" / "optimizer.pt").unlink()
+    truncated = run / "checkpoint-20" / "rng_state.pth"
+    truncated.write_bytes(truncated.read_bytes()[:-20])
     per_epoch = json.loads((run / "run.json").read_text())["batch"]["steps_per_epoch"]
-    (run / f"checkpoint-{steps[-1]}" / "optimizer.pt").unlink()
-    for step in steps[:-1]:
-        if step > 16:
-            torn = run / f"checkpoint-{step}" / "rng_state.pth"
-            torn.write_bytes(torn.read_bytes()[:-20])
     assert per_epoch < 16 < 2 * per_epoch
     assert 16 % per_epoch != 0
 
-    output = output_of(start_script(kind, file, *words, "train.resume_from_checkpoint=true"))
-    assert f"skipped checkpoint-{steps[-1]}: optimizer.pt is missing" in output
+    run_script(kind, file, *words, "train.resume_from_checkpoint=true")
+    assert "skipped checkpoint-24: optimizer.pt is missing" in caplog.text
+    assert "skipped checkpoint-20: rng_state.pth is not what was saved" in caplog.text
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "completed"
     assert record["resumed_from"] == "checkpoint-16"
@@ -153,70 +162,67 @@ def test_a_killed_run_goes_on_bit_for_bit_past_checkpoints_that_are_not_whole(
     assert same_best(run, reference)
 
 
-def test_a_changed_recipe_does_not_continue_a_run(undisturbed, tmp_path, start_script, output_of):
+def test_a_changed_recipe_does_not_continue_a_run(repeated, tmp_path, run_script):
     run = tmp_path / "run"
-    shutil.copytree(undisturbed["decoder"], run)
+    shutil.copytree(repeated / "decoder", run)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["train"] |= {"output_dir": str(run), "resume_from_checkpoint": True}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    words = ["train.learning_rate=0.5", "lora.r=8"]
-    output = output_of(start_script("decoder", file, *words), code=2)
-    assert "these keys differ: lora.r (4 -> 8), train.learning_rate (0.01 -> 0.5)" in output
+    differ = r"these keys differ: lora\.r \(4 -> 8\), train\.learning_rate \(0\.01 -> 0\.5\)"
+    with pytest.raises(RunError, match=differ):
+        run_script("decoder", file, "train.learning_rate=0.5", "lora.r=8")
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_anything_is_kept(
-    recipe_of, start_script, output_of
-):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_kept(recipe_of, run_script):
     file = recipe_of("siglip", "run")
     words = ["train.learning_rate=1e30", "train.max_grad_norm=0", "train.warmup_steps=0"]
-    output = output_of(start_script("siglip", file, *words), code=2)
-    assert output.count("medft: error: expected every ") == 1
-    trained = re.search(r"after the rows ([0-9a-f, ]+): look at them", output)[1].split(", ")
+    with pytest.raises(RunError, match=r"^expected every ") as stopped:
+        run_script("siglip", file, *words)
+    [problem] = stopped.value.problems
+    trained = re.search(r"after the rows ([0-9a-f, ]+): look at them", problem)[1].split(", ")
     assert len(trained) == 3
-    assert "Traceback" not in output
     run = run_of(file)
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
     assert not list(run.glob("checkpoint-*/manifest.json"))
     assert not (run / "adapter").exists()
 
 
-def test_sigterm_saves_a_whole_checkpoint_and_exits_143(
-    undisturbed, recipe_of, start_script, output_of
-):
+@pytest.mark.slow
+def test_sigterm_saves_a_complete_checkpoint_and_exits_143(undisturbed, recipe_of, run_script):
     file = recipe_of("siglip", "run")
     run = run_of(file)
-    process = start_script("siglip", file)
-    wait_for(run, 8, process)
-    process.terminate()
-    output_of(process, code=143)
+    stopped = finished([SIGNALLED, "SIGTERM", 9, "siglip", file])
+    assert stopped.returncode == 143, stopped.stderr
     record = json.loads((run / "run.json").read_text())
-    assert record["status"] == "interrupted"
+    assert (record["status"], record["steps_done"]) == ("interrupted", 9)
     assert not (run / "adapter").exists()
-    assert (run / f"checkpoint-{record['steps_done']}" / "manifest.json").exists()
-    output_of(start_script("siglip", file, "train.resume_from_checkpoint=true"))
+    assert (run / "checkpoint-9" / "manifest.json").exists()
+    run_script("siglip", file, "train.resume_from_checkpoint=true")
     assert equal(run, undisturbed["siglip"])
     assert losses_of(run) == losses_of(undisturbed["siglip"])
     assert same_best(run, undisturbed["siglip"])
 
 
+@pytest.mark.slow
 def test_medft_train_launches_the_script_and_passes_sigterm_on(recipe_of):
     file = recipe_of("siglip", "run")
     run = run_of(file)
     command = [sys.executable, "-m", "medft.cli", "train", str(file), "train.num_train_epochs=200"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    wait_for(run, 4, process)
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    while process.poll() is None and not list(run.glob("checkpoint-*/manifest.json")):
+        time.sleep(0.05)
     process.terminate()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 143, output
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "interrupted"
     assert (run / f"checkpoint-{record['steps_done']}" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_before_training_begins_is_not_lost(recipe_of):
     file = recipe_of("siglip", "run")
     code = f"""
@@ -234,22 +240,16 @@ def stop_as_soon_as_the_launcher_runs():
 threading.Thread(target=stop_as_soon_as_the_launcher_runs).start()
 sys.exit(train(Path({str(file)!r}), ["train.num_train_epochs=500"], None))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = finished(["-c", code])
     assert done.returncode == 143, done.stderr
     assert not (run_of(file) / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_the_launcher_shows_the_sentence_once_and_fails(sections, write_recipe):
     file = write_recipe(sections("decoder"))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes" / "decoder_qlora.py"),
-        str(file), "train.learning_rate=fast",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    command = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    done = finished([*command, "recipes/decoder_qlora.py", file, "train.learning_rate=fast"])
     assert done.returncode != 0
     assert done.stderr.count("medft: error: ") == 1
     assert not (file.parent / "run").exists()

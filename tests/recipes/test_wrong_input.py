@@ -3,21 +3,13 @@
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
-from medft import cli
 from medft.errors import run_command
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
 
 
 def script(kind):
@@ -26,12 +18,14 @@ def script(kind):
     return runpy.run_path(str(ROOT / "recipes" / name))["main"]
 
 
-def start(way, kind, words):
-    """Exit code of `medft check`, `medft train` or the script."""
-    if way == "script":
-        return run_command(script(kind), words)
-    sys.argv = ["medft", way, *words]
-    return cli.main()
+@pytest.fixture
+def start(medft):
+    """Gives the exit code of `medft check`, `medft train` or the script."""
+
+    def run(way, kind, words):
+        return run_command(script(kind), words) if way == "script" else medft(way, *words)
+
+    return run
 
 
 def lines(path, *rows):
@@ -114,7 +108,7 @@ CASES = [(kind, name, *case) for kind in ("decoder", "siglip") for name, case in
     ("kind", "name", "change", "message"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES]
 )
 def test_wrong_input_is_one_sentence(
-    sections, write_recipe, tmp_path, capfd, way, kind, name, change, message
+    start, sections, write_recipe, tmp_path, capfd, way, kind, name, change, message
 ):
     recipe = sections(kind)
     if recipe.get("quantization", 0) is None:
@@ -132,7 +126,7 @@ def test_wrong_input_is_one_sentence(
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-def test_everything_that_is_wrong_is_said_at_once(sections, write_recipe, capfd):
+def test_everything_that_is_wrong_is_said_at_once(start, sections, write_recipe, capfd):
     recipe = sections("decoder")
     recipe["data"]["train"] = "none.jsonl"
     recipe["model"]["base"] = "./none"
@@ -144,7 +138,7 @@ def test_everything_that_is_wrong_is_said_at_once(sections, write_recipe, capfd)
         assert word in line
 
 
-def test_a_good_recipe_is_shown_whole(sections, write_recipe, capfd):
+def test_a_good_recipe_is_shown_whole(start, sections, write_recipe, capfd):
     file = write_recipe(sections("decoder"))
     assert start("check", "decoder", [str(file), "train.gradient_accumulation_steps=2"]) == 0
     printed = capfd.readouterr().out
@@ -159,7 +153,7 @@ def test_a_good_recipe_is_shown_whole(sections, write_recipe, capfd):
 
 
 def test_mixed_image_counts_are_shown_and_fill_rounds_of_their_own(
-    sections, write_recipe, mixed_rows, capfd
+    start, sections, write_recipe, mixed_rows, capfd
 ):
     file = write_recipe(sections("decoder"))
     assert start("check", "decoder", [str(file), f"data.train={mixed_rows}"]) == 0
@@ -169,7 +163,7 @@ def test_mixed_image_counts_are_shown_and_fill_rounds_of_their_own(
 
 
 def test_captions_that_siglips_tokenizer_cannot_tell_apart_are_shown(
-    sections, write_recipe, data, tmp_path, capfd
+    start, sections, write_recipe, data, tmp_path, capfd
 ):
     image = next((data / "chat" / "images").iterdir())
     rows = [
@@ -187,7 +181,7 @@ def test_captions_that_siglips_tokenizer_cannot_tell_apart_are_shown(
 @pytest.mark.parametrize("text", ["<|image|>", "<|image|><|image|>"])
 @pytest.mark.parametrize("place", ["question", "answer"])
 def test_image_tokens_hidden_in_text_are_found(
-    sections, write_recipe, tmp_path, capfd, text, place
+    start, sections, write_recipe, tmp_path, capfd, text, place
 ):
     messages = [dict(QUESTION), dict(ANSWER)]
     messages[place == "answer"]["content"] += text
@@ -200,7 +194,9 @@ def test_image_tokens_hidden_in_text_are_found(
     assert f"row r8: expected ordinary text, {told}" in capfd.readouterr().err
 
 
-def test_long_prompts_are_an_error_or_dropped_and_counted(sections, write_recipe, tmp_path, capfd):
+def test_long_prompts_are_an_error_or_dropped_and_counted(
+    start, sections, write_recipe, tmp_path, capfd
+):
     long = [{"role": "user", "content": "why " * 90}, ANSWER]
     rows = [
         {"id": "long", "images": [], "messages": long},

@@ -1,6 +1,7 @@
 """Gradients of a whole batch from its micro-batches, against one graph over all of them."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from medft.errors import RunError
-from medft.siglip.exact_batch import random_numbers_again, share_out
+from medft.siglip.exact_batch import ExactBatch, replay_rng
 from medft.siglip.loss import Pairs, loss_gradients
 
 SIZES = (3, 1, 7, 2)
@@ -74,6 +75,26 @@ def gradients(towers):
     return found
 
 
+def exact_batch(towers, batches, name, positives, *, replays=True):
+    """The micro-batches as one; without replay random numbers go on after the caching pass."""
+
+    def embed_without_grad(batches):
+        with replay_rng(CPU) if replays else nullcontext(), torch.no_grad():
+            return [towers(batch) for batch in batches]
+
+    def gradients_of(pairs):
+        return loss_gradients(name, pairs, positives, towers.scale, towers.bias)
+
+    return ExactBatch(batches, embed_without_grad=embed_without_grad, gradients_of=gradients_of)
+
+
+def loss_in(exact, index, towers, batch):
+    """The loss of a batch, taken at one of its micro-batches."""
+    pairs = towers(batch)
+    cached = exact.cached(index, pairs)
+    return cached.loss_of(pairs.images, pairs.texts, towers.scale, towers.bias)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("name", "positives"),
@@ -94,16 +115,12 @@ def test_uneven_micro_batches_are_one_batch(micro_batches, name, positives, drop
     whole = gradients(towers)
 
     torch.manual_seed(2)
-    with random_numbers_again(CPU), torch.no_grad():
-        parts = [towers(batch) for batch in micro_batches]
-    shares = share_out(
-        parts, lambda p: loss_gradients(name, p, positives, towers.scale, towers.bias)
-    )
-    for share, batch in zip(shares, micro_batches, strict=True):
-        again = towers(batch)
-        loss = share.loss_of(again.images, again.texts, towers.scale, towers.bias)
+    exact = exact_batch(towers, micro_batches, name, positives)
+    exact.run_caching_pass()
+    for index, batch in enumerate(micro_batches):
+        loss = loss_in(exact, index, towers, batch)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-        loss.backward()
+        (loss / len(SIZES)).backward()  # as the training loop does
     for left, right in zip(gradients(towers), whole, strict=True):
         # rounding of float32 cosines before a factor of 11; the bias has no part in softmax
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
@@ -118,13 +135,23 @@ def test_uneven_micro_batches_are_one_batch(micro_batches, name, positives, drop
             assert (left - right).norm() > 0.02 * right.norm()
 
 
+def test_micro_batches_know_their_batch_whatever_order_they_come_in(micro_batches):
+    towers = Towers(0.0)
+    halves = micro_batches[:2], micro_batches[2:]
+    for half in halves:
+        (in_one_graph(towers, half, "sigmoid", "caption") / 2).backward()
+    expected = gradients(towers)
+    exact = [exact_batch(towers, half, "sigmoid", "caption") for half in halves]
+    for which, index in ((1, 1), (0, 0), (1, 0), (0, 1)):
+        exact[which].run_caching_pass()
+        (loss_in(exact[which], index, towers, halves[which][index]) / 4).backward()
+    for left, right in zip(gradients(towers), expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)  # rounding, as above
+
+
 def test_another_dropout_mask_in_the_replay_is_an_error(micro_batches):
     towers = Towers(0.3)
-    with torch.no_grad():  # random numbers go on
-        parts = [towers(batch) for batch in micro_batches]
-    shares = share_out(
-        parts, lambda p: loss_gradients("sigmoid", p, "caption", towers.scale, towers.bias)
-    )
-    again = towers(micro_batches[0])
+    exact = exact_batch(towers, micro_batches, "sigmoid", "caption", replays=False)
+    exact.run_caching_pass()
     with pytest.raises(RunError, match="when a micro-batch is computed again"):
-        shares[0].loss_of(again.images, again.texts, towers.scale, towers.bias)
+        loss_in(exact, 0, towers, micro_batches[0])

@@ -28,7 +28,7 @@ def best_loss(images, texts, labels):
 
 @pytest.fixture
 def drawn():
-    """40 pairs: pictures that come again with other texts, texts that come again."""
+    """40 pairs: images that come again with other texts, texts that come again."""
     draw = random.Random(3)
     images = [draw.randrange(12) for _ in range(40)]
     texts = [draw.randrange(9) for _ in range(40)]
@@ -49,7 +49,7 @@ def test_it_is_the_best_loss_of_the_whole_data(drawn, positives):
     assert found > 0
 
 
-def test_a_picture_in_two_groups_keeps_a_floor_under_group_labels():
+def test_a_image_in_two_groups_keeps_a_floor_under_group_labels():
     images, texts, groups = [1, 1, 2], ["a", "b", "a"], [1, 2, 3]
     found = sigmoid_floor(images, texts, groups, batch=3, positives="group")
     labels = labels_of([0, 1, 0], groups, "group")
@@ -88,7 +88,7 @@ def test_nine_captions_under_diagonal_labels_have_the_floor_of_their_shares(batc
         m = 1 + (batch - 1) * p
         entropy = math.log(m) / m - (1 - 1 / m) * math.log1p(-1 / m)
         expected += p * m * entropy
-    for images in (range(10_000), texts):  # whether or not pictures come again with their captions
+    for images in (range(10_000), texts):  # whether or not images come again with their captions
         found = sigmoid_floor(images, texts, range(10_000), batch=batch, positives="diagonal")
         assert found == pytest.approx(expected, rel=2e-3)  # drawn with repetition there
     assert sigmoid_floor(range(10_000), texts, texts, batch=batch, positives="caption") == 0

@@ -14,82 +14,82 @@ from transformers import AutoModel, AutoProcessor, SiglipImageProcessorPil, Sigl
 from medft.config.recipe import ModelSection, SiglipDataSection
 from medft.errors import MedftError
 from medft.siglip.augmentation import augment
+from medft.siglip.embedder import Embedder
 from medft.siglip.model import load_siglip_processor
-from medft.trained import Encoder
 
 
 @pytest.fixture
-def picture():
+def image():
     """A gradient from left to right with a bright corner, so that every change shows."""
-    grey = np.tile(np.linspace(20, 200, 80, dtype=np.uint8), (60, 1))
-    grey[:10, :10] = 250
-    return Image.fromarray(np.stack([grey] * 3, axis=-1))
+    gray = np.tile(np.linspace(20, 200, 80, dtype=np.uint8), (60, 1))
+    gray[:10, :10] = 250
+    return Image.fromarray(np.stack([gray] * 3, axis=-1))
 
 
 def section(**changes):
     return SiglipDataSection(train="x", **changes)
 
 
-def test_nothing_is_changed_unless_asked(picture):
-    assert augment(picture, section(), (1, 2, 3)).tobytes() == picture.tobytes()
+def test_nothing_is_changed_unless_asked(image):
+    assert augment(image, section(), (1, 2, 3)).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"random_rotation": 10}, {"random_crop": 0.8}, {"random_brightness": 0.3}],
 )
-def test_changes_are_drawn_from_seed_epoch_and_entry(picture, changes):
-    first = augment(picture, section(**changes), (17, 0, 5))
-    assert augment(picture, section(**changes), (17, 0, 5)).tobytes() == first.tobytes()
+def test_changes_are_drawn_from_seed_epoch_and_entry(image, changes):
+    first = augment(image, section(**changes), (17, 0, 5))
+    assert augment(image, section(**changes), (17, 0, 5)).tobytes() == first.tobytes()
     for other in ((18, 0, 5), (17, 1, 5), (17, 0, 6)):
-        assert augment(picture, section(**changes), other).tobytes() != first.tobytes()
+        assert augment(image, section(**changes), other).tobytes() != first.tobytes()
 
 
-def test_a_crop_keeps_its_share_of_each_side(picture):
-    sizes = [augment(picture, section(random_crop=0.7), (0, 0, i)).size for i in range(200)]
+def test_a_crop_keeps_its_share_of_each_side(image):
+    sizes = [augment(image, section(random_crop=0.7), (0, 0, i)).size for i in range(200)]
     widths, heights = zip(*sizes, strict=True)
     assert 56 <= min(widths) < 60
     assert 76 < max(widths) <= 80
     assert all(abs(w / 80 - h / 60) < 0.02 for w, h in zip(widths, heights, strict=True))
 
 
-def test_brightness_stays_within_its_share(picture):
-    grey = [
-        np.asarray(augment(picture, section(random_brightness=0.2), (0, 0, i)))[30, 40, 0]
+def test_brightness_stays_within_its_share(image):
+    gray = [
+        np.asarray(augment(image, section(random_brightness=0.2), (0, 0, i)))[30, 40, 0]
         for i in range(200)
     ]
-    before = np.asarray(picture)[30, 40, 0]
-    assert 0.79 * before < min(grey) < 0.85 * before
-    assert 1.15 * before < max(grey) < 1.21 * before
+    before = np.asarray(image)[30, 40, 0]
+    assert 0.79 * before < min(gray) < 0.85 * before
+    assert 1.15 * before < max(gray) < 1.21 * before
 
 
-def test_left_and_right_are_swapped_only_when_asked(picture):
+def test_left_and_right_are_swapped_only_when_asked(image):
     everything = {"random_rotation": 10, "random_crop": 0.8, "random_brightness": 0.2}
 
     def mirrored(**flip):
         found = 0
         for i in range(60):
-            grey = np.asarray(augment(picture, section(**everything, **flip), (0, 0, i)))[..., 0]
-            found += grey[20:40, 15:20].mean() > grey[20:40, -20:-15].mean()
+            gray = np.asarray(augment(image, section(**everything, **flip), (0, 0, i)))[..., 0]
+            found += gray[20:40, 15:20].mean() > gray[20:40, -20:-15].mean()
         return found
 
     assert mirrored() == 0
     assert 15 < mirrored(random_flip=True) < 45
 
 
-def test_only_training_pictures_change_and_differently_in_each_epoch(sections, write_recipe):
+def test_only_training_images_change_and_differently_in_each_epoch(sections, write_recipe):
     recipe = sections("siglip")
     recipe["data"] |= {"random_rotation": 5, "random_crop": 0.9, "random_brightness": 0.1}
     trainer = build_trainer(write_recipe(recipe))
     train, validation = trainer.train_dataset, trainer.eval_dataset
-    first = train[3]["image"].tobytes()
-    kept = validation[1]["image"].tobytes()
-    assert train[3]["image"].tobytes() == first
+    first = train[3].image.tobytes()
+    kept = validation[1].image.tobytes()
+    assert train[3].image.tobytes() == first
     train.set_epoch(1)
-    assert train[3]["image"].tobytes() != first
-    assert validation[1]["image"].tobytes() == kept
+    assert train[3].image.tobytes() != first
+    assert validation[1].image.tobytes() == kept
     train.set_epoch(0)
-    assert train[3]["image"].tobytes() == first
+    assert train[3].image.tobytes() == first
 
 
 def test_workers_that_live_on_see_the_new_epoch(sections, write_recipe):
@@ -120,8 +120,8 @@ def test_a_row_with_two_images_gives_a_pair_each_in_one_group(mixed_rows, sectio
     pairs = trainer.train_dataset
     assert len(pairs) == 15 + 2 * 7  # 5 rows have no image
     left, right = pairs[15], pairs[16]
-    assert (left["id"], left["group_id"], left["caption"]) == (
-        right["id"], right["group_id"], right["caption"],
+    assert (left.id, left.group_id, left.caption) == (
+        right.id, right.group_id, right.caption,
     )  # fmt: skip
     batch = trainer.data_collator([left, right])
     assert batch["group_ids"][0] == batch["group_ids"][1]
@@ -136,8 +136,7 @@ def test_pairs_parquet_gives_the_same_pairs_as_the_chat_file(data, sections, wri
 
     def content(pairs):
         return {
-            (e["id"], e["caption"], e["image"].tobytes())
-            for e in map(pairs.__getitem__, range(len(pairs)))
+            (e.id, e.caption, e.image.tobytes()) for e in map(pairs.__getitem__, range(len(pairs)))
         }
 
     assert content(parquet) == content(chat)
@@ -179,7 +178,7 @@ def test_siglip_2_sees_lower_case_padded_behind_and_so_does_what_is_saved(siglip
 
 
 def test_an_untouched_siglip_2_is_embedded_in_lower_case(siglip2):
-    encoder = Encoder.load(siglip2)
+    encoder = Embedder.load(siglip2)
     upper, lower = encoder.embed_texts(["No Effusion", "no effusion"])
     assert (upper == lower).all()
 
@@ -225,7 +224,8 @@ def test_a_shorter_padding_is_told_and_saved(sections, write_recipe, tmp_path, c
     recipe["data"]["max_length"] = 24
     trainer = build_trainer(write_recipe(recipe))
     assert (
-        "captions are padded to 24 tokens and the base learnt to pool the last of 64" in caplog.text
+        "captions are padded to 24 tokens and the base learned to pool the last of 64"
+        in caplog.text
     )
     trainer.data_collator.processor.save_pretrained(tmp_path / "saved")
     again = AutoProcessor.from_pretrained(tmp_path / "saved", backend="pil")

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -36,7 +35,6 @@ def collated(entries):
 
 def stock_step(model, pairs, folder, collate=collated, *, per_device, accumulation):
     """The gradient of a step of transformers' own Trainer with SigLIP's own loss."""
-    AcceleratorState._reset_state(True)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=per_device,
@@ -55,6 +53,7 @@ def stock_step(model, pairs, folder, collate=collated, *, per_device, accumulati
     return torch.cat([gradient.flatten() for gradient in callback.found.values()])
 
 
+@pytest.mark.upstream
 def test_1_stock_accumulation_has_the_negatives_of_a_micro_batch_only(bases, pairs, tmp_path):
     def gradient(size):
         model = AutoModel.from_pretrained(bases / "siglip")
@@ -65,6 +64,7 @@ def test_1_stock_accumulation_has_the_negatives_of_a_micro_batch_only(bases, pai
     assert (parts - whole).norm() > 0.3 * whole.norm()  # medft: test_trainer, relative 1e-5
 
 
+@pytest.mark.upstream
 def test_9_stock_does_not_divide_where_a_batch_has_a_key_called_labels(bases, pairs, tmp_path):
     def with_labels(entries):
         return {**collated(entries), "labels": torch.zeros(len(entries), dtype=torch.long)}
@@ -85,7 +85,7 @@ def test_9_stock_does_not_divide_where_a_batch_has_a_key_called_labels(bases, pa
 
 @pytest.fixture
 def nine_captions(tmp_path, sections, write_recipe):
-    """A trainer on 63 pictures with 9 captions, seven times each, all in one batch."""
+    """A trainer on 63 images with 9 captions, seven times each, all in one batch."""
 
     def make(positives):
         rows = []
@@ -138,6 +138,7 @@ def test_2_the_printed_floor_is_the_loss_of_perfect_embeddings(nine_captions):
     assert nine_captions("caption")._plan.loss_floor == 0
 
 
+@pytest.mark.upstream
 def test_4_stock_leaves_scale_and_bias_out_of_an_adapter_and_decays_them(bases, tmp_path):
     model = AutoModel.from_pretrained(bases / "siglip")
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["logit_scale", "logit_bias"])
@@ -146,8 +147,6 @@ def test_4_stock_leaves_scale_and_bias_out_of_an_adapter_and_decays_them(bases, 
     adapted.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("logit" in name for name in saved)
-
-    AcceleratorState._reset_state(True)
     arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True)
     whole = AutoModel.from_pretrained(bases / "siglip")
     groups = Trainer(whole, arguments).create_optimizer().param_groups
@@ -155,16 +154,25 @@ def test_4_stock_leaves_scale_and_bias_out_of_an_adapter_and_decays_them(bases, 
     assert group["weight_decay"] == 0.1
 
 
-def test_5_a_base_without_scale_and_bias_is_refused_where_stock_fills_in_zeros(bases, tmp_path):
-    config = SiglipConfig.from_pretrained(bases / "siglip")
-    assert SiglipModel(config).logit_scale.item() == SiglipModel(config).logit_bias.item() == 0
-
+@pytest.fixture
+def without_scale_and_bias(bases, tmp_path):
+    """A base whose files lack both."""
     (tmp_path / "config.json").write_text((bases / "siglip" / "config.json").read_text())
     weights = load_file(bases / "siglip" / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if "logit" not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert AutoModel.from_pretrained(tmp_path).logit_scale.item() == 0
-    section = ModelSection(base=str(tmp_path), dtype="float32")
+    return tmp_path
+
+
+@pytest.mark.upstream
+def test_5_stock_fills_in_zeros_for_scale_and_bias(bases, without_scale_and_bias):
+    config = SiglipConfig.from_pretrained(bases / "siglip")
+    assert SiglipModel(config).logit_scale.item() == SiglipModel(config).logit_bias.item() == 0
+    assert AutoModel.from_pretrained(without_scale_and_bias).logit_scale.item() == 0
+
+
+def test_5_a_base_without_scale_and_bias_is_refused(without_scale_and_bias):
+    section = ModelSection(base=str(without_scale_and_bias), dtype="float32")
     with pytest.raises(BaseModelError, match="2 are missing or of another shape, first logit_bias"):
         load_model(section, SiglipLoraSection(), image_size=56)
 
@@ -190,13 +198,16 @@ def test_8_stock_logits_are_bfloat16_under_autocast(bases, pairs):
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_an_epochs_rest_is_repeated_by_accelerate_and_left_out_by_medft(sections, write_recipe):
+@pytest.mark.upstream
+def test_an_epochs_rest_is_repeated_by_accelerate():
     sampler = BatchSampler(range(10), batch_size=4, drop_last=False)
     shards = [BatchSamplerShard(sampler, 2, rank) for rank in range(2)]
     last = [list(shard)[-1] for shard in shards]
     seen = [index for batch in last for index in batch]
     assert len(seen) > len(set(seen)) or len(set(seen) & set(range(8))) > 0
 
+
+def test_an_epochs_rest_is_dropped_by_medft(sections, write_recipe):
     recipe = sections("siglip")
     recipe["train"] |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = build_trainer(write_recipe(recipe))

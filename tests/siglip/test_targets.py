@@ -12,9 +12,9 @@ from medft.config.recipe import ModelSection, SiglipLoraSection
 from medft.errors import BaseModelError
 from medft.export.merge import merge
 from medft.models.lora import attach_adapter
+from medft.siglip.embedder import Embedder
 from medft.siglip.model import PRESETS, embed, load_model
 from medft.siglip.pooling_head import join_pooling_head, split_pooling_head
-from medft.trained import Encoder
 
 HEAD = "vision_model.head.attention"
 
@@ -92,19 +92,19 @@ def test_an_adapter_on_the_stock_head_never_runs_and_on_the_split_one_does(secti
 
 
 def test_an_adapter_with_head_is_saved_loaded_and_merged(
-    sections, write_recipe, start_script, output_of, batch, tmp_path
+    sections, write_recipe, run_script, batch, tmp_path
 ):
     recipe = sections("siglip")
     recipe["lora"]["targets"] = "both"
     recipe["train"] |= {"max_steps": 4, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}
     file = write_recipe(recipe)
-    output_of(start_script("siglip", file))
+    run_script("siglip", file)
     run = tmp_path / "run"
     notes = json.loads((run / "adapter" / "medft.json").read_text())
     assert notes["splits_head"] is True
     merge(run, tmp_path / "merged")
 
-    trained = Encoder.load(run).model
+    trained = Embedder.load(run).model
     merged = AutoModel.from_pretrained(tmp_path / "merged").eval()
     base = AutoModel.from_pretrained(recipe["model"]["base"]).eval()
     assert isinstance(merged.vision_model.head.attention, torch.nn.MultiheadAttention)
@@ -176,6 +176,7 @@ def test_a_locked_tower_leaves_the_gradients_as_they_are(locked, monkeypatch):
         assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.upstream
 def test_stock_code_trains_through_a_locked_tower(section, batch):
     lora = LoraConfig(target_modules=r"text_model\..*\.(q_proj|v_proj)")
     model = get_peft_model(load_model(section, None, image_size=84), lora)

@@ -9,18 +9,12 @@ import sys
 import pytest
 import siglip_steps
 import torch
-from accelerate.state import AcceleratorState
 from siglip_steps import build_trainer, first_step
 from transformers import AutoModel, AutoProcessor
 
 from medft.errors import MedftError
 from medft.siglip.model import scale_and_bias
 from medft.siglip.trainer import SiglipTrainer
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
@@ -33,16 +27,21 @@ def trainer(sections, write_recipe):
     return make
 
 
+def step_of(trainer, batches):
+    """The micro-batches of a step, as Trainer's loop gets them."""
+    return trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)[0]
+
+
 def test_the_step_0_loss_is_transformers_own(bases, trainer):
     trained = trainer(("contrastive.positives=diagonal", "data.image_size=56"))
     entries = [trained.train_dataset[index] for index in range(7)]
-    inputs = trained._prepare_inputs(trained.data_collator(entries))
-    loss = trained.compute_loss(trained.model, inputs)
+    [batch] = step_of(trained, [trained.data_collator(entries)])
+    loss = trained.compute_loss(trained.model, trained._prepare_inputs(batch))
 
     processor = AutoProcessor.from_pretrained(bases / "siglip", backend="pil")
-    images = [entry["image"] for entry in entries]
+    images = [entry.image for entry in entries]
     batch = processor(
-        text=[entry["caption"] for entry in entries], images=images, padding="max_length",
+        text=[entry.caption for entry in entries], images=images, padding="max_length",
         max_length=64, return_tensors="pt",
     )  # fmt: skip
     stock = AutoModel.from_pretrained(bases / "siglip")
@@ -51,7 +50,7 @@ def test_the_step_0_loss_is_transformers_own(bases, trainer):
             input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], return_loss=True
         ).loss
         short = processor(
-            text=[entry["caption"] for entry in entries], images=images, padding=True,
+            text=[entry.caption for entry in entries], images=images, padding=True,
             return_tensors="pt",
         )  # fmt: skip
         unpadded = stock(
@@ -100,9 +99,9 @@ def test_validation_sees_the_split_as_one_batch(trainer):
     first, second = small.evaluate(), large.evaluate()
     assert first["eval_loss"] == pytest.approx(second["eval_loss"], rel=1e-6)
     entries = list(large.eval_dataset)
-    whole = large._prepare_inputs(large.data_collator(entries))
+    [batch] = step_of(large, [large.data_collator(entries)])
     with torch.no_grad():
-        expected = large.compute_loss(large.model.eval(), whole).item()
+        expected = large.compute_loss(large.model.eval(), large._prepare_inputs(batch)).item()
     assert first["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert first["eval_pool"] == len(entries)
 
@@ -143,7 +142,7 @@ def test_an_evaluation_ranks_every_caption_that_is_right(step, many_rows):
     assert found["eval_chance_recall@5"] == pytest.approx(1 - sum(missed) / 70)
     assert found["eval_pool"] == 70
     assert found["eval_excess"] == pytest.approx(found["eval_loss"] - found["eval_floor"])
-    assert found["eval_floor"] > 0  # pictures come again with other captions
+    assert found["eval_floor"] > 0  # images come again with other captions
 
 
 def test_best_model_is_the_best_by_the_metric_that_the_recipe_names(sections, write_recipe):
@@ -187,7 +186,7 @@ def test_the_log_tells_floor_excess_and_mean_logits(step):
 
 @pytest.fixture
 def many_rows(data):
-    """A chat file of 70 rows: drawn pictures twice or more, 20 captions that come again."""
+    """A chat file of 70 rows: drawn images twice or more, 20 captions that come again."""
     lines = (data / "chat" / "train.jsonl").read_text().splitlines()
     rows = []
     for number in range(70):
@@ -241,7 +240,7 @@ def test_eight_by_eight_is_sixty_four_and_plain_accumulation_is_not(step):
 @pytest.mark.slow
 def test_two_ranks_of_four_by_eight_are_sixty_four(step, tmp_path):
     _, whole, of_whole = first_step(step(64, 1))
-    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    words = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     out = tmp_path / "found.pt"
     command = [sys.executable, "-m", *words, siglip_steps.__file__, str(step(8, 4)), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -300,7 +299,7 @@ def test_dropout_is_replayed_as_in_one_graph_over_the_same_micro_batches(step, s
 def test_a_smaller_last_group_is_left_out_and_counted(step, caplog):
     with caplog.at_level("INFO", "medft.siglip.prepared"):
         trained, _, _ = first_step(step(8, 4))
-    assert "pairs compared 32; pairs left out an epoch 6; loss floor" in caplog.text
+    assert "pairs compared 32; pairs dropped an epoch 6; loss floor" in caplog.text
     loader, epochs = trained.get_train_dataloader(), []
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -315,7 +314,7 @@ def test_a_smaller_last_group_is_left_out_and_counted(step, caplog):
 def test_plain_accumulation_is_the_mean_of_its_micro_batches(trainer):
     changes = ("contrastive.exact_batch=false", "lora.dropout=0")
     plain = trainer(changes, gradient_accumulation_steps=2)
-    batches = list(plain.get_train_dataloader())[:2]
+    batches = step_of(plain, list(plain.get_train_dataloader())[:2])
     with torch.no_grad():
         losses = [plain.compute_loss(plain.model.train(), b).item() for b in batches]
     plain.train()
@@ -342,5 +341,5 @@ def test_a_decoder_is_no_encoder(trainer, bases):
 
 def test_a_caption_template_fills_from_the_row(trainer):
     trained = trainer(('data.caption="Q {question} A {answer}"',))
-    assert trained.train_dataset[0]["caption"].startswith("Q ")
-    assert " A " in trained.train_dataset[0]["caption"]
+    assert trained.train_dataset[0].caption.startswith("Q ")
+    assert " A " in trained.train_dataset[0].caption

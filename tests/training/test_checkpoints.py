@@ -54,7 +54,7 @@ def test_a_missing_file_is_named_and_the_next_older_checkpoint_is_taken(run, cap
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-3], lambda b: b"x" + b[1:], lambda b: b + b"x"])
-def test_a_torn_or_changed_file_is_found(run, change):
+def test_a_truncated_or_changed_file_is_found(run, change):
     path = run / "checkpoint-20" / "optimizer.pt"
     path.write_bytes(change(path.read_bytes()))
     assert "optimizer.pt is not what was saved" in what_is_missing(run / "checkpoint-20")

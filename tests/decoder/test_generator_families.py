@@ -11,30 +11,27 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medft.decoder.families import FAMILIES
+from medft.decoder.generator import Generator, Request
 from medft.export.merge import merge
-from medft.trained import Generator, Request
 
 NAMES = ("paligemma", "gemma3")
 
 
 @pytest.fixture(scope="module")
-def tuned(sections, bases, tmp_path_factory, start_script, output_of):
-    """Finished runs of both families, trained side by side."""
+def tuned(sections, bases, tmp_path_factory, run_script):
+    """Finished runs of both families."""
     folder = tmp_path_factory.mktemp("tuned")
-    processes = []
     for name in NAMES:
         recipe = sections("decoder")
         recipe["model"]["base"] = str(bases / name)
         recipe["train"] |= {"output_dir": str(folder / name), "max_steps": 30}
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe))
-        processes.append(start_script("decoder", file))
-    for process in processes:
-        output_of(process)
+        run_script("decoder", file)
     return folder
 
 
-def picture(seed):
+def image(seed):
     values = np.random.default_rng(seed).integers(0, 255, (50, 70, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -49,10 +46,10 @@ def request(question, *images, earlier=()):
 
 
 REQUESTS = [
-    request("What is seen?", picture(0)),
-    request("Describe this medical image.", picture(1)),
-    request("Is it normal?", picture(2), earlier=[("A disc.", "Where is it?")]),
-    request("What differs?", picture(3), picture(4)),
+    request("What is seen?", image(0)),
+    request("Describe this medical image.", image(1)),
+    request("Is it normal?", image(2), earlier=[("A disc.", "Where is it?")]),
+    request("What differs?", image(3), image(4)),
 ]
 
 
@@ -78,10 +75,10 @@ def plain_answer(name, folder, bases, given):
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     forbid_special_tokens(model)
     text = processor.apply_chat_template(given.messages, add_generation_prompt=True)
-    pictures = given.images
+    images = given.images
     if name == "gemma3":
         batch = processor(
-            text=[text], images=[pictures], add_special_tokens=False, return_tensors="pt"
+            text=[text], images=[images], add_special_tokens=False, return_tensors="pt"
         )
     else:
         ids = processor.tokenizer(text.replace("<image>", "<image>" * 16), add_special_tokens=False)
@@ -89,7 +86,7 @@ def plain_answer(name, folder, bases, given):
         first = processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
         types = torch.zeros_like(ids)
         types[0, ids[0].tolist().index(first) + 1 :] = 1
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         mask = torch.ones_like(ids)
         batch = {
             "input_ids": ids,
@@ -124,8 +121,8 @@ def test_answers_are_those_of_plain_transformers_and_of_the_merged_model(
 
 def test_an_answer_ends_where_training_ended_it_whatever_the_base_says(tuned):
     generator = Generator.load(tuned / "gemma3")
-    end = generator.encoder.end_of_turn
+    end = generator.conversation.end_of_turn
     assert end in generator.model.generation_config.eos_token_id
     generator.model.generation_config.eos_token_id = 1
-    again = Generator(generator.model, generator.encoder.processor, notes={}, family="gemma3")
+    again = Generator(generator.model, generator.conversation.processor, record={}, family="gemma3")
     assert again.model.generation_config.eos_token_id == [1, end]

@@ -1,0 +1,63 @@
+"""The recipe that a command line names."""
+
+from pathlib import Path
+
+from medft.config.recipe import AnyRecipe, DecoderRecipe, Recipe, SiglipRecipe
+from medft.config.strict_yaml import StrictYaml
+from medft.errors import RecipeError
+from medft.files import packaged_file
+
+
+def split_arguments(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The recipe file, if one is named, and the overrides of a command line.
+
+    Raises:
+        RecipeError: a word is neither the one recipe file nor an override.
+    """
+    file = Path(argv[0]) if argv and "=" not in argv[0] else None
+    overrides = argv[1:] if file else argv
+    for word in overrides:
+        if "=" not in word or word.startswith("-"):
+            raise RecipeError(
+                f"expected RECIPE.yaml [section.key=value ...], got {word!r}: "
+                f"write an override such as train.learning_rate=1e-4"
+            )
+    return file, overrides
+
+
+def read_recipe(kind: type[AnyRecipe], argv: list[str]) -> AnyRecipe:
+    """The recipe of a script's command line; without a file the one that ships for its kind.
+
+    Raises:
+        RecipeError: the words or the recipe are wrong.
+    """
+    file, overrides = split_arguments(argv)
+    return kind.load(file or packaged_file(f"recipes/{kind.default_file}"), overrides)
+
+
+def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
+    """What a recipe file trains, by its sections, or else by what its base is or is called.
+
+    The hub is not asked; the checks of the base find out where this guess is wrong.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    source = StrictYaml.read(file)
+    for override in overrides:
+        source.override(override)
+    if "contrastive" in source.raw:
+        return SiglipRecipe
+    if source.raw.get("quantization"):
+        return DecoderRecipe
+    model = source.raw.get("model")
+    base = model.get("base") if isinstance(model, dict) else None
+    if not isinstance(base, str):
+        return DecoderRecipe
+    from transformers import PreTrainedConfig
+
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(base, local_files_only=True)
+    except (OSError, ValueError):
+        content = {"model_type": "siglip" if "siglip" in base.lower() else None}
+    return SiglipRecipe if content.get("model_type") == "siglip" else DecoderRecipe

@@ -1,0 +1,225 @@
+"""Conversations in tokens, and which of them are trained.
+
+Shape letters in this file:
+    B  rows of a batch
+    S  tokens of its longest row
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin
+
+from medft.data.messages import Message
+from medft.decoder.families.base import Family, ImageInputs
+from medft.errors import BaseModelError, DataError
+
+IGNORED = -100
+"""The label of a token that is not trained; as in torch's cross-entropy."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A conversation in tokens."""
+
+    input_ids: list[int]
+
+    labels: list[int]
+    """As input_ids where the assistant speaks, end-of-turn token included; IGNORED elsewhere."""
+
+    prompt_length: int
+    """Tokens before the first one that the assistant says."""
+
+
+class ConversationEncoder:
+    """Renders and tokenizes conversations of one base, and knows which tokens to train."""
+
+    def __init__(self, processor: ProcessorMixin, family: Family, *, max_image_tiles: int) -> None:
+        """Make the encoder.
+
+        Args:
+            processor: of the base; the family's chat template is put in where it has none.
+            family: of the base.
+            max_image_tiles: of an image, for families that cut images into tiles.
+
+        Raises:
+            BaseModelError: there is no chat template, or a setting of the processor is refused.
+        """
+        processor.chat_template = processor.chat_template or family.chat_template
+        if not processor.chat_template:
+            raise BaseModelError(
+                "expected a base with a chat template, this one has none: choose its "
+                "instruction-tuned sibling, or put a chat_template.jinja into its folder"
+            )
+        family.check_processor(processor)
+        self.processor = processor
+        self.family = family
+        self.max_image_tiles = max_image_tiles
+        self.image_token_id = family.image_token_id(processor)
+        self.end_of_turn = processor.tokenizer.convert_tokens_to_ids(family.end_of_turn)
+        pad = processor.tokenizer.pad_token_id
+        self._pad = self.end_of_turn if pad is None else pad  # masked, so that any will do
+        self._special = {
+            token
+            for token, added in processor.tokenizer.added_tokens_decoder.items()
+            if added.special
+        }
+
+    def encode(self, messages: list[Message], name: str) -> EncodedRow:
+        """The tokens of a conversation, not cut.
+
+        An assistant turn begins where the prompt for it ends. This holds only if the tokens of
+        the prompt are a prefix of the tokens of the whole, which is checked.
+
+        Args:
+            messages: turns with part lists.
+            name: of the row, for messages.
+
+        Raises:
+            DataError: the template refuses the conversation, a text holds a special token, or
+                tokens run across the end of a prompt.
+        """
+        self.check_texts(messages, name)
+        whole = self._render(messages, name)
+        _check_rendered(whole, messages, name)
+        input_ids = self._tokens(whole)
+        labels = [IGNORED] * len(input_ids)
+        prompt_length = len(input_ids)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._tokens(self._render(messages[:index], name, prompt=True))
+            ended = self._tokens(self._render(messages[: index + 1], name))
+            start, stop = len(prompt), len(ended)
+            if input_ids[:start] != prompt or input_ids[:stop] != ended:
+                raise DataError(
+                    f"row {name}: expected the tokens of the prompt to begin those of the whole "
+                    f"conversation, they differ: this tokenizer merges across the end of a prompt, "
+                    f"as where an answer begins with a line break"
+                )
+            if self.end_of_turn not in ended[start:]:
+                raise DataError(
+                    f"row {name}: expected the chat template to end the assistant's turn with "
+                    f"{self.family.end_of_turn}, it does not: put the base's own template back"
+                )
+            stop = start + ended[start:].index(self.end_of_turn) + 1  # a template may write on
+            labels[start:stop] = input_ids[start:stop]
+            prompt_length = min(prompt_length, start)
+        return EncodedRow(input_ids, labels, prompt_length)
+
+    def encode_prompt(self, messages: list[Message]) -> EncodedRow:
+        """The tokens of a conversation whose next turn is the assistant's, with nothing to train.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        input_ids = self._tokens(self._render(messages, "", prompt=True))
+        turns = [m["role"] for m in messages]
+        first = turns.index("assistant") if "assistant" in turns else len(turns)
+        prompt_length = len(self._tokens(self._render(messages[:first], "", prompt=True)))
+        return EncodedRow(input_ids, [IGNORED] * len(input_ids), prompt_length)
+
+    def image_inputs(self, image: Image.Image) -> ImageInputs:
+        """One image for the tower, as `Family.image_inputs` says."""
+        return self.family.image_inputs(self.processor, image, max_image_tiles=self.max_image_tiles)
+
+    def batch(
+        self,
+        rows: Sequence[EncodedRow],
+        images: Sequence[Sequence[ImageInputs]],
+        *,
+        padding_side: Literal["left", "right"],
+    ) -> dict[str, Tensor]:
+        """The model's inputs for these rows, without the images themselves.
+
+        Returns:
+            input_ids, attention_mask and labels [B, S], and what `Family.attention_inputs` adds.
+        """
+
+        def pad(values: Sequence[Sequence[int]], padding: int) -> Tensor:
+            tensors = [torch.tensor(value) for value in values]
+            return pad_sequence(
+                tensors, batch_first=True, padding_value=padding, padding_side=padding_side
+            )
+
+        input_ids = pad([row.input_ids for row in rows], self._pad)
+        answers = [[i >= row.prompt_length for i in range(len(row.input_ids))] for row in rows]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": pad([[1] * len(row.input_ids) for row in rows], 0),
+            "labels": pad([row.labels for row in rows], IGNORED),
+            **self.family.attention_inputs(self.processor, images, input_ids, pad(answers, 0)),
+        }
+
+    def _render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
+        try:
+            return self.processor.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self.family.template_arguments,
+            )
+        except Exception as error:  # a template raises what its author chose
+            raise DataError(
+                f"row {name}: the base's chat template refuses the conversation: {error}"
+            ) from error
+
+    def _tokens(self, rendered: str) -> list[int]:
+        return self._ids(self.family.expand(rendered, self.processor))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def check_texts(self, messages: list[Message], name: str) -> None:
+        """Refuse texts that would be read as more than text.
+
+        Args:
+            messages: turns with part lists.
+            name: of the row, for messages.
+
+        Raises:
+            DataError: a text holds a special token.
+        """
+        for message in messages:
+            for part in message["content"]:
+                found = self._special.intersection(self._ids(part.get("text") or ""))
+                if found:
+                    token = self.processor.tokenizer.convert_ids_to_tokens(min(found))
+                    raise DataError(
+                        f"row {name}: expected ordinary text, a turn of the {message['role']} "
+                        f"holds the tokenizer's {token}: remove it"
+                    )
+
+
+def _check_rendered(rendered: str, messages: list[Message], name: str) -> None:
+    for message in messages:
+        for part in message["content"]:
+            if (part.get("text") or "").strip() not in rendered:
+                raise DataError(
+                    f"row {name}: expected the chat template to write every text, it leaves "
+                    f"out one of the {message['role']}: {part['text'][:40]!r}"
+                )
+
+
+def mark_trained(row: EncodedRow, encoder: ConversationEncoder, max_length: int) -> str:
+    """The tokens of a row as text on one line, each run that is trained between >>> and <<<.
+
+    The tokens that stand for one image are written once.
+    """
+    decode = encoder.processor.tokenizer.decode
+    tokens = zip(row.input_ids[:max_length], row.labels[:max_length], strict=True)
+    pieces = []
+    for trained, run in groupby(tokens, key=lambda pair: pair[1] != IGNORED):
+        shown: list[int] = []
+        for token, _ in run:
+            if not (shown and token == shown[-1] == encoder.image_token_id):
+                shown.append(token)
+        text = decode(shown)
+        pieces.append(f">>>{text}<<<" if trained else text)
+    return "".join(pieces).replace("\n", "\\n")

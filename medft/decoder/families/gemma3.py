@@ -1,0 +1,83 @@
+"""Gemma 3 and MedGemma.
+
+Shape letters: see `medft.decoder.families.base`.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+from torch import Tensor
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from medft.decoder.families.base import Family, ImageInputs
+from medft.decoder.families.gemma import (
+    GEMMA_ATTENTION,
+    GEMMA_LANGUAGE,
+    GEMMA_LAYERS,
+    GEMMA_PARTS,
+    GEMMA_VISION,
+)
+from medft.errors import BaseModelError
+
+
+class Gemma3(Family):
+    """Gemma 3 and MedGemma: an image is 256 tokens between two marks, which see each other."""
+
+    model_type = "gemma3"
+    parts = GEMMA_PARTS
+    presets = MappingProxyType(
+        {
+            "language": GEMMA_LANGUAGE,
+            "language_no_mlp": rf"{GEMMA_LAYERS}\.{GEMMA_ATTENTION}",
+            "vision": GEMMA_VISION,
+            "all": rf"{GEMMA_LANGUAGE}|{GEMMA_VISION}",
+        }
+    )
+    end_of_turn = "<end_of_turn>"
+
+    def check_processor(self, processor: ProcessorMixin) -> None:
+        """Refuse crops of an image beside it, which would change its number of tokens.
+
+        Raises:
+            BaseModelError: the base asks for them.
+        """
+        if processor.image_processor.do_pan_and_scan:
+            raise BaseModelError(
+                "expected do_pan_and_scan to be off in the base's preprocessor_config.json, it is "
+                "on: switch it off"
+            )
+
+    def image_token_id(self, processor: ProcessorMixin) -> int:
+        """The token that stands for a feature; the processor's own name means the mark before."""
+        return processor.tokenizer.image_token_id
+
+    def non_answer_token_ids(self, processor: ProcessorMixin) -> frozenset[int]:
+        """Tokens that are no part of an answer, among them the marks around an image."""
+        tokenizer = processor.tokenizer
+        marks = {tokenizer.boi_token_id, tokenizer.eoi_token_id}
+        return super().non_answer_token_ids(processor) | marks
+
+    def expand(self, text: str, processor: ProcessorMixin) -> str:
+        """The text with an image's tokens and marks in the place of its first mark."""
+        return text.replace(processor.boi_token, processor.full_image_sequence)
+
+    def attention_inputs(
+        self,
+        processor: ProcessorMixin,
+        images: Sequence[Sequence[ImageInputs]],
+        input_ids: Tensor,
+        answers: Tensor,
+    ) -> dict[str, Tensor]:
+        """Which tokens stand for images.
+
+        Returns:
+            token_type_ids [B, S], 1 for the tokens of an image.
+        """
+        return {"token_type_ids": (input_ids == self.image_token_id(processor)).long()}
+
+    def feature_shape(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """P and D of a base's features: pooled patches."""
+        return config.mm_tokens_per_image, config.text_config.hidden_size
+
+
+GEMMA3 = Gemma3()

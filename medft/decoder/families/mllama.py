@@ -1,0 +1,212 @@
+"""Llama 3.2 Vision.
+
+Shape letters: see `medft.decoder.families.base`.
+"""
+
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.mllama.image_processing_pil_mllama import (
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
+)
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+from medft.decoder.families.base import Family, ImageInputs
+
+_MLLAMA_LAYERS = r"model\.language_model\.layers\.\d+"
+_MLLAMA_ATTENTION = r"(self_attn|cross_attn)\.(q_proj|k_proj|v_proj|o_proj)"
+_MLLAMA_LANGUAGE = rf"{_MLLAMA_LAYERS}\.({_MLLAMA_ATTENTION}|mlp\.(gate_proj|up_proj|down_proj))"
+_MLLAMA_PROJECTOR = r"model\.multi_modal_projector"
+_MLLAMA_VISION = (
+    r"model\.vision_model\.(transformer|global_transformer)\.layers\.\d+"
+    r"\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(fc1|fc2))"
+)
+
+
+class Mllama(Family):
+    """Llama 3.2 Vision: tiles of the images enter the text by cross-attention."""
+
+    model_type = "mllama"
+    parts = MappingProxyType(
+        {
+            "vision": "model.vision_model",
+            "projector": "model.multi_modal_projector",
+            "language": "model.language_model",
+            "lm_head": "lm_head",
+        }
+    )
+    presets = MappingProxyType(
+        {
+            "language": _MLLAMA_LANGUAGE,
+            "language_no_mlp": rf"{_MLLAMA_LAYERS}\.{_MLLAMA_ATTENTION}",
+            "cross_attention": rf"{_MLLAMA_LAYERS}\.cross_attn\.(q_proj|k_proj|v_proj|o_proj)",
+            "projector": _MLLAMA_PROJECTOR,
+            "vision": _MLLAMA_VISION,
+            "all": rf"{_MLLAMA_LANGUAGE}|{_MLLAMA_PROJECTOR}|{_MLLAMA_VISION}",
+        }
+    )
+    end_of_turn = "<|eot_id|>"
+    # The release writes today's date into conversations without image; it is frozen to the
+    # template's own fallback, so that a row has the same tokens tomorrow.
+    template_arguments = MappingProxyType({"date_string": "26 Jul 2024"})
+    has_tiles = True
+    recomputes_tower = False
+    leaks_across_batch = True
+
+    def runs_without_images(self, name: str, config: PreTrainedConfig) -> bool:
+        """Not in layers of cross-attention either, which such a row leaves out whole."""
+        layer = re.match(r"model\.language_model\.layers\.(\d+)\.", name)
+        crossed = layer and int(layer[1]) in config.text_config.cross_attention_layers
+        return not crossed and super().runs_without_images(name, config)
+
+    def tokens_per_image(self, processor: ProcessorMixin) -> int:
+        """One: the features are not in the text."""
+        return 1
+
+    def image_inputs(
+        self, processor: ProcessorMixin, image: Image.Image, *, max_image_tiles: int
+    ) -> ImageInputs:
+        """One image in tiles.
+
+        Returns:
+            pixel_values [T, 3, height, width], aspect_ratio_id and num_tiles.
+        """
+        image_processor = processor.image_processor
+        limited = _limit_tiles(image, image_processor, max_image_tiles)
+        batch = image_processor([[limited]], return_tensors="pt")
+        return ImageInputs(
+            pixel_values=batch["pixel_values"][0, 0],
+            aspect_ratio_id=int(batch["aspect_ratio_ids"]),
+            num_tiles=batch["num_tiles"][0][0],
+        )
+
+    def attention_inputs(
+        self,
+        processor: ProcessorMixin,
+        images: Sequence[Sequence[ImageInputs]],
+        input_ids: Tensor,
+        answers: Tensor,
+    ) -> dict[str, Tensor]:
+        """Which token sees which tile; nothing for a batch without images.
+
+        Returns:
+            cross_attention_mask [B, S, I, T].
+        """
+        if not any(images):
+            return {}
+        spans = [
+            get_cross_attention_token_mask(row, processor.image_token_id)
+            for row in input_ids.tolist()
+        ]
+        mask = convert_sparse_cross_attention_mask_to_dense(
+            spans,
+            num_tiles=[[image.num_tiles for image in row] for row in images],
+            max_num_tiles=processor.image_processor.max_image_tiles,
+            length=input_ids.shape[1],
+        )
+        return {"cross_attention_mask": torch.from_numpy(mask)}
+
+    def stack_images(self, images: Sequence[Sequence[ImageInputs]]) -> dict[str, Tensor]:
+        """Images of rows with equally many, as the stock forward takes them.
+
+        Returns:
+            pixel_values [B, I, T, 3, height, width], aspect_ratio_ids [B, I] and aspect_ratio_mask
+            [B, I, T].
+        """
+        if not any(images):
+            return {}
+        pixels = torch.stack([torch.stack([image.pixels for image in row]) for row in images])
+        ids = torch.tensor([[image.aspect_ratio_id for image in row] for row in images])
+        held = torch.tensor([[image.num_tiles for image in row] for row in images])
+        mask = torch.arange(pixels.shape[2]) < held[..., None]
+        return {
+            "pixel_values": pixels,
+            "aspect_ratio_ids": ids.to(pixels.device),
+            "aspect_ratio_mask": mask.long().to(pixels.device),
+        }
+
+    def features(
+        self, model: PreTrainedModel, image: ImageInputs, *, drops_padding_tiles: bool
+    ) -> Tensor:
+        """The projected states of an image's tiles [T, P, D], without padding tiles if asked."""
+        states = model.vision_model(**self.stack_images([[image]])).last_hidden_state[0, 0]
+        kept = states[: image.num_tiles] if drops_padding_tiles else states
+        return model.multi_modal_projector(kept)
+
+    def feature_shape(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """P and D of a base's features, for each tile."""
+        vision = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + 1, config.text_config.hidden_size
+
+    def merge_image_features(self, model_inputs: dict[str, Any], features: list[Tensor]) -> None:
+        """Hand the states to cross-attention, tiles beyond the batch's largest number left out.
+
+        Rows with fewer images, and images with fewer tiles, are filled with zeros, which the mask
+        hides.
+        """
+        mask = model_inputs["cross_attention_mask"]
+        num_tiles = max(len(states) for states in features)
+        model_inputs["cross_attention_mask"] = mask[..., :num_tiles]
+        states = features[0].new_zeros(*mask.shape[::2], num_tiles, *features[0].shape[1:])
+        seen = mask.amax(dim=(1, 3)).nonzero().tolist()  # rows and images that are there
+        for (row, image), of_image in zip(seen, features, strict=True):
+            states[row, image, : len(of_image)] = of_image
+        model_inputs["cross_attention_states"] = states.flatten(0, 2)
+
+    def isolate_rows(self, model: nn.Module) -> None:
+        """Make tokens that may see no image get nothing from cross-attention.
+
+        Stock code gives such tokens (all of a row without image, and those before its first image)
+        the same small weight on every vision token, also on those that pad the row to the number
+        of images of its neighbours and to four tiles; only the feed-forward part is masked
+        (transformers#39379).
+        """
+        for layer in model.modules():
+            if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+                layer.register_forward_pre_hook(_note_which_tokens_see, with_kwargs=True)
+                layer.cross_attn.register_forward_hook(_mask_output)
+
+
+def _note_which_tokens_see(
+    layer: MllamaCrossAttentionDecoderLayer, arguments: tuple, keywords: dict[str, Any]
+) -> None:
+    # the layer's own forward does not hand this on; a recomputed layer comes by here again
+    attention: Any = layer.cross_attn
+    attention.tokens_that_see = keywords["full_text_row_masked_out_mask"]
+
+
+def _mask_output(attention: Any, arguments: tuple, output: tuple) -> tuple:
+    mask = attention.tokens_that_see
+    return output if mask is None else (mask[:, 0] * output[0], *output[1:])
+
+
+def _limit_tiles(
+    image: Image.Image, processor: BaseImageProcessor, max_image_tiles: int
+) -> Image.Image:
+    """The image, shrunk so that the processor lays it on at most max_image_tiles tiles.
+
+    The processor keeps its own limit of tiles, since the base's ids of tile arrangements and its
+    padding are counted with it.
+    """
+    tile = processor.size["height"]
+    canvas = get_optimal_tiled_canvas(image.height, image.width, processor.max_image_tiles, tile)
+    if canvas[0] * canvas[1] <= max_image_tiles * tile * tile:
+        return image
+    canvas = get_optimal_tiled_canvas(image.height, image.width, max_image_tiles, tile)
+    height, width = get_image_size_fit_to_canvas(image.height, image.width, *canvas, tile)
+    return image.resize((int(width), int(height)), Image.Resampling(processor.resample))
+
+
+MLLAMA = Mllama()

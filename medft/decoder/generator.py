@@ -1,0 +1,136 @@
+"""A trained decoder that answers."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from medft.config.recipe import DecoderDataSection, ModelSection, QuantizationSection
+from medft.data.messages import Message
+from medft.decoder.conversation import ConversationEncoder
+from medft.decoder.families import family_of
+from medft.decoder.model import load_model as load_decoder
+from medft.models.base import check_local_base, default_device, load_config, load_processor
+from medft.models.lora import load_adapter, without_adapter
+from medft.models.saved import check_same_base, find_saved_model
+
+BATCH_SIZE = 8
+"""Conversations that go through the model together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A conversation whose next turn is the assistant's, and its images."""
+
+    messages: list[Message]
+    images: list[Image.Image]
+
+
+class Generator:
+    """A decoder that writes the assistant's next turn, greedily."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        *,
+        record: dict[str, Any],
+        family: str,
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: on its device, with or without adapter.
+            processor: as it was trained with.
+            record: content of medft.json: what training did to images, how long rows could be.
+            family: model_type of the base.
+        """
+        self.model = model.eval()
+        limit = record.get(
+            "max_image_tiles", DecoderDataSection.model_fields["max_image_tiles"].default
+        )
+        self.conversation = ConversationEncoder(processor, family_of(family), max_image_tiles=limit)
+        self.max_new_tokens = record.get("max_length", 512)
+        for name in ("temperature", "top_p", "top_k"):  # of sampling, which is off
+            setattr(model.generation_config, name, None)
+        ends = model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        model.generation_config.eos_token_id = sorted({*ends, self.conversation.end_of_turn})
+
+    @classmethod
+    def load(cls, source: Path) -> "Generator":
+        """The decoder of a run, an adapter folder or a model folder.
+
+        An adapter sits on its base in the precision, and quantized as, it was trained on.
+
+        Raises:
+            RunError: there is none.
+            BaseModelError: it cannot be loaded, or is no decoder that medft knows.
+        """
+        trained = find_saved_model(source)
+        check_local_base(trained.base)
+        family = family_of(load_config(trained.base).model_type)
+        quantization = trained.record.get("quantization") if trained.is_adapter else None
+        if trained.is_adapter:
+            check_same_base(trained.base, trained.record)
+        model = load_decoder(
+            trained.base,
+            family,
+            QuantizationSection(**quantization) if quantization else None,
+            dtype=trained.base.dtype if trained.is_adapter else "auto",
+            cross_attention_fix=trained.record.get("cross_attention_fix", False),
+        )
+        if trained.is_adapter:
+            model = load_adapter(model, trained.folder)
+        processor = load_processor(ModelSection(base=str(trained.folder)))
+        return cls(
+            model.to(default_device()), processor, record=trained.record, family=family.model_type
+        )
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Answers inside this block are those of the base.
+
+        Raises:
+            RunError: the model is whole, its base is not known apart.
+        """
+        return without_adapter(self.model)
+
+    def generate(self, requests: Sequence[Request]) -> list[str]:
+        """The assistant's turns, in the order of the requests.
+
+        Requests with equally many images share batches; others might see each other's.
+        """
+        answers: dict[int, str] = {}
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].images))
+        while order:
+            num_images = len(requests[order[0]].images)
+            chosen = [i for i in order[:BATCH_SIZE] if len(requests[i].images) == num_images]
+            order = order[len(chosen) :]
+            texts = self._generate_batch([requests[i] for i in chosen])
+            answers.update(zip(chosen, texts, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    @torch.inference_mode()
+    def _generate_batch(self, requests: Sequence[Request]) -> list[str]:
+        encoded = [self.conversation.encode_prompt(request.messages) for request in requests]
+        images = [
+            [self.conversation.image_inputs(image) for image in request.images]
+            for request in requests
+        ]
+        batch = BatchFeature(self.conversation.batch(encoded, images, padding_side="left"))
+        batch.update(self.conversation.family.stack_images(images))
+        del batch["labels"]
+        tokens = self.model.generate(
+            **batch.to(self.model.device, self.model.dtype),
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            use_cache=True,
+        )
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        decoded = self.conversation.processor.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in decoded]

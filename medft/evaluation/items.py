@@ -1,0 +1,139 @@
+"""What is to be answered: the rows of an evaluation, and an item for every answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from PIL import Image
+
+from medft.data.images import open_image
+from medft.data.messages import Message, text_of_message
+from medft.data.rows import Row, image_source, load_rows
+from medft.errors import DataError, RunError
+from medft.files import file_sha256
+from medft.models.saved import read_run_record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """An answer to be given: a conversation up to it, which images, what was written."""
+
+    id: str
+    group_id: str
+    source: str
+    prompt: list[Message]
+    row: int
+    """Of the dataset, whose images may be too many to hold."""
+
+    images: range
+    """Which of the row's images."""
+
+    reference: str
+
+    @property
+    def question(self) -> str:
+        """The text of the last user turn."""
+        return text_of_message(self.prompt[-1])
+
+
+def rows_to_evaluate(source: Path, data: Path | None, split: str) -> tuple[Path, Dataset]:
+    """The file and its rows: the one given, or that of the run's split.
+
+    Raises:
+        RunError: no file is given and the source is no run, or its run had no such split.
+        DataError: the file cannot be read, or is no longer what the run saw.
+    """
+    if data is None:
+        if not (source / "run.json").is_file():
+            raise RunError(f"expected --data for {source}, which is no run: give a file of rows")
+        known = read_run_record(source)["data"]
+        train = Path(known["train"]["path"]).expanduser()
+        data = train if train.suffix == ".parquet" else train.with_name(f"{split}.jsonl")
+        if split in known:
+            data = Path(known[split]["path"]).expanduser()
+            if data.is_file() and file_sha256(data) != known[split]["sha256"]:
+                raise DataError(
+                    f"expected the {split} rows that the run saw in {data}, the file has changed: "
+                    f"restore it, or name it with --data"
+                )
+    return data, load_rows(data, split=split)
+
+
+def items_of(rows: Dataset) -> list[Item]:
+    """An item for every assistant turn, the turns before it as they were written."""
+    items = []
+    for index, record in enumerate(rows.remove_columns("images")):
+        row = Row.of(record)
+        turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        for number, turn in enumerate(turns):
+            prompt = row.messages[:turn]
+            shown = sum(part["type"] == "image" for m in prompt for part in m["content"])
+            items.append(
+                Item(
+                    id=_numbered(row.id, number, len(turns)),
+                    group_id=row.group_id,
+                    source=row.source,
+                    prompt=prompt,
+                    row=index,
+                    images=range(shown),
+                    reference=text_of_message(row.messages[turn]),
+                )
+            )
+    return items
+
+
+def caption_items(rows: Dataset, caption_of: Callable[[Row], str]) -> list[Item]:
+    """An item for every image, its caption as the reference.
+
+    Raises:
+        DataError: no row has an image.
+    """
+    items = []
+    for index, record in enumerate(rows):
+        row = Row.of(record)
+        items += [
+            Item(
+                id=_numbered(row.id, number, len(row.images)),
+                group_id=row.group_id,
+                source=row.source,
+                prompt=[],
+                row=index,
+                images=range(number, number + 1),
+                reference=caption_of(row),
+            )
+            for number in range(len(row.images))
+        ]
+    if not items:
+        raise DataError("expected rows with images, none has one: give rows with images")
+    return items
+
+
+def _numbered(name: str, number: int, count: int) -> str:
+    """The id of one of several items of a row."""
+    return name if count == 1 else f"{name}#{number + 1}"
+
+
+def open_item_images(rows: Dataset, item: Item) -> list[Image.Image]:
+    """The images of an item of a dataset.
+
+    Raises:
+        DataError: one cannot be read; the message names the row.
+    """
+    if not item.images:
+        return []
+    images = rows[item.row]["images"]
+    try:
+        return [open_image(image_source(images[number])) for number in item.images]
+    except DataError as error:
+        raise DataError(f"row {item.id}: {error}") from error
+
+
+def training_rows(source: Path) -> Dataset | None:
+    """The rows that a run was trained on; None where they are not known or have changed."""
+    if (source / "run.json").is_file():
+        known = read_run_record(source)["data"]["train"]
+        path = Path(known["path"]).expanduser()
+        if path.is_file() and file_sha256(path) == known["sha256"]:
+            return load_rows(path, split="train")
+    return None

@@ -1,0 +1,110 @@
+"""Training cases near an image, by the embeddings of a SigLIP run."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from PIL import Image
+
+from medft.data.images import open_image
+from medft.data.rows import Row, load_rows
+from medft.errors import RunError
+from medft.files import file_sha256
+from medft.models.saved import find_saved_model, read_run_record
+from medft.siglip.embedder import Embedder
+
+NEAREST = 5
+"""Training cases that are shown for an image."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A training case near an image."""
+
+    id: str
+    text: str
+    similarity: float
+    """Cosine of the two images' embeddings."""
+
+
+class CaseIndex:
+    """The embeddings of a SigLIP run's training images, with the texts that belong to them."""
+
+    def __init__(self, ids: Sequence[str], texts: Sequence[str], embeddings: np.ndarray) -> None:
+        self.ids, self.texts, self.embeddings = ids, texts, embeddings
+
+    @classmethod
+    def of_run(cls, run: Path, embedder: Embedder) -> "CaseIndex":
+        """The index of a run, from RUN/index.npz where that still fits its data and weights.
+
+        Raises:
+            RunError: the run's training data is gone or has changed.
+        """
+        data = read_run_record(run)["data"]["train"]
+        path = Path(data["path"]).expanduser()
+        if not path.is_file() or file_sha256(path) != data["sha256"]:
+            raise RunError(
+                f"expected the training data of {run} unchanged at {path}, to look up its nearest "
+                f"cases: restore it, or predict without --siglip"
+            )
+        key = f"{data['sha256']} {find_saved_model(run).weights}"
+        stored = _stored_index(run / "index.npz", key)
+        if stored is None:
+            logger.info("embedding the training images of %s", run)
+            stored = _embedded(path, embedder)
+            draft = run / ".index.npz"
+            with draft.open("wb") as file:
+                np.savez(file, allow_pickle=False, key=np.array(key), **stored)
+            draft.replace(run / "index.npz")
+        ids, texts = (json.loads(stored[name].tobytes()) for name in ("ids", "texts"))
+        return cls(ids, texts, stored["embeddings"])
+
+    def nearest(self, embedding: np.ndarray) -> list[Case]:
+        """The training cases with the nearest images, each case once, the nearest first.
+
+        Args:
+            embedding: [D], of length 1.
+        """
+        similarity = self.embeddings @ embedding
+        cases: dict[str, Case] = {}
+        for index in np.argsort(-similarity, kind="stable"):
+            case = Case(
+                id=self.ids[index],
+                text=self.texts[index],
+                similarity=round(float(similarity[index]), 4),
+            )
+            cases.setdefault(case.id, case)
+            if len(cases) == NEAREST:
+                break
+        return list(cases.values())
+
+
+def _stored_index(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path) as stored:
+            return dict(stored) if str(stored["key"]) == key else None
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return None
+
+
+def _embedded(path: Path, embedder: Embedder) -> dict[str, np.ndarray]:
+    ids: list[str] = []
+    texts: list[str] = []
+
+    def images() -> Iterator[Image.Image]:
+        for row in map(Row.of, load_rows(path, split="train")):
+            for source in row.images:
+                ids.append(row.id)
+                texts.append(embedder.caption_of(row))
+                yield open_image(source)
+
+    embeddings = embedder.embed_images(images())
+    lists = {"ids": ids, "texts": texts}
+    stored = {n: np.frombuffer(json.dumps(v).encode(), np.uint8) for n, v in lists.items()}
+    return {**stored, "embeddings": embeddings}

@@ -1,0 +1,122 @@
+"""A trained SigLIP that embeds images and texts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModel, ProcessorMixin
+
+from medft.config.recipe import ModelSection
+from medft.data.pairs import batched
+from medft.data.rows import Row
+from medft.models.base import check_local_base, default_device, load_config, load_weights
+from medft.models.lora import without_adapter
+from medft.models.saved import check_same_base, find_saved_model
+from medft.siglip.checks import check_family
+from medft.siglip.collator import caption_of
+from medft.siglip.model import embed_images, embed_texts, load_adapted, load_siglip_processor
+
+BATCH_SIZE = 8
+"""Images or texts that go through a tower together."""
+
+
+class Embedder:
+    """A SigLIP that gives images and texts embeddings of length 1."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        *,
+        max_length: int,
+        caption: str | None = None,
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: on its device, with or without adapter.
+            processor: as it was trained with.
+            max_length: tokens that a text is padded or cut to.
+            caption: template that it was trained with, as `data.caption` in a recipe.
+        """
+        self.model = model.eval()
+        self.processor = processor
+        self.max_length = max_length
+        self._caption = caption
+
+    @classmethod
+    def load(cls, source: Path) -> "Embedder":
+        """The SigLIP of a run, an adapter folder or a model folder.
+
+        Raises:
+            RunError: there is none.
+            BaseModelError: it cannot be loaded, or is no SigLIP of fixed resolution.
+        """
+        trained = find_saved_model(source)
+        check_local_base(trained.base)
+        config = load_config(trained.base)
+        check_family(config)
+        model: nn.Module
+        if trained.is_adapter:
+            check_same_base(trained.base, trained.record)
+            model = load_adapted(trained.base, trained.folder)
+        else:
+            model = load_weights(AutoModel, trained.base, dtype="auto")
+        positions = config.text_config.max_position_embeddings
+        max_length = trained.record.get("max_length", positions)
+        processor = load_siglip_processor(
+            ModelSection(base=str(trained.folder)),
+            image_size=trained.record.get("image_size", config.vision_config.image_size),
+            max_length=max_length,
+        )
+        return cls(
+            model.to(default_device()),
+            processor,
+            max_length=max_length,
+            caption=trained.record.get("caption"),
+        )
+
+    def caption_of(self, row: Row) -> str:
+        """The caption of a row, made as in training."""
+        return caption_of(row, self._caption)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Embeddings inside this block are those of the base.
+
+        Raises:
+            RunError: the model is whole, its base is not known apart.
+        """
+        return without_adapter(self.model)
+
+    @torch.inference_mode()
+    def embed_images(self, images: Iterator[Image.Image] | Sequence[Image.Image]) -> np.ndarray:
+        """[N, D] float32, every row of length 1."""
+        rows = []
+        for chunk in batched(images, BATCH_SIZE):
+            batch = self.processor.image_processor(images=chunk, return_tensors="pt")
+            pixels = batch["pixel_values"].to(self.model.device, self.model.dtype)
+            rows.append(embed_images(self.model, pixels))
+        return _unit(rows)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] float32, every row of length 1."""
+        rows = []
+        for chunk in batched(texts, BATCH_SIZE):
+            input_ids = self.processor.tokenizer(
+                chunk,
+                padding="max_length",
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )["input_ids"]
+            rows.append(embed_texts(self.model, input_ids.to(self.model.device)))
+        return _unit(rows)
+
+
+def _unit(rows: list[torch.Tensor]) -> np.ndarray:
+    return nn.functional.normalize(torch.cat(rows).float(), dim=-1).cpu().numpy()

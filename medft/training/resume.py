@@ -1,0 +1,118 @@
+"""What must hold before a run begins in its folder or goes on from a checkpoint."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+
+from medft.config.recipe import Recipe
+from medft.config.train_keys import TrainSection
+from medft.errors import RunError
+from medft.files import check_folder_for_output
+from medft.models.saved import read_run_record
+from medft.provenance import (
+    masked,
+)
+from medft.training.checkpoints import checkpoint_to_resume, world_size_of
+
+FREE_ON_RESUME = re.compile(
+    r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
+    r"|model\.vision_cache(_gb)?"
+)
+"""Recipe keys that may differ when a run goes on, since they do not change what is trained."""
+
+
+def check_output_dir(train: TrainSection) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start into an empty folder.
+
+    Args:
+        train: the recipe's section.
+
+    Raises:
+        RunError: the folder is not empty and the run does not resume, or there is no complete
+            checkpoint.
+    """
+    output_dir, resume = Path(train.output_dir), train.resume_from_checkpoint
+    check_folder_for_output(output_dir, allow_content=True)
+    if not resume and output_dir.exists() and any(output_dir.iterdir()):
+        raise RunError(
+            f"expected train.output_dir to be empty, {output_dir} is not: choose another "
+            f"folder, or resume with train.resume_from_checkpoint=true"
+        )
+    checkpoint = checkpoint_to_resume(output_dir, resume)
+    if checkpoint and checkpoint.absolute().parent != output_dir.absolute():
+        raise RunError(
+            f"expected train.resume_from_checkpoint to lie in train.output_dir {output_dir}, got "
+            f"{checkpoint}: a run goes on in its own folder"
+        )
+    return checkpoint
+
+
+def check_same_run(
+    recipe: Recipe,
+    base: dict[str, Any],
+    data: dict[str, Any],
+    checkpoint: Path,
+    world_size: int | None,
+) -> None:
+    """Refuse to continue a run with anything changed that decides what is trained.
+
+    Args:
+        recipe: as resolved now.
+        base: what identifies the base now.
+        data: the inputs' record, as read now.
+        checkpoint: the one to continue from, in the run's directory.
+        world_size: processes now; None where it is not known yet.
+
+    Raises:
+        RunError: a recipe key, the base, the data or the number of processes differs, or nothing is
+            left to do.
+    """
+    run = checkpoint.parent
+    earlier = read_run_record(run)
+    current, then = (_flat(content) for content in (masked(recipe.model_dump()), earlier["recipe"]))
+    changed = sorted(
+        key
+        for key in current.keys() | then.keys()
+        if current.get(key) != then.get(key) and not FREE_ON_RESUME.fullmatch(key)
+    )
+    if changed:
+        listed = ", ".join(f"{key} ({then.get(key)} -> {current.get(key)})" for key in changed)
+        raise RunError(
+            f"expected the recipe of the interrupted run in {run}, these keys differ: {listed}: "
+            f"restore them, or start a new run in another folder"
+        )
+    for name, content in (("base", base), ("data", data)):
+        if masked(content) != earlier[name]:
+            raise RunError(
+                f"expected the {name} of the interrupted run in {run}, its files have changed: "
+                f"restore them, or start a new run in another folder"
+            )
+    results = [run / name for name in ("adapter", "model") if (run / name).is_dir()]
+    if results and state_of(checkpoint).global_step >= earlier.get("steps_done", math.inf):
+        raise RunError(
+            f"expected an unfinished run to resume in {run}, {checkpoint.name} is its last step: "
+            f"take {results[0]}"
+        )
+    if world_size is not None and world_size_of(checkpoint) != world_size:
+        raise RunError(
+            f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
+            f"got {world_size}: the order of the rows would change"
+        )
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    """Trainer's state as a checkpoint holds it."""
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {
+        name: value
+        for key, inner in content.items()
+        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

@@ -1,0 +1,75 @@
+"""A Trainer that knows the rows of each step, how fast they come and how long it waits for them."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from medft.provenance import peak_memory
+
+ROW_IDS = "row_ids"
+"""Key of a batch's ids, which no model sees."""
+
+
+class RowTrackingTrainer(Trainer):
+    """A trainer whose collator puts ids beside its tensors, under ROW_IDS."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.row_ids: list[str] = []
+        self._since: float | None = None  # training has not begun
+        self._restart_measuring()
+
+    def _restart_measuring(self) -> None:
+        self._rows_taken = self._tokens_taken = 0
+        self._seconds_waited = 0.0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """The batches of a step, their ids kept in `row_ids`."""
+        started = time.perf_counter()
+        self._since = self._since or started
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._seconds_waited += time.perf_counter() - started
+        self.row_ids = [name for batch in batches for name in batch.pop(ROW_IDS)]
+        self._rows_taken += len(self.row_ids)
+        self._tokens_taken += sum(int((b["labels"] >= 0).sum()) for b in batches if "labels" in b)
+        return batches, items
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The figures of an evaluation, whose time is not counted as training."""
+        started = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self._since is not None:
+                self._since += time.perf_counter() - started
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add this process's rows and supervised tokens a second, waiting and memory."""
+        if "loss" in logs and self._since is not None:
+            now = time.perf_counter()
+            seconds = now - self._since
+            logs["rows_per_second"] = round(self._rows_taken / seconds, 3)
+            if self._tokens_taken:
+                logs["supervised_tokens_per_second"] = round(self._tokens_taken / seconds, 3)
+            logs["data_wait"] = round(self._seconds_waited / seconds, 4)
+            peak = peak_memory()
+            logs["peak_memory_gib"] = round(peak.get("device", peak["host"]) / 2**30, 3)
+            self._since = now
+            self._restart_measuring()
+        super().log(logs, start_time)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs({k: v for k, v in inputs.items() if k != ROW_IDS})
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move what lies in a dataclass to the device as well, which the library leaves."""
+        if not is_dataclass(data) or isinstance(data, type):
+            return super()._prepare_input(data)
+        moved = {part.name: self._prepare_input(getattr(data, part.name)) for part in fields(data)}
+        return replace(data, **moved)

@@ -1,0 +1,45 @@
+"""What is to be answered."""
+
+import json
+import shutil
+
+import pytest
+
+from medft.data.rows import load_rows
+from medft.errors import DataError, RunError
+from medft.evaluation.evaluate import evaluate
+from medft.evaluation.items import items_of, rows_to_evaluate
+
+
+def test_every_assistant_turn_is_an_item_with_the_turns_before_it(tmp_path):
+    turns = []
+    for question, answer in (("Where?", "Left."), ("Size?", "Small.")):
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    row = {"id": "r", "group_id": "g", "source": "s", "images": [], "messages": turns}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    first, second = items_of(load_rows(tmp_path / "a.jsonl", split="test"))
+    assert (first.id, first.question, first.reference) == ("r#1", "Where?", "Left.")
+    assert (second.id, second.question, second.reference) == ("r#2", "Size?", "Small.")
+    assert [m["role"] for m in second.prompt] == ["user", "assistant", "user"]
+    assert (second.group_id, second.source) == ("g", "s")
+
+
+def test_validation_rows_that_changed_since_the_run_are_refused(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "decoder", run)
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["validation"]["sha256"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="has changed"):
+        rows_to_evaluate(run, None, "validation")
+    with pytest.raises(RunError, match="expected an adapter for --against base"):
+        evaluate(
+            _whole(tmp_path), tmp_path / "out", data=None, split="validation", against_base=True
+        )
+
+
+def _whole(folder):
+    model = folder / "whole"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "siglip"}')
+    return model

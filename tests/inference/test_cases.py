@@ -1,0 +1,72 @@
+"""Training cases near an image."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from medft.data.images import open_image
+from medft.data.rows import load_rows
+from medft.errors import RunError
+from medft.files import file_sha256
+from medft.inference.cases import CaseIndex
+
+
+def test_nearest_cases_are_those_of_comparing_all(embedder, runs, data):
+    index = CaseIndex.of_run(runs / "siglip", embedder)
+    rows = load_rows(data / "chat" / "train.jsonl", split="train")
+    images = [open_image(data / "chat" / row["images"][0]["path"]) for row in rows]
+    own = embedder.embed_images(images)
+    for place in (0, 5):
+        cases = index.nearest(own[place])
+        assert cases[0].id == rows[place]["id"]
+        assert cases[0].similarity == pytest.approx(1, abs=1e-4)
+        order = np.argsort(-(own @ own[place]), kind="stable")[:5]
+        assert [case.id for case in cases] == [rows[int(i)]["id"] for i in order]
+
+
+def test_the_index_is_kept_and_made_anew_for_other_weights(embedder, runs, tmp_path):
+    run = tmp_path / "siglip"
+    shutil.copytree(runs / "siglip", run)
+    CaseIndex.of_run(run, embedder)
+    first = (run / "index.npz").read_bytes()
+    CaseIndex.of_run(run, embedder)
+    assert (run / "index.npz").read_bytes() == first
+    (run / "index.npz").write_bytes(first[:500])  # torn
+    CaseIndex.of_run(run, embedder)
+    assert (run / "index.npz").read_bytes() == first
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    CaseIndex.of_run(run, embedder)
+    assert (run / "index.npz").read_bytes() != first
+
+
+def test_changed_training_data_is_an_error(embedder, runs, tmp_path):
+    run = tmp_path / "siglip"
+    shutil.copytree(runs / "siglip", run)
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["train"]["sha256"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="training data"):
+        CaseIndex.of_run(run, embedder)
+
+
+def test_rows_with_the_same_id_keep_their_texts(embedder, runs, data, tmp_path):
+    run = tmp_path / "siglip"
+    shutil.copytree(runs / "siglip", run)
+    rows = [json.loads(x) for x in (data / "chat" / "train.jsonl").read_text().splitlines()[:4]]
+    for number, row in enumerate(rows):
+        row["id"] = "7"
+        row["images"] = [str(data / "chat" / name) for name in row["images"]]
+        row["messages"][1]["content"] = f"text {number}"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["train"] = {"path": str(file), "sha256": file_sha256(file)}
+    (run / "run.json").write_text(json.dumps(record))
+    index = CaseIndex.of_run(run, embedder)
+    for number, row in enumerate(rows):
+        [own] = embedder.embed_images([open_image(row["images"][0])])
+        assert index.nearest(own)[0].text == f"text {number}"
+    assert len({case.id for case in index.nearest(own)}) == 4
