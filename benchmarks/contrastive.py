@@ -1,4 +1,4 @@
-"""The exact batch of contrastive training against what other loops make of the same micro-batches.
+"""Compares the exact batch of medft with other training loops on the same micro-batches.
 
     python benchmarks/contrastive.py
 
@@ -7,18 +7,18 @@ The same SigLIP, adapter and pairs in every variant, in micro-batches of 8:
     a    transformers.Trainer with the loss of SiglipModel: negatives of the micro-batch only
     b    open_clip's SigLipLoss in the accumulation of open_clip's training loop
     c    medft with contrastive.exact_batch
-    d    the whole batch in one autograd graph, in plain torch
+    d    the full batch in one autograd graph, in plain torch
 
-The shapes are those of SigLIP-base with 2 layers a tower; the weights are random, the adapter's as
-well. It runs on the CPU in float32 without dropout, the variants in turn. A step is forward and
-backward; batches are collated before. The peak is of the bytes that a step makes beyond what was
-there, over that of one micro-batch alone, forward and backward; counting them costs less time than
-a step's varies. Cosine and error are of the gradient of adapter, scale and bias against d's, the
-adapter's error is also given by itself.
+The shapes are those of SigLIP-base with 2 layers per tower; the weights are random, those of the
+adapter too. It runs on the CPU in float32 without dropout, the variants in turn. A step is forward
+and backward; batches are collated before. The peak is that of the bytes that a step allocates,
+divided by that of one micro-batch alone, forward and backward; counting them costs less time than a
+step's time varies. Cosine and error compare the gradient of adapter, scale and bias with d's; the
+adapter's error is also given alone.
 
-In b scale and bias, which every micro-batch sees in full, get their whole gradient from each: it
-comes out as many times too large as there are micro-batches. b needs `pip install --no-deps
-open_clip_torch` and is left out without it. Writes results/contrastive.json.
+In b every micro-batch adds the full gradient of scale and bias, which is therefore too large by the
+number of micro-batches. b needs `pip install --no-deps open_clip_torch` and is left out without it.
+Writes results/contrastive.json.
 """
 
 import importlib.metadata
@@ -60,7 +60,7 @@ from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
 MICRO_BATCH = 8
 ROUNDS = {64: 3, 256: 1}
-"""Repetitions, by the pairs of the effective batch."""
+"""Number of pairs of the effective batch -> repetitions."""
 
 LOGIT_SCALE, LOGIT_BIAS = math.log(117), -12.9
 RESULTS = Path(__file__).parent / "results" / "contrastive.json"
@@ -93,7 +93,7 @@ def siglip_config(
 
 
 def write_base(folder: Path, config: SiglipConfig) -> None:
-    """What a recipe needs of a base before weights: configuration and processor."""
+    """Write a base without weights: configuration and processor."""
     side = config.vision_config.image_size
     images = SiglipImageProcessorPil(size={"height": side, "width": side})
     SiglipProcessor(images, siglip_tokenizer(tokenizer_corpus(), folder)).save_pretrained(folder)
@@ -101,7 +101,7 @@ def write_base(folder: Path, config: SiglipConfig) -> None:
 
 
 def write_rows(folder: Path, count: int, side: int) -> Path:
-    """Colored blurs, each with a caption of its own that fills the text positions."""
+    """Write colored blurs, each with its own caption that fills the text positions."""
     random = np.random.default_rng(5)
     words = " ".join(tokenizer_corpus()).split()
     lines = []
@@ -157,14 +157,14 @@ def exact_trainer(folder: Path, config: SiglipConfig, pairs: int, micro: int) ->
 
 
 def accumulate(trainer: Trainer, batches: Sequence[Batch]) -> float:
-    """The micro-batches of a step, as Trainer's loop takes them."""
+    """The summed loss of a step's micro-batches, which run as in Trainer's loop."""
     taken, items = trainer.get_batch_samples(map(dict, batches), len(batches), trainer.args.device)
     trainer.current_gradient_accumulation_steps = len(taken)
     return sum(trainer.training_step(trainer.model, batch, items).item() for batch in taken)
 
 
 def open_clip_loss() -> nn.Module | None:
-    """SigLipLoss; its file alone, which needs nothing but torch."""
+    """open_clip's SigLipLoss, loaded from its file alone, which needs only torch."""
     package = importlib.util.find_spec("open_clip")
     if package is None:
         return None
@@ -179,7 +179,7 @@ def open_clip_loss() -> nn.Module | None:
 def accumulate_as_open_clip(
     model: nn.Module, loss_of: nn.Module, batches: Sequence[Batch]
 ) -> float:
-    """The micro-batches of a step, each compared with the cached features of the others.
+    """The last loss of a step, each micro-batch compared with the cached features of the others.
 
     Source: train_one_epoch with accum_freq > 1 in open_clip_train/train.py of open_clip 3.3.0.
     """
@@ -195,7 +195,7 @@ def accumulate_as_open_clip(
 
 
 def full_batch(model: nn.Module, whole: Batch) -> float:
-    """The loss of all pairs as it is defined, one graph.
+    """The loss of all pairs as it is defined, in one autograd graph.
 
     Source: arXiv:2303.15343, algorithm 1.
     """
@@ -209,13 +209,13 @@ def full_batch(model: nn.Module, whole: Batch) -> float:
 
 
 def embeddings(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of images and texts, at length 1."""
+    """Embeddings of images and texts, of unit norm."""
     outputs = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
     return outputs.image_embeds, outputs.text_embeds
 
 
 class Variant:
-    """One way to take a step, and what its steps took."""
+    """One way to take a step, and the measurements of its steps."""
 
     def __init__(self, name: str, model: nn.Module, step: Callable[[], float]) -> None:
         self.name = name
@@ -225,7 +225,7 @@ class Variant:
         self.wall: list[float] = []
 
     def run(self) -> None:
-        """Take a step and keep its figures."""
+        """Take a step and record its measurements."""
         self.model.zero_grad(set_to_none=True)
         with PeakCounter() as counter:
             wall, cpu = time.perf_counter(), time.process_time()
@@ -241,7 +241,7 @@ class Variant:
 
     @property
     def gradient(self) -> Tensor:
-        """Of everything that is trained."""
+        """The gradient of all trained parameters."""
         return torch.cat([self.grad_adapter, torch.tensor([self.grad_scale, self.grad_bias])])
 
 
@@ -252,7 +252,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def compare(
     folder: Path, config: SiglipConfig, *, pairs: int, micro: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """All variants in turn over the same pairs.
+    """The measurements of all variants, run in turn on the same pairs.
 
     Args:
         folder: for base, images and rows.

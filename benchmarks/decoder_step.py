@@ -1,4 +1,4 @@
-"""A training step of Llama 3.2 Vision in medft against the same step in stock TRL.
+"""Compares a training step of Llama 3.2 Vision in medft with the same step in stock TRL.
 
     python benchmarks/decoder_step.py [small | 11b]      (default: small)
 
@@ -8,14 +8,14 @@ The same row, labels, random weights and adapter in every variant, without dropo
     a'   the same without checkpointing
     b    medft, first epoch: the tower is computed
     c    medft from the vision cache
-    d    c without checkpointing of the text
+    d    c without gradient checkpointing of the text
     d'   d with cross_attention_fix: tiles that no token may see are left out (other numerics)
 
-A step is collating, forward and backward; the optimizer is the same everywhere. `small` runs on the
-CPU in float32, the variants in turn, medians of CPU seconds and wall seconds, with an image of 4
-tiles and one of 1. `11b` is the real configuration with random NF4 weights on a GPU, one variant
-after the other, first with 24 GiB of memory, then with all; it prints rows and supervised tokens a
-second and peak memory.
+A step is collation, forward and backward; the optimizer is the same everywhere. Both sizes use an
+image of 4 tiles and one of 1. `small` runs on the CPU in float32, the variants in turn, and reports
+medians of CPU seconds and wall seconds. `11b` is the real configuration with random NF4 weights on
+a GPU, one variant after the other, first with 24 GiB of memory, then with all; it prints rows and
+supervised tokens per second and peak memory.
 
 The floor is what every exact step must compute: the text once forward and once backward, without
 tower and without recomputation, which are the FLOPs counted in d. Writes results/decoder_step.json.
@@ -75,13 +75,13 @@ CPU_ATTENTION = {
         )
     ),
 }
-"""Formulas of torch that its table lacks for the CPU's attention."""
+"""FLOP formulas for the CPU's attention, which torch's registry lacks."""
 
 RESULTS = Path(__file__).parent / "results" / "decoder_step.json"
 
 
 def small_config(tokenizer: Any) -> MllamaConfig:
-    """A real Mllama at a fifth of the tower and a quarter of the text's width."""
+    """Mllama with a quarter of the real width and depth, in tower and text."""
     token = tokenizer.convert_tokens_to_ids
     return MllamaConfig(
         vision_config={
@@ -112,12 +112,12 @@ def real_config(tokenizer: Any) -> MllamaConfig:
     """Llama 3.2 11B Vision Instruct, whose values are the configuration's defaults."""
     token = tokenizer.convert_tokens_to_ids
     config = MllamaConfig(vision_config={"image_size": 560}, text_config={"pad_token_id": 128004})
-    config.image_token_index = token("<|image|>")  # of the small tokenizer: its rows exist as well
+    config.image_token_index = token("<|image|>")  # the small tokenizer's, which is in range
     return config
 
 
 def write_base(folder: Path, config: MllamaConfig, tokenizer: Any) -> None:
-    """What a recipe needs of a base before weights: configuration and processor."""
+    """Write a base without weights: configuration and processor."""
     tile = config.vision_config.image_size
     images = MllamaImageProcessorPil(size={"height": tile, "width": tile}, max_image_tiles=4)
     config.save_pretrained(folder)
@@ -127,7 +127,7 @@ def write_base(folder: Path, config: MllamaConfig, tokenizer: Any) -> None:
 
 
 def write_row(folder: Path, tokenizer: Any, tile: int, tiles: int) -> Path:
-    """One conversation of TOKENS tokens about an image of 4 tiles or 1."""
+    """Write one conversation of at most TOKENS tokens about an image of 4 tiles or 1."""
     side = tile * (2 if tiles == 4 else 1)
     pixels = np.random.default_rng(tiles).integers(0, 255, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / f"{tiles}.png")
@@ -154,7 +154,7 @@ def write_row(folder: Path, tokenizer: Any, tile: int, tiles: int) -> Path:
 def random_model(
     config: MllamaConfig, *, dtype: torch.dtype, is_4bit: bool, device: str
 ) -> nn.Module:
-    """The model with random weights, made on its device part by part; gates stand half open."""
+    """The model with random weights, made on its device part by part; gates are 0.5."""
     generator = torch.Generator(device).manual_seed(7)
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(config).to(dtype)
@@ -171,7 +171,7 @@ def random_model(
 
 
 def draw(name: str, like: Tensor, device: str, generator: torch.Generator) -> nn.Parameter:
-    """A parameter as a trained model might have it."""
+    """A parameter: norm weights 1, gates 0.5, others normal with deviation 0.02."""
     value = torch.empty(like.shape, dtype=like.dtype, device=device)
     if "norm" in name and name.endswith("weight"):
         value.fill_(1.0)
@@ -185,7 +185,7 @@ def draw(name: str, like: Tensor, device: str, generator: torch.Generator) -> nn
 def quantize(
     model: nn.Module, name: str, module: nn.Linear, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    """Put a random 4-bit layer in the place of an empty one."""
+    """Replace an empty linear layer with a random 4-bit one."""
     layer = bnb.nn.Linear4bit(
         module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
     )
@@ -199,7 +199,7 @@ def quantize(
 
 
 def rebuild_buffers(model: nn.Module, config: MllamaConfig, device: str) -> None:
-    """Compute what is no parameter (rotary frequencies), which the meta device left empty."""
+    """Compute the buffers (rotary frequencies), which the meta device left empty."""
     real = type(model.model.language_model.rotary_emb)(config.text_config)
     model.model.language_model.rotary_emb = real.to(device)
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
@@ -208,7 +208,7 @@ def rebuild_buffers(model: nn.Module, config: MllamaConfig, device: str) -> None
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up the operations of matrix products, convolutions and attention.
+    """Counts the floating-point operations of matrix products, convolutions and attention.
 
     torch's own FlopCounterMode also hooks every module, and fails on one without grad.
     """
@@ -319,13 +319,13 @@ class Variant:
             return self.trainer.compute_loss(self.model, batch)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of the adapter, by name."""
+        """The gradients of the adapter, by parameter name."""
         return {
             n: p.grad.float().cpu() for n, p in self.model.named_parameters() if p.grad is not None
         }
 
     def kept_bytes(self) -> dict[str, int]:
-        """Bytes that a forward keeps for its backward, in all and by the tower."""
+        """Bytes that a forward keeps for its backward, in total and in the tower."""
         tower = self.model.get_base_model().model.vision_model
         inside: list[bool] = []
         handles = [
@@ -352,7 +352,7 @@ class Variant:
         }
 
     def peak_bytes(self) -> int:
-        """Bytes of what a step makes that are alive at once, its gradients included."""
+        """Peak bytes of the tensors that a step allocates, gradients included."""
         self.model.zero_grad(set_to_none=True)
         with PeakCounter() as counter:
             self.step()
@@ -366,21 +366,21 @@ class Variant:
 
 
 def gap(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest relative difference of a tensor."""
+    """The largest relative difference over all tensors."""
     if left.keys() != right.keys():
         raise SystemExit("expected the same tensors to have a gradient")
     return max(float((left[n] - right[n]).norm() / right[n].norm()) for n in left)
 
 
 def compare_small(base: Path, row: Path, config: MllamaConfig) -> list[dict[str, Any]]:
-    """All variants in turn on the CPU."""
+    """The measurements of all variants, run in turn on the CPU."""
     variants = [Variant(name, base, row, config, "small") for name in VARIANTS]
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for turn in range(ROUNDS + 1):
         for variant in variants:
             wall, cpu = time.perf_counter(), time.process_time()
             variant.step()
-            if turn:  # the first one warms up and fills the cache
+            if turn:  # the first turn warms up and fills the cache
                 taken = time.perf_counter() - wall, time.process_time() - cpu
                 seconds[variant.name].append(taken)
     stock = variants[0].gradients()
@@ -409,7 +409,7 @@ def compare_small(base: Path, row: Path, config: MllamaConfig) -> list[dict[str,
 
 
 def run_11b(base: Path, row: Path, config: MllamaConfig) -> list[dict[str, Any]]:
-    """Each variant by itself on the GPU, with 24 GiB and with all of its memory."""
+    """The measurements of each variant alone on the GPU, with 24 GiB and with all its memory."""
     table = []
     total = torch.cuda.get_device_properties(0).total_memory
     for limit in (24 * 2**30, total):
@@ -425,7 +425,7 @@ def run_11b(base: Path, row: Path, config: MllamaConfig) -> list[dict[str, Any]]
 
 
 def time_on_gpu(variant: Variant) -> dict[str, float]:
-    """Rows and supervised tokens a second, and the peak of a step."""
+    """Rows and supervised tokens per second, and the peak memory of a step in GiB."""
     variant.step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

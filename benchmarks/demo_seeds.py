@@ -1,10 +1,11 @@
-"""The demo on several seeds, scored on images drawn afresh after its settings were chosen.
+"""Scores the demo, on several seeds, on images drawn after its settings were chosen.
 
     python benchmarks/demo_seeds.py [SEED ...]      (default: 17 23 42)
 
-For each seed the whole demo runs (images, bases and training from that seed), then both models
-are evaluated on 300 new pairs of new patients. Prints finding F1 and recall@1 of every system with
-95 % intervals, and the paired differences; writes results/demo_seeds.json.
+For each seed the complete demo runs (images, bases and training from that seed), then both models
+are evaluated on the validation split (99 %) of 300 new pairs of new patients. Prints finding F1 and
+recall@1 of every system with 95 % intervals, and the paired differences; writes
+results/demo_seeds.json.
 """
 
 import json
@@ -28,7 +29,7 @@ MAIN = {"decoder": "finding_f1", "siglip": "image_to_text_recall@1"}
 
 
 def fresh(folder: Path, seed: int) -> Path:
-    """The chat file of new pairs, all of them held out."""
+    """The chat file of new pairs, 99 % of which are in the validation split."""
     sources = write_exports(folder / "raw", pairs=HELD_OUT, seed=seed)
     spec = sources.read_text().replace("validation: 0.05", "validation: 0.99")
     sources.write_text(spec)

@@ -1,4 +1,4 @@
-"""How many bytes of tensors a piece of code holds at once."""
+"""Peak bytes of the tensors that a piece of code holds."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakCounter(TorchDispatchMode):
-    """Follows the bytes of the tensors that are alive, beside those that were there before."""
+    """Tracks the live and peak bytes of the tensors that are created inside the block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""medft data prepare against the bare decoding and hashing of the same files.
+"""Compares `medft data prepare` with bare decoding and hashing of the same files.
 
     python benchmarks/prepare.py [NUMBER_OF_IMAGES ...]      (default: 1000 10000 50000)
 
 Draws images, then in turn decodes and hashes them with as many worker processes as medft takes,
-and prepares them with the command. Prints images a second of wall time and of CPU time, the ratio,
-and the peak of anonymous memory summed over the process tree; writes results/prepare.json.
+and prepares them with the command. Prints images per second of wall time, CPU seconds, the ratios
+of both, and the peak of anonymous memory summed over the process tree; writes results/prepare.json.
 """
 
 import csv
@@ -31,7 +31,7 @@ WORKERS = len(os.sched_getaffinity(0))
 
 
 def draw(task: tuple[Path, int]) -> None:
-    """A smooth gray image with noise, as a radiograph compresses: JPEG, every fourth a PNG."""
+    """Write a gray image that compresses like a radiograph: JPEG, every fourth a PNG."""
     folder, index = task
     random = np.random.default_rng(index)
     coarse = Image.fromarray(random.normal(128, 50, (6, 6)).clip(0, 255).astype(np.uint8))
@@ -98,14 +98,14 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 def bare_run(folder: str) -> None:
-    """What a worker pool needs to decode and hash every file of a folder."""
+    """Decode and hash every file of a folder in a worker pool."""
     with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
         for _ in pool.imap(bare, sorted(Path(folder).iterdir()), chunksize=8):
             pass
 
 
 def compare(count: int, scratch: Path) -> dict[str, float]:
-    """One line of the table."""
+    """One row of the table."""
     images = scratch / "images"
     images.mkdir()
     with multiprocessing.get_context("fork").Pool(WORKERS) as pool:

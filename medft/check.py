@@ -1,4 +1,4 @@
-"""What can be known of a recipe before any weights are loaded."""
+"""Checks of a recipe that need no weights, and their description."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ def _prepare(
 
 
 def describe_check(checked: Checked) -> str:
-    """What a check found, for reading: the resolved recipe, rows, targets, examples, arithmetic."""
+    """The result of a check as text: resolved recipe, rows, targets, examples, batch arithmetic."""
     recipe, prepared, batch = checked.recipe, checked.prepared, checked.batch
     lines = [recipe.dump()]
     for split, known in prepared.record.items():

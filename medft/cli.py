@@ -1,4 +1,4 @@
-"""The `medft` command. Nothing heavy is imported before a command is known."""
+"""The `medft` command line; heavy modules are imported only by the command that needs them."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ def main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line and its help."""
+    """The argument parser of `medft`."""
     medft_parser = argparse.ArgumentParser(
         prog="medft",
         description="Fine-tune medical image-text models without silent failures. "

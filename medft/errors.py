@@ -1,4 +1,4 @@
-"""What medft says when the user's input cannot be used, and the exit code that goes with it.
+"""Errors for user input that cannot be used, and the exit codes of commands.
 
 Every message is one sentence: what was expected, what came, what to do.
 """
@@ -14,14 +14,14 @@ EXIT_KEYBOARD_INTERRUPT = 130
 
 
 class MedftError(Exception):
-    """Something the user gave cannot be used: one sentence for each thing that is wrong."""
+    """User input cannot be used: one sentence for each problem."""
 
     @property
     def problems(self) -> list[str]:
         """The sentences, in the order of the checks.
 
-        An error that comes from a DataLoader's worker has that process's traceback as its text,
-        the sentence last.
+        An error from a DataLoader worker has that worker's traceback as its text; its sentence is
+        the last line.
         """
         texts = [str(text).strip() for text in self.args]
         return [
@@ -51,21 +51,21 @@ class Terminated(Exception):
 
 
 class ErrorCollector:
-    """Errors of independent checks, gathered so that the user sees all of them at once."""
+    """Collects the errors of independent checks, so that the user sees all of them at once."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     @contextmanager
     def gather(self) -> Iterator[None]:
-        """Keep a MedftError raised inside the block, and go on after it."""
+        """Collect a MedftError raised inside the block; execution continues after the block."""
         try:
             yield
         except MedftError as error:
             self.problems.extend(error.problems)
 
     def raise_any(self) -> None:
-        """Raise what was gathered, if anything was.
+        """Raise the collected errors, if there are any.
 
         Raises:
             MedftError: with every sentence.
@@ -75,9 +75,9 @@ class ErrorCollector:
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """The exit code of a command: 0 done, 2 bad input, 143 stopped by SIGTERM after saving.
+    """The exit code: 0 done, 2 bad input, 130 interrupted, 143 stopped by SIGTERM after saving.
 
-    A MedftError is shown as its sentences, once, by the first rank; with `--debug` in argv it
+    A MedftError is shown as its sentences, once, by rank 0; with `--debug` in argv it
     is raised with its traceback instead. Any other exception is a bug of ours and is raised.
     """
     debug = "--debug" in argv

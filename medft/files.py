@@ -1,4 +1,4 @@
-"""Files: written completely or not at all, hashed, and those that ship with medft."""
+"""Files written completely or not at all, file hashes, and files that ship with medft."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ from medft.errors import RecipeError, RunError
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file holds either its old content or all of the new."""
+    """Write JSON atomically: the file holds its old content or all of the new."""
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 
 def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> None:
-    """Refuse a folder that cannot be written, or that holds something, before any work is done.
+    """Raise, before any work is done, if a folder is not writable or not empty.
 
     Args:
         folder: may not exist yet.
-        allow_content: whether what it holds may be replaced.
+        allow_content: whether existing content may be replaced.
 
     Raises:
         RunError: it is a file, not writable, or not empty.
@@ -45,7 +45,7 @@ def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> Non
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder beside `folder` that takes its place when the block ends without an error."""
+    """A draft folder beside `folder`; it replaces `folder` when the block ends without an error."""
     folder = folder.absolute()
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -66,7 +66,7 @@ def file_sha256(path: Path) -> str:
 
 
 def packaged_file(name: str) -> Path:
-    """A file that ships with medft, such as recipes/decoder_qlora.py: of the checkout or the wheel.
+    """Path of a file that ships with medft, such as recipes/decoder_qlora.py; checkout or wheel.
 
     Raises:
         RecipeError: this installation lacks it.

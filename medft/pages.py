@@ -1,4 +1,4 @@
-"""What medft's HTML pages are made of: one style, tables, images inside the page."""
+"""Building blocks of medft's HTML pages: one style, tables, embedded images."""
 
 import base64
 import html
@@ -54,7 +54,7 @@ pre { font-size: .78rem }
 
 
 def page(title: str, note: str, sections: Iterable[str]) -> str:
-    """A whole HTML page in the style of medft's reports."""
+    """A complete HTML page in the style of medft's reports."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
@@ -64,7 +64,7 @@ def page(title: str, note: str, sections: Iterable[str]) -> str:
 
 
 def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """An HTML table; whole numbers stand to the right."""
+    """An HTML table; integers are right-aligned."""
 
     def cell(value: Any) -> str:
         kind = ' class="n"' if isinstance(value, int) else ""
@@ -77,12 +77,12 @@ def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def inline(image: bytes, kind: str = "png") -> str:
-    """An image as the address of an img tag."""
+    """An image as a data URL, the src of an img tag."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def figure(image: str, head: str, text: str) -> str:
-    """An image, from `inline`, with a line above its text."""
+    """An HTML figure: an image from `inline` and its text, below a heading unless that is empty."""
     above = f"<b>{html.escape(head)}</b>" if head else ""
     caption = f"<figcaption>{above}{html.escape(text)}</figcaption>"
     return f'<figure><img src="{image}" alt="">{caption}</figure>'

@@ -1,4 +1,4 @@
-"""What a result came from: versions, hardware, hashes; and what must never be written down.
+"""Provenance of a result: versions, hardware and hashes, with secrets masked.
 
 Secrets are masked at any depth; paths below the user's home are written with `~`; host names are
 never read.
@@ -39,10 +39,10 @@ _SECRET = re.compile(r"(?i)token(?!iz)|key|secret|password")
 
 
 def masked(content: Any, *, secret: bool = False) -> Any:
-    """A copy without secrets: texts below a key that names one are `***`, the home folder is `~`.
+    """A copy with secrets masked: strings below a key that names one are `***`, home is `~`.
 
     Args:
-        content: what json can hold.
+        content: a JSON-serializable value.
         secret: whether a key above names a secret.
     """
     if isinstance(content, dict):
@@ -61,7 +61,7 @@ def masked(content: Any, *, secret: bool = False) -> Any:
 
 
 def masked_words(words: list[str]) -> list[str]:
-    """A command line in which an override that mentions a secret shows its key only."""
+    """The words of a command line; an override that mentions a secret shows its key only."""
     return [
         f"{word.partition('=')[0]}=***" if "=" in word and _SECRET.search(word) else masked(word)
         for word in words
@@ -69,7 +69,7 @@ def masked_words(words: list[str]) -> list[str]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """One hash over the names and contents of all files of a folder."""
+    """SHA-256 over the relative paths and contents of all files of a folder, in hexadecimal."""
     whole = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
@@ -77,7 +77,7 @@ def folder_sha256(folder: Path) -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes that this process held at most, on the host and on its device."""
+    """Peak memory of this process in bytes: host and, with CUDA, device (allocated, reserved)."""
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_available():
         peak["device"] = torch.cuda.max_memory_allocated()
@@ -86,12 +86,12 @@ def peak_memory() -> dict[str, int]:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """The current UTC time in ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
+    """Versions of Python and of the installed packages that a result may depend on."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -102,7 +102,7 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The kind of this computer, without its name."""
+    """Architecture, operating system, CPU count and GPU names of this machine, not its name."""
     return {
         "machine": platform.machine(),
         "system": platform.system(),
@@ -112,7 +112,7 @@ def hardware() -> dict[str, Any]:
 
 
 def medft_version() -> dict[str, Any]:
-    """The version of medft and, in a checkout, its commit and whether files differ from it."""
+    """The version of medft and, in a checkout, its commit and whether the tree is dirty."""
     checkout = Path(medft.__file__).parent.parent
     version: dict[str, Any] = {"version": medft.__version__, "commit": None, "dirty": None}
     if (checkout / ".git").exists():

@@ -1,1 +1,1 @@
-"""What a run is asked to do: YAML files, read strictly."""
+"""Run configuration: strictly validated YAML files."""

@@ -1,4 +1,4 @@
-"""What to write instead of a key that a recipe does not have."""
+"""Advice for unknown recipe keys: what to write instead."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 KeyPath = tuple[str, ...]
 """A section, or a section and a key of it."""
 
-# Names of TRL scripts, LLaMA-Factory, axolotl, unsloth, ms-swift and open_clip.
+# Key names of TRL scripts, LLaMA-Factory, axolotl, unsloth, ms-swift and open_clip.
 FOREIGN_KEYS = {
     "accum_freq": "train.gradient_accumulation_steps",
     "adapter_name_or_path": "model.base",
@@ -72,12 +72,12 @@ FOREIGN_KEYS = {
 def right_key(
     keys: KeyPath, known: Sequence[KeyPath], of_others: Mapping[str, Sequence[KeyPath]]
 ) -> str:
-    """Advice for an unknown key: the key that other tools' name means, else the nearest.
+    """Advice for an unknown key: the equivalent of another tool's key, else the nearest key.
 
     Args:
         keys: the section and the key, as they were written.
-        known: what this kind of recipe has.
-        of_others: what the other kinds have, by their names.
+        known: key paths of this type of recipe.
+        of_others: key paths of the other types, by name.
     """
     key = keys[-1]
     if keys == ("quantization",):

@@ -1,4 +1,4 @@
-"""The recipe that a command line names."""
+"""The recipe of a command line."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def split_arguments(argv: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def read_recipe(kind: type[AnyRecipe], argv: list[str]) -> AnyRecipe:
-    """The recipe of a script's command line; without a file the one that ships for its kind.
+    """The recipe of a script's command line; without a file, the packaged default of its class.
 
     Raises:
         RecipeError: the words or the recipe are wrong.
@@ -36,9 +36,9 @@ def read_recipe(kind: type[AnyRecipe], argv: list[str]) -> AnyRecipe:
 
 
 def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
-    """What a recipe file trains, by its sections, or else by what its base is or is called.
+    """The recipe class of a file, from its sections, else from the config or name of its base.
 
-    The hub is not asked; the checks of the base find out where this guess is wrong.
+    The hub is not queried; the checks of the base find a wrong guess.
 
     Raises:
         RecipeError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Keys of the section `lora` that are not medft's own but fields of peft.LoraConfig."""
+"""Validation of the keys of section `lora` that are fields of peft.LoraConfig, not medft's own."""
 
 import functools
 from collections.abc import Collection
@@ -9,21 +9,21 @@ from pydantic import TypeAdapter
 from medft.config.strict_yaml import ErrorDetails, errors_of
 
 INITIAL_WEIGHTS = ("gaussian", "orthogonal", "pissa", "olora")
-"""Values of lora.init_lora_weights beside true and false. PEFT draws the base of pissa_niter_N anew
-at each load, and eva, lora_ga and corda want a pass over the data that nobody makes here."""
+"""Accepted values of lora.init_lora_weights besides true and false. PEFT redraws the base of
+pissa_niter_N at each load; eva, lora_ga and corda need a pass over the data, which medft lacks."""
 
 _OWNED = {
     *("lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_type"),
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
 }
-"""Fields of peft.LoraConfig that medft sets, or has under names of its own."""
+"""Fields of peft.LoraConfig that medft sets, or has under its own names."""
 
 
 def lora_errors(lora: object, own: Collection[str]) -> list[ErrorDetails]:
-    """Errors in the further keys of `lora`: no field of peft.LoraConfig, or of another type.
+    """Errors in the extra keys of `lora`: not a field of peft.LoraConfig, or a wrong type.
 
     Args:
-        lora: the section as it was written.
+        lora: the section as written.
         own: keys that medft defines.
     """
     from peft import LoraConfig

@@ -1,8 +1,9 @@
 """Recipe files: YAML in, frozen and validated sections out.
 
 Nothing in a recipe is ignored: an unknown key, a value of the wrong type, a key given twice and a
-key that medft owns are errors that name the file, the line and what to write instead. All that is
-wrong is reported at once. Loading a recipe reads the file and nothing else.
+key that medft owns are errors that name the file, the line and what to write instead. All wrong
+keys are reported at once; only then are contradictions between keys checked. Loading a recipe reads
+the file and nothing else.
 """
 
 import functools
@@ -22,7 +23,7 @@ from medft.errors import RecipeError
 
 
 class ModelSection(Section):
-    """Which base model, in which precision."""
+    """The base model and its precision."""
 
     base: str = Field(min_length=1)
     """Hub id or local folder."""
@@ -31,76 +32,76 @@ class ModelSection(Section):
     """Commit, tag or branch on the hub."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of the base's weights and of the computation; the only place of precision."""
+    """Precision of the base's weights and of the computation; no other key sets precision."""
 
 
 class DecoderModelSection(ModelSection):
     """The base of a decoder."""
 
+    # recorded in medft.json, since it differs from stock inference
     cross_attention_fix: bool = False
-    """Mllama: tokens that may see no image get nothing from cross-attention, so that a row does not
-    depend on its neighbours; recorded in medft.json, since it differs from stock inference."""
+    """Mllama: no cross-attention for tokens that may see no image, so that rows are independent."""
 
     vision_cache: str | None = Field(None, min_length=1)
-    """Folder in which the projected outputs of the frozen tower are kept, for later epochs."""
+    """Folder that caches the projected outputs of the frozen vision tower for later epochs."""
 
     vision_cache_gb: float = Field(200, gt=0)
-    """Size that this folder may reach, in 10^9 bytes; what does not fit is computed each epoch."""
+    """10^9 bytes that this folder may reach; what does not fit is recomputed in each epoch."""
 
 
 class DataSection(Section):
-    """Which rows are trained on."""
+    """The training and validation rows."""
 
     train: str = Field(min_length=1)
-    """chat JSONL, or pairs.parquet (its rows of split `train`)."""
+    """File of training rows: chat JSONL, or pairs.parquet (its split `train`)."""
 
     validation: str | None = Field(None, min_length=1)
-    """chat JSONL, or pairs.parquet (its rows of split `validation`)."""
+    """File of validation rows: chat JSONL, or pairs.parquet (its split `validation`)."""
 
 
 class DecoderDataSection(DataSection):
-    """Rows of a decoder."""
+    """The rows of a decoder."""
 
     max_length: int = Field(512, ge=1)
-    """Tokens of a row; longer answers are cut."""
+    """Tokens per row at most; longer answers are truncated."""
 
     too_long: Literal["error", "drop"] = "error"
-    """What happens to a row whose prompt alone is longer than max_length."""
+    """Row whose prompt leaves no room for an answer; error: raise, drop: leave it out."""
 
     max_image_tiles: int = Field(4, ge=1, le=4)
-    """Mllama: tiles of an image at the most; a larger image is shrunk."""
+    """Tiles per image at most (Mllama); a larger image is shrunk."""
 
 
 class SiglipDataSection(DataSection):
-    """Pairs of an encoder."""
+    """The pairs of an encoder."""
 
     max_length: int = Field(64, ge=1)
-    """Tokens of a caption; every caption is padded or cut to exactly this many."""
+    """Tokens per caption; every caption is padded or truncated to exactly this length."""
 
     image_size: int = Field(448, ge=1)
-    """Side of the square input in pixels; position embeddings are interpolated once, at load."""
+    """Pixels per side of the square input; position embeddings are interpolated once, at load."""
 
     caption: str | None = None
     """Template over the row, such as "{question} {answer}"; null: the first assistant text."""
 
     random_rotation: float = Field(0, ge=0, le=45)
-    """Degrees by which training images are turned at the most, either way."""
+    """Degrees by which a training image is rotated at most, in either direction."""
 
     random_crop: float = Field(1, gt=0, le=1)
-    """Smallest share of each side that training images keep."""
+    """Smallest fraction of each side that a training image keeps."""
 
     random_brightness: float = Field(0, ge=0, lt=1)
-    """Share by which training images are made brighter or darker at the most."""
+    """Largest fraction by which a training image is made brighter or darker."""
 
     random_flip: bool = False
-    """Mirror half of the training images; it swaps left and right, which reports name."""
+    """Mirror a training image with probability 0.5; swaps left and right, which reports name."""
 
 
 class QuantizationSection(Section):
     """How bitsandbytes stores the frozen base."""
 
     bits: Literal[4] = 4
-    """Bits a weight."""
+    """Bits per weight."""
 
     type: Literal["nf4", "fp4"] = "nf4"
     """Number format."""
@@ -115,7 +116,7 @@ class QuantizationSection(Section):
 
 
 class LoraSection(Section):
-    """Where the adapter sits and how wide it is; further keys are fields of peft.LoraConfig."""
+    """Targets and width of the adapter; further keys are fields of peft.LoraConfig."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -126,44 +127,44 @@ class LoraSection(Section):
     """The update is scaled by alpha / r; no unit."""
 
     dropout: float = Field(0.05, ge=0, lt=1)
-    """Share of the adapter's inputs set to zero in training."""
+    """Fraction of the adapter's inputs set to zero in training."""
 
     targets: str | list[str] = "language"
-    """A preset's name, a regular expression over whole module names, or a list of name endings."""
+    """A preset's name, a regular expression over full module names, or a list of name endings."""
 
     init_from: str | None = Field(None, min_length=1)
-    """Run or adapter folder whose weights are the initial weights; null: fresh ones."""
+    """Run or adapter folder whose weights are the initial weights; null: a new adapter."""
 
     def resumed(self) -> Self:
-        """The section of a run that goes on from a checkpoint, which has the weights."""
+        """The section of a run that resumes from a checkpoint, which has the weights."""
         return self.model_copy(update={"init_from": None})
 
 
 class SiglipLoraSection(LoraSection):
-    """Where the adapter of an encoder sits."""
+    """Targets and width of an encoder's adapter."""
 
     targets: str | list[str] = "both_no_head"
-    """A preset's name, a regular expression over whole module names, or a list of name endings."""
+    """A preset's name, a regular expression over full module names, or a list of name endings."""
 
 
 class ContrastiveSection(Section):
-    """What the encoder's loss compares."""
+    """The contrastive loss of the encoder."""
 
     loss: Literal["sigmoid", "softmax", "row_sigmoid"] = "sigmoid"
     """sigmoid: arXiv:2303.15343; softmax: CLIP; row_sigmoid: a row-normalized variant."""
 
     exact_batch: bool = True
-    """Every pair of the effective batch is a negative of every other."""
+    """Compare every image with every text of the effective batch, not of a micro-batch only."""
 
     positives: Literal["diagonal", "caption", "group"] = "caption"
-    """Which texts match an image: its own, every equal one, or also ignoring its group's others."""
+    """Matching texts: own (diagonal), equal (caption), equal with group's rest ignored (group)."""
 
     scale_lr: float = Field(1.0, ge=0)
-    """Learning-rate multiplier of logit scale and bias."""
+    """Learning-rate multiplier of logit_scale and logit_bias; no unit."""
 
 
 class Recipe(Section):
-    """Everything a run needs to know; `model`, `data`, `lora` and `train` in every kind."""
+    """The configuration of a run; every type has `model`, `data`, `lora` and `train`."""
 
     kind: ClassVar[str]
     script: ClassVar[str]
@@ -176,7 +177,7 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Self:
-        """The recipe in a file, changed by `section.key=value` overrides.
+        """The recipe of a file, with `section.key=value` overrides applied.
 
         Raises:
             RecipeError: the file cannot be read, or anything in it is wrong.
@@ -202,7 +203,7 @@ class Recipe(Section):
 
 
 class DecoderRecipe(Recipe):
-    """A recipe of decoder_qlora.py."""
+    """A recipe for decoder_qlora.py."""
 
     kind = "decoder"
     script = "decoder_qlora.py"
@@ -215,7 +216,7 @@ class DecoderRecipe(Recipe):
 
 
 class SiglipRecipe(Recipe):
-    """A recipe of siglip_lora.py."""
+    """A recipe for siglip_lora.py."""
 
     kind = "siglip"
     script = "siglip_lora.py"
@@ -227,7 +228,7 @@ class SiglipRecipe(Recipe):
 
 
 def dump_sections(sections: dict[str, Any]) -> str:
-    """The sections of a recipe as YAML, in the order in which they are written by hand."""
+    """The sections of a recipe as YAML, in the order of the shipped recipes."""
     order = ["model", "data", "quantization", "lora", "contrastive", "train"]
     stream = StringIO()
     yaml: Any = YAML(typ="safe", pure=True)
@@ -240,11 +241,11 @@ def dump_sections(sections: dict[str, Any]) -> str:
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 RECIPE_KINDS: dict[str, type[Recipe]] = {kind.kind: kind for kind in (DecoderRecipe, SiglipRecipe)}
-"""Recipe classes by the name of what they train."""
+"""Recipe classes by their `kind`."""
 
 
 def _with_evaluation(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe, evaluated at each epoch and by its loss where it has validation rows."""
+    """The recipe; with validation rows, eval_strategy and metric_for_best_model get defaults."""
     if recipe.data.validation is None:
         return recipe
     defaults = {"eval_strategy": "epoch", "metric_for_best_model": "eval_loss"}
@@ -261,7 +262,7 @@ def _expand_home(content: Any) -> Any:
 
 
 def contradictions(recipe: Recipe) -> list[str]:
-    """What is wrong although every key by itself is right."""
+    """The first error that checks of single keys do not find, in a list; else an empty list."""
     if isinstance(recipe, DecoderRecipe):
         if recipe.quantization and "lm_head" not in recipe.quantization.skip:
             return ["quantization.skip lacks lm_head, whose weight the loss reads directly: add it"]
@@ -312,7 +313,7 @@ def contradictions(recipe: Recipe) -> list[str]:
 
 
 def _explain(error: ErrorDetails, *, kind: type[Recipe]) -> str | None:
-    """A sentence for an error that only a recipe has, else None."""
+    """The sentence for a recipe-specific error, else None."""
     keys = tuple(str(key) for key in error["loc"][:2])
     name = ".".join(keys)
     if error["type"] == "missing":
@@ -327,7 +328,7 @@ def _explain(error: ErrorDetails, *, kind: type[Recipe]) -> str | None:
 
 
 def key_paths(kind: type[Recipe]) -> list[KeyPath]:
-    """Every key that a recipe of this kind may have, as a path."""
+    """Paths of every section and key of a recipe class."""
     paths: list[KeyPath] = [(section,) for section in kind.model_fields]
     for section, field in kind.model_fields.items():
         hints = getattr(field.annotation, "__args__", (field.annotation,))

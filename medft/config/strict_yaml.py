@@ -1,6 +1,6 @@
-"""YAML files that a user writes: known keys, values of their type, errors with their line.
+"""Strict reading of user-written YAML: unknown keys and wrong types are errors with their line.
 
-YAML 1.2 is read, so 1e-4 is a number and `no` is a word. A key given twice is an error.
+YAML 1.2 is read, so 1e-4 is a number and `no` is a string. A key given twice is an error.
 """
 
 import difflib
@@ -20,7 +20,7 @@ ErrorDetails = dict[str, Any]
 
 
 class Section(BaseModel):
-    """A mapping in a file: no unknown key, no conversion of types, no change afterwards."""
+    """A frozen mapping of a file: unknown keys are refused, types are not converted."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 def errors_of(check: Callable[[], object], *prefix: str) -> list[ErrorDetails]:
-    """What pydantic says of a check, with its places below `prefix`."""
+    """Errors of pydantic from a check, with `prefix` before their locations."""
     try:
         check()
     except ValidationError as error:
@@ -42,21 +42,21 @@ def errors_of(check: Callable[[], object], *prefix: str) -> list[ErrorDetails]:
 
 @dataclass(frozen=True)
 class StrictYaml:
-    """What was written, and where."""
+    """The content of a YAML file and the location of every key."""
 
     path: Path
     raw: dict[str, Any]
-    """The file's mapping, changed by overrides."""
+    """The file's mapping, with overrides applied."""
 
     places: dict[tuple[str | int, ...], str]
-    """`file:line`, or the override, of every key."""
+    """`file:line` of every key and list item, or the override that set it."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Parse a file that holds a mapping.
 
         Raises:
-            RecipeError: the file cannot be read, is no YAML, or holds something else.
+            RecipeError: the file cannot be read, is not YAML, or is not a mapping with string keys.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ class StrictYaml:
         """Set `section.key=value`, or `section=null`.
 
         Raises:
-            RecipeError: the text has another form, or its value is no YAML.
+            RecipeError: the text is not of this form, or its value is not YAML.
         """
         name, equals, value = text.partition("=")
         keys = tuple(name.split("."))
@@ -114,8 +114,8 @@ class StrictYaml:
         """A sentence for each key that is wrong.
 
         Args:
-            errors: pydantic's, of one or several checks of this file.
-            explain: a sentence for an error that pydantic's own words do not serve, or None.
+            errors: pydantic's, from one or several checks of this file.
+            explain: returns the sentence for an error, or None to use pydantic's message.
         """
         by_place: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
         for error in errors:
@@ -123,7 +123,7 @@ class StrictYaml:
         return [self._sentence(place, found, explain) for place, found in by_place.items()]
 
     def _written(self, error: ErrorDetails) -> tuple[str | int, ...]:
-        """The longest part of an error's place that stands in the file; a missing key as it is."""
+        """The longest prefix of an error's location that is in the file; for a missing key, all."""
         loc = tuple(error["loc"])
         if error["type"] == "missing":
             return loc
@@ -159,7 +159,7 @@ class StrictYaml:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that a misspelled one most resembles, or all of them, as advice."""
+    """Advice with the closest known key, or with all known keys if none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"known here are {', '.join(known)}"

@@ -1,7 +1,6 @@
 """The section `train`: fields of the library's training arguments that a recipe may set.
 
-What is allowed is listed, so that a field that a newer library brings is refused until it is known
-here.
+Allowed fields are listed: a field that a newer library adds is refused until it is listed here.
 """
 
 import dataclasses
@@ -21,13 +20,13 @@ from medft.config.strict_yaml import Section
 
 
 def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """The value itself once it has passed: a whole number stays one where a float may stand."""
+    """The value as written once it is valid: an int stays an int where a float is allowed."""
     check(value)
     return value
 
 
 class _NotNull:
-    """On `T | None`: what is written must be a T; None stands for a key that is not written."""
+    """For `T | None`: a written value must be a T; None means that the key is not written."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -44,55 +43,55 @@ _When = Literal["no", "steps", "epoch"]
 
 
 class TrainSection(Section):
-    """How a run is trained; a key that is not written has medft's default, or the library's."""
+    """Training arguments; a key that is not written has medft's default, or the library's."""
 
     output_dir: str = Field(min_length=1)
     """The run directory."""
 
     learning_rate: _Amount = 2e-4
-    """The largest one of the schedule."""
+    """Peak learning rate of the schedule; no unit."""
 
     lr_scheduler_type: str = "cosine"
-    """Name of a schedule in transformers."""
+    """Name of a learning-rate schedule in transformers."""
 
     lr_scheduler_kwargs: dict[str, Any] | None = None
-    """Further arguments of the schedule."""
+    """Extra arguments of the schedule."""
 
     warmup_steps: _Amount = 0.1
-    """Steps of rising learning rate; below 1: a share of the steps."""
+    """Optimizer steps of rising learning rate; below 1: a fraction of all steps."""
 
     optim: Annotated[str | None, _NotNull()] = None
     """Name of an optimizer in transformers."""
 
     adam_beta1: _Fraction = 0.9
-    """Decay of the mean of gradients in a step."""
+    """Decay rate of the first moment (mean of gradients) per step."""
 
     adam_beta2: _Fraction = 0.95
-    """Decay of the mean of squared gradients in a step."""
+    """Decay rate of the second moment (mean of squared gradients) per step."""
 
     adam_epsilon: _Interval = 1e-8
-    """Added to the root of the mean of squared gradients."""
+    """Term added to the square root of the second moment."""
 
     weight_decay: _Amount = 0.01
-    """Share of a weight that a step at learning rate 1 would take off."""
+    """Fraction of a weight that a step at learning rate 1 would remove."""
 
     max_grad_norm: _Amount = 1.0
-    """Norm to which gradients are clipped; 0: not at all."""
+    """Norm to which gradients are clipped; 0: no clipping."""
 
     num_train_epochs: Annotated[_Interval | None, _NotNull()] = None
-    """Passes over the training rows."""
+    """Epochs: passes over the training rows."""
 
     max_steps: Annotated[Annotated[int, Field(ge=-1)] | None, _NotNull()] = None
     """Optimizer steps, instead of num_train_epochs."""
 
     per_device_train_batch_size: Annotated[_Count | None, _NotNull()] = None
-    """Rows of a batch on a device."""
+    """Rows per batch on each device."""
 
     gradient_accumulation_steps: Annotated[_Count | None, _NotNull()] = None
-    """Batches of an optimizer step on a device."""
+    """Batches per optimizer step on each device."""
 
     gradient_checkpointing: Annotated[bool | None, _NotNull()] = None
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
 
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     """Arguments of torch's checkpoint function."""
@@ -100,107 +99,107 @@ class TrainSection(Section):
     train_sampling_strategy: Annotated[Literal["random", "group_by_length"] | None, _NotNull()] = (
         None
     )
-    """group_by_length: rows of similar length share a batch."""
+    """Order of rows: random, or group_by_length (rows of similar length in one batch)."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
-    """Of initial weights, dropout and the order of rows."""
+    """Seed of initial weights, dropout and the order of rows."""
 
     data_seed: _Index | None = None
-    """Of the order of rows; default: seed."""
+    """Seed of the order of rows; default: seed."""
 
     eval_strategy: Annotated[_When | None, _NotNull()] = None
-    """When validation rows are evaluated; default: each epoch where there are any."""
+    """When validation rows are evaluated; default: each epoch if there are any."""
 
     eval_steps: _Interval | None = None
-    """Steps between evaluations; below 1: a share of the steps."""
+    """Optimizer steps between evaluations; below 1: a fraction of all steps."""
 
     eval_delay: Annotated[_Amount | None, _NotNull()] = None
-    """Steps or epochs before the first evaluation."""
+    """Optimizer steps or epochs before the first evaluation."""
 
     eval_on_start: Annotated[bool | None, _NotNull()] = None
-    """Evaluate before the first step."""
+    """Evaluate before the first optimizer step."""
 
     eval_accumulation_steps: _Count | None = None
-    """Batches of an evaluation whose outputs stay on the device."""
+    """Evaluation batches whose outputs stay on the device at once."""
 
     per_device_eval_batch_size: Annotated[_Count | None, _NotNull()] = None
-    """Rows of a batch of an evaluation on a device."""
+    """Rows per evaluation batch on each device."""
 
     metric_for_best_model: Annotated[str | None, _NotNull()] = None
-    """The figure that chooses best_model/; default: eval_loss."""
+    """Metric that selects best_model/; default: eval_loss."""
 
     early_stopping_patience: Annotated[_Count | None, _NotNull()] = None
     """Evaluations without improvement after which training ends."""
 
     early_stopping_threshold: Annotated[_Amount | None, _NotNull()] = None
-    """What counts as improvement."""
+    """Change of metric_for_best_model that an improvement must exceed."""
 
     logging_strategy: Annotated[_When | None, _NotNull()] = None
-    """When figures are logged."""
+    """When metrics are logged."""
 
     logging_steps: _Interval = 10
-    """Steps between log entries; below 1: a share of the steps."""
+    """Optimizer steps between log entries; below 1: a fraction of all steps."""
 
     logging_first_step: Annotated[bool | None, _NotNull()] = None
-    """Log the first step."""
+    """Log the first optimizer step."""
 
     report_to: str | list[str] = "none"
-    """Services that get the log, as in transformers."""
+    """Services that receive the log, as named in transformers."""
 
     run_name: str | None = None
     """Name of the run for these services."""
 
     disable_tqdm: Annotated[bool | None, _NotNull()] = None
-    """Show no progress bar; default: none outside a terminal."""
+    """Hide the progress bar; default: hidden outside a terminal."""
 
     save_strategy: Annotated[_When | None, _NotNull()] = None
     """When checkpoints are saved."""
 
     save_steps: _Interval = 500
-    """Steps between checkpoints; below 1: a share of the steps."""
+    """Optimizer steps between checkpoints; below 1: a fraction of all steps."""
 
     save_total_limit: _Count | None = None
     """Checkpoints that are kept; null: all."""
 
     resume_from_checkpoint: bool | str | None = None
-    """true: go on from the newest complete checkpoint of output_dir; or the path of one."""
+    """true: resume from the newest complete checkpoint of output_dir; or the path of one."""
 
     dataloader_num_workers: Annotated[_Index | None, _NotNull()] = None
-    """Processes that prepare batches; 0: the training process."""
+    """Worker processes that prepare batches; 0: the training process does."""
 
     dataloader_persistent_workers: Annotated[bool | None, _NotNull()] = None
-    """Keep these processes over epochs."""
+    """Keep the worker processes between epochs."""
 
     dataloader_pin_memory: Annotated[bool | None, _NotNull()] = None
-    """Put batches into pinned memory; default: where there is an accelerator."""
+    """Put batches into pinned memory; default: true if there is an accelerator."""
 
     dataloader_prefetch_factor: _Count | None = None
-    """Batches that a process prepares ahead."""
+    """Batches that each worker process prepares ahead."""
 
     ddp_backend: str | None = None
-    """Of torch.distributed."""
+    """Backend of torch.distributed."""
 
     ddp_bucket_cap_mb: _Count | None = None
-    """Megabytes of gradients that are exchanged at once."""
+    """MiB of gradients in a DDP bucket, exchanged at once."""
 
     ddp_find_unused_parameters: bool | None = None
-    """Look in each step for parameters without gradient."""
+    """Search for parameters without gradient in each step (DDP)."""
 
     ddp_timeout: Annotated[_Count | None, _NotNull()] = None
-    """Seconds that a process waits for the others."""
+    """Seconds that a process waits for the other processes."""
 
     tf32: bool | None = None
-    """Let float32 products have 10 bits of mantissa on NVIDIA cards."""
+    """Multiply float32 matrices in TF32 (10-bit mantissa) on NVIDIA GPUs."""
 
     torch_empty_cache_steps: _Count | None = None
-    """Steps after which the device's cache is emptied."""
+    """Optimizer steps after which the device's memory cache is emptied."""
 
     use_cpu: Annotated[bool | None, _NotNull()] = None
-    """Train on the CPU even where there is an accelerator."""
+    """Train on the CPU even if there is an accelerator."""
 
     @model_serializer(mode="wrap")
     def _resolved(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What was written, and medft's defaults; None stands for the library's."""
+        """The written keys and medft's defaults, without those left to the library's defaults."""
         return {
             key: value
             for key, value in dump(self).items()
@@ -208,11 +207,11 @@ class TrainSection(Section):
         }
 
     def early_stopping(self) -> dict[str, Any]:
-        """Arguments of transformers' EarlyStoppingCallback; empty where it is not asked for."""
+        """Arguments of transformers' EarlyStoppingCallback; empty without early stopping."""
         return {k: v for k, v in self.model_dump().items() if k in EARLY_STOPPING_KEYS}
 
     def library_fields(self) -> dict[str, Any]:
-        """Fields of TrainingArguments."""
+        """The section's fields of TrainingArguments."""
         own = (*EARLY_STOPPING_KEYS, "resume_from_checkpoint")
         return {k: v for k, v in self.model_dump().items() if k not in own}
 
@@ -222,7 +221,7 @@ EARLY_STOPPING_KEYS = ("early_stopping_patience", "early_stopping_threshold")
 
 
 def refusal(key: str) -> str | None:
-    """Why a key of `train` is refused; None for one that no version of the library has."""
+    """Why a key of `train` is refused; None if the library is not known to have it."""
     if key in REFUSED_TRAIN_KEYS:
         return REFUSED_TRAIN_KEYS[key].format(key=f"train.{key}")
     return "medft does not pass it on: remove the key" if key in _library_fields() else None
@@ -286,5 +285,5 @@ REFUSED_TRAIN_KEYS = {
     "trust_remote_code": "medft runs no code from a model folder: remove the key",
     "use_liger_kernel": "Liger's fused loss reads a field Mllama lacks: remove the key",
 }
-"""Why a field of the library's training arguments may not be set, where there is more to say than
-that medft does not pass it on."""
+"""Reasons for refusing fields of the library's training arguments, where there is more to say than
+that medft does not pass them on."""

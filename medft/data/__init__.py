@@ -1,1 +1,1 @@
-"""From raw tables and images to pairs.parquet, to chat rows, to what a processor takes."""
+"""From raw tables and images to pairs.parquet, chat rows and processor inputs."""

@@ -20,16 +20,16 @@ def write_chat(
 
     Args:
         pairs: pairs.parquet.
-        out: folder; replaced once the new one is complete, refused where it holds something else.
+        out: folder; replaced once the new one is complete, refused if it holds anything else.
         format: "trl" (TRL's conversational vision format) or "sharegpt" (LLaMA-Factory, ms-swift).
-        join_questions: all questions about the same images become one conversation.
+        join_questions: join all questions about the same images into one conversation.
 
     Returns:
-        Rows by split.
+        Number of rows by split.
 
     Raises:
         DataError: the pairs cannot be read.
-        RunError: `out` holds something else.
+        RunError: `out` holds anything else.
     """
     open_pairs(pairs)
     check_folder_for_output(out, allow_content=_is_ours(out))
@@ -55,7 +55,7 @@ def write_chat(
 def _conversations(
     pairs: Path, join_questions: bool
 ) -> Iterator[tuple[dict[str, Any], list[Message]]]:
-    """Rows with their messages; questions about the same images after one another, if asked."""
+    """Rows with their messages; with join_questions, one row per set of images."""
     prompts = prompts_of(pairs)
     if not join_questions:
         for row in read_pairs(pairs):
@@ -74,7 +74,7 @@ def _conversations(
 
 
 def _as_png(content: bytes) -> bytes:
-    """The image's file as a PNG: as it is, or its pixels written anew."""
+    """The image as a PNG file: unchanged if it is one, else re-encoded."""
     if content.startswith(b"\x89PNG"):
         return content
     stream = io.BytesIO()

@@ -1,7 +1,7 @@
 """DICOM files as rows and images: tags to choose and join by, pixels as a viewer shows them.
 
-Nothing of a header is copied into what medft writes, and pixels with names burned in are refused
-where the header says so. This is no de-identification.
+Rows get only those header tags that a source names. Images with burned-in annotation are refused
+where the header says so. This is not de-identification.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,15 +27,16 @@ def dicom_rows(
     """A row for each .dcm file below a folder, with its tags and the columns of its report.
 
     Args:
-        folder: searched in the order of names.
+        folder: searched recursively, in the order of paths.
         table: csv with reports; None: the text of `NAME.txt` beside `NAME.dcm`, as column `text`.
         join: {"tag": keyword, "column": name}: which row of the table belongs to a file.
-        where: tag or column: value or list; other files are passed over.
+        where: value or list of accepted values by tag or column; other files are skipped.
         tags: keywords to read, such as ViewPosition.
 
     Yields:
         Rows with `path` (of the file), tags and columns; a Rejected for a file that cannot be
-        read or has no report, and for a report without a file.
+        read or has no report in the table, and for a report without a file. Without a table, a
+        missing `NAME.txt` gives an empty text.
 
     Raises:
         DataError: pydicom is not installed, the folder is missing, or columns are.
@@ -55,7 +56,7 @@ def dicom_rows(
             header = pydicom.dcmread(path, stop_before_pixels=True)
             row: TableRow = {tag: _value(header, tag) for tag in tags}
             key = _value(header, joined_tag) if join else ""
-        except Exception as error:  # damaged files make pydicom raise many things
+        except Exception as error:  # damaged files make pydicom raise many exceptions
             yield Rejected("bad_dicom", f"{path.name}: {error}")
             continue
         if reports is None:
@@ -76,17 +77,17 @@ def dicom_rows(
 
 
 def open_dicom(path: Path, *, max_pixels: int, every_frame: bool = False) -> list[Image.Image]:
-    """The image of a DICOM file as a viewer shows it first, in 8 bits.
+    """The images of a DICOM file as a viewer first shows them, in 8-bit RGB.
 
     Modality LUT, then VOI LUT or window, then inversion of MONOCHROME1, then 0..255.
 
     Args:
         path: a .dcm file.
-        max_pixels: rows times columns at the most, checked before decoding.
+        max_pixels: maximum rows times columns, checked before decoding.
         every_frame: all frames of a multi-frame file instead of the middle one.
 
     Raises:
-        Rejected: burned-in annotation, no pixels, too many, or a codec that is not installed.
+        Rejected: burned-in annotation, no pixels, too many, a damaged file, or a missing codec.
     """
     data = None
     try:
@@ -102,7 +103,7 @@ def open_dicom(path: Path, *, max_pixels: int, every_frame: bool = False) -> lis
         return [_frame(data, index, frames) for index in chosen]
     except Rejected:
         raise
-    except Exception as error:  # damaged files make pydicom raise many things
+    except Exception as error:  # damaged files make pydicom raise many exceptions
         raise Rejected("bad_dicom", f"{path.name}: {_problem(error, data)}") from error
 
 
@@ -128,7 +129,7 @@ def _eight_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
 
 
 def _display_range(data: Any, values: np.ndarray) -> tuple[float, float]:
-    """The values that are shown black and white: what a window maps to, else the image's own.
+    """The values shown as black and white: the output range of a LUT or window, else the image's.
 
     Source: DICOM PS3.3 C.11.2; the range of a window's output as in pydicom's apply_windowing.
     """
@@ -144,7 +145,7 @@ def _display_range(data: Any, values: np.ndarray) -> tuple[float, float]:
 
 
 def _problem(error: Exception, data: Any | None) -> str:
-    """What went wrong, with the transfer syntax where a codec may be missing."""
+    """The error message, with the transfer syntax where a codec may be missing."""
     text = " ".join(str(error).split())[:300]
     syntax = getattr(getattr(data, "file_meta", None), "TransferSyntaxUID", None)
     if syntax is None or not syntax.is_compressed:

@@ -1,8 +1,8 @@
-"""From the bytes of an image to one upright 8-bit RGB image, or the reason why not.
+"""Decodes an image file to one upright 8-bit RGB image, or raises with the reason.
 
-Every pixel that medft trains on comes through here, whatever the file: sixteen bits are scaled
-instead of clipped, hidden colors under a transparent pixel become black, the orientation that a
-camera noted is applied, and a file that would unpack to more pixels than allowed is not unpacked.
+All images that medft trains on are decoded here: 16-bit values are scaled, not clipped; transparent
+pixels are composited over black; the EXIF orientation is applied; a file with more pixels than
+allowed is not decoded.
 """
 
 import io
@@ -17,23 +17,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from medft.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
-"""Pillow's names of the formats that are opened; every other is refused unread."""
+"""Pillow's names of the accepted formats; files of any other are refused undecoded."""
 
 _ORIENTATION = 0x0112
 
 MAX_PIXELS = 64_000_000
-"""Pixels of an image at the most, checked before decoding."""
+"""Maximum pixels of an image, checked before decoding."""
 
 
 def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image as an upright RGB image with 8 bits a channel.
+    """The image as an upright RGB image with 8 bits per channel.
 
     Args:
         source: a file, or its content.
-        max_pixels: width times height at the most.
+        max_pixels: maximum width times height.
 
     Raises:
-        DataError: no image of a known format, damaged, animated, or too large.
+        DataError: not an image of an accepted format, damaged, animated, or too large.
     """
     with opened(source, max_pixels=max_pixels) as image:
         return to_rgb(ImageOps.exif_transpose(image))
@@ -41,15 +41,15 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
 
 @contextmanager
 def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The image as the file holds it, its pixels read at their first use.
+    """The image as stored in the file; its pixels are decoded at their first use.
 
     Args:
         source: a file, or its content.
-        max_pixels: width times height at the most, checked before decoding.
+        max_pixels: maximum width times height, checked before decoding.
 
     Raises:
-        DataError: no image of a known format, animated, or too large; also where the caller
-            reads its pixels and they are damaged.
+        DataError: not an image of an accepted format, animated, or too large; also where the
+            caller reads its pixels and they are damaged.
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -75,7 +75,7 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
         ValueError,
         EOFError,
     ) as error:
-        # Pillow names the object in memory, which differs from run to run
+        # Pillow's message names the object in memory, which differs between runs
         unknown = isinstance(error, UnidentifiedImageError)
         problem = "it is of another format" if unknown else error
         raise DataError(
@@ -85,15 +85,15 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
 
 
 def plain_content(content: bytes, image: Image.Image) -> bytes | None:
-    """The file as it is but for its metadata, where decoding it again gives `to_rgb(image)`.
+    """The file without its metadata, if decoding it gives `to_rgb(image)`; else None.
 
     Args:
         content: of a PNG or JPEG file.
-        image: as Pillow opened it, not yet turned upright.
+        image: as Pillow opened it, orientation not yet applied.
 
     Returns:
-        None where the image must be written anew: other formats, wide or transparent pixels, an
-        orientation to apply.
+        None where the image must be re-encoded: other formats, wide or transparent pixels, an
+        orientation to apply, a truncated file.
     """
     if image.mode not in ("RGB", "L") or "transparency" in image.info:
         return None
@@ -107,10 +107,10 @@ def plain_content(content: bytes, image: Image.Image) -> bytes | None:
 
 
 def _without_png_metadata(content: bytes) -> bytes | None:
-    """The signature and the chunks that hold pixels; no text, time or profile.
+    """The PNG signature and the chunks that hold pixels; no text, time or profile.
 
     Returns:
-        None where the file ends early; Pillow forgives a lost end.
+        None where the end chunk is missing, which Pillow tolerates.
     """
     kept, position = [content[:8]], 8
     while position + 12 <= len(content):
@@ -125,7 +125,7 @@ def _without_png_metadata(content: bytes) -> bytes | None:
 
 
 def _without_jpeg_metadata(content: bytes) -> bytes | None:
-    """The file without comments and application segments but JFIF's and Adobe's color mark."""
+    """The JPEG without comment and application segments, except JFIF (APP0) and Adobe (APP14)."""
     kept, position = [content[:2]], 2
     while position + 4 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
@@ -140,7 +140,7 @@ def _without_jpeg_metadata(content: bytes) -> bytes | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB copy: wide gray values scaled to 0..255, transparency laid over black."""
+    """An 8-bit RGB copy: wide gray values scaled to 0..255, transparency composited over black."""
     if image.mode.startswith("I") or image.mode == "F":
         return _scaled_gray(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -151,11 +151,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled_gray(image: Image.Image) -> Image.Image:
-    """Gray values of 16 or 32 bits as 8 bits.
+    """An 8-bit gray image from gray values of 16 or 32 bits.
 
-    Integers are scaled by the width of their type, so that equal values stay equal between
-    images: 0..65535 becomes 0..255. Floating-point images have no fixed range and are scaled
-    by their own.
+    Integers are scaled from 0..65535 to 0..255 and larger ones clipped, so that equal values stay
+    equal between images. Floating-point images have no fixed range and are scaled by their own
+    minimum and maximum.
     """
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F":

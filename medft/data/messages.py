@@ -1,4 +1,4 @@
-"""The turns of a conversation about images."""
+"""Chat messages about images."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from medft.errors import DataError
 
 
 class Part(TypedDict, total=False):
-    """An image, whose place this is, or a text."""
+    """A content part: an image placeholder or a text."""
 
     type: Required[Literal["image", "text"]]
     text: str
-    """Of a text part."""
+    """Content of a text part."""
 
 
 class Message(TypedDict):
@@ -26,7 +26,7 @@ class Message(TypedDict):
 
 
 def conversation(row: dict[str, Any], prompts: list[str]) -> list[Message]:
-    """The messages of a pair: its question, or the prompt that its id chooses, and its text."""
+    """The messages of a pair: its question, or a prompt selected by its id, and its text."""
     question = row["question"]
     if question is None:
         draw = int(hashlib.sha256(row["id"].encode()).hexdigest()[:8], 16)
@@ -54,10 +54,10 @@ def first_texts(messages: list[Message]) -> dict[str, str]:
 
 
 def normalized_messages(messages: Any, num_images: int, name: str) -> list[Message]:
-    """Messages with part lists and one image part for each image.
+    """Messages with part lists and one image part per image.
 
-    Plain text contents become text parts; where no part asks for an image, the images stand
-    before the first user text, as TRL places them.
+    String content becomes a text part. Without any image part, the images are put before the
+    first user text, as in TRL.
 
     Raises:
         DataError: roles, contents or the number of images are not as expected.
@@ -104,7 +104,7 @@ def _parts(content: Any, name: str) -> list[Part]:
         if kind == "image":
             parts.append({"type": "image"})
         elif kind == "text" and isinstance(part.get("text"), str):
-            if parts and parts[-1]["type"] == "text":  # templates trim each part by itself
+            if parts and parts[-1]["type"] == "text":  # templates strip each part separately
                 parts[-1]["text"] += part["text"]
             else:
                 parts.append({"type": "text", "text": part["text"]})

@@ -1,6 +1,6 @@
 """A row of a table, or the rows of a study -> one pair, its images decoded, hashed and spooled.
 
-Runs in worker processes, each with a file of its own for images.
+Runs in worker processes, each with its own spool file for images.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from medft.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpooledImage:
-    """An image whose bytes wait in a file until the row is written."""
+    """An image whose bytes stay in a file until its row is written."""
 
     file: str
-    """Name of a worker's file in the draft folder, or path of the image's own, kept as it is."""
+    """Name of a spool in the draft folder, or path of the original file if stored unchanged."""
 
     offset: int
     length: int
     stored: StoredImage
-    """What is known of it; its content is left in the file."""
+    """The image's properties; its content is empty."""
 
     modified: int | None = None
-    """When the image's own file was written, in ns since the epoch; None for a worker's."""
+    """Modification time of the original file, in ns since the epoch; None for a spool."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """A row that is taken, its images in the spool."""
+    """An image-text pair, its images spooled."""
 
     id: str
     images: list[SpooledImage]
@@ -48,10 +48,10 @@ class Pair:
     group_id: str
     license: str | None
     split: str
-    """As the table has it; empty where medft splits."""
+    """Split given by the table; empty where medft splits."""
 
     def record(self) -> dict[str, Any]:
-        """The columns of pairs.parquet but for split, with places instead of images."""
+        """The columns of pairs.parquet except split, with file locations instead of images."""
         stored = [image.stored for image in self.images]
         return {
             "id": self.id,
@@ -81,7 +81,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A pair, or none, and the rows that did not make it into it."""
+    """A pair or None, the rows that it has, and the rejected rows."""
 
     source: int
     pair: Pair | None
@@ -90,7 +90,7 @@ class Result:
 
 
 class Maker:
-    """Makes pairs of a source's rows; an image that several rows name is decoded once."""
+    """Makes pairs from a source's rows; caches decoded images, which several rows may name."""
 
     CACHED_IMAGES = 10_000
 
@@ -106,7 +106,7 @@ class Maker:
         self._cache: dict[Path, SpooledImage] = {}
 
     def result(self, task: Task) -> Result:
-        """The pair of a row or a study, and what of it was rejected."""
+        """The pair of a row or a study, and its rejected rows."""
         images: list[SpooledImage] = []
         good: list[tuple[int, TableRow]] = []
         rejected: list[tuple[int, str, str]] = []
@@ -241,13 +241,13 @@ class Maker:
 
 
 def content_hash(pair: Pair) -> str:
-    """A hash of what a pair shows and says, whatever its names."""
+    """SHA-256 of a pair's images, question and text, independent of ids and file names."""
     content = [[image.stored.sha256 for image in pair.images], pair.question, pair.text]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _check_encodable(pair: Pair) -> None:
-    """Refuse half a character, such as a cut emoji leaves, which no file can hold."""
+    """Reject a lone surrogate, as a cut emoji leaves, which UTF-8 cannot encode."""
     own = [pair.id, pair.group_id, pair.text, pair.question or "", pair.license or ""]
     for text in [*own, *pair.fields.values()]:
         try:

@@ -1,6 +1,6 @@
-"""pairs.parquet: one row an image-text pair, with the bytes of its images inside.
+"""pairs.parquet: one image-text pair per row, with the bytes of its images.
 
-`datasets.load_dataset("parquet", ...)` reads it as it is; the images column has the layout of
+`datasets.load_dataset("parquet", ...)` reads it directly; the images column has the layout of
 `datasets.Image`.
 """
 
@@ -57,7 +57,7 @@ class StoredImage:
     """A PNG or JPEG file."""
 
     name: str | None
-    """The bare name of the file it came from."""
+    """Name of the original file, without folder; None if there is none."""
 
     width: int
     """Pixels."""
@@ -66,25 +66,25 @@ class StoredImage:
     """Pixels."""
 
     sha256: str
-    """Of `content`, in hexadecimal."""
+    """SHA-256 of `content`, in hexadecimal."""
 
     phash: str
     """64-bit perceptual hash, in hexadecimal."""
 
     thumbnail: bytes
-    """32 x 32 gray values; kept in memory only, to compare images whose hashes are near."""
+    """32 x 32 gray values, to compare images whose hashes are near; not in pairs.parquet."""
 
 
 def store_encoded_image(
     content: bytes, *, name: str | None, max_pixels: int, max_side: int | None = None
 ) -> StoredImage:
-    """An image's file as pairs.parquet keeps it: as it came where that is plain, else as PNG.
+    """An image file as pairs.parquet stores it: as `plain_content` gives it, else as PNG.
 
     Args:
-        content: of the file.
+        content: bytes of the file.
         name: of the file, without folder.
-        max_pixels: width times height at the most.
-        max_side: pixels; a larger image is shrunk, antialiased.
+        max_pixels: maximum width times height.
+        max_side: maximum pixels of the longer side; a larger image is shrunk, antialiased.
 
     Raises:
         DataError: the image cannot be used.
@@ -124,10 +124,10 @@ def _stored(content: bytes, image: Image.Image, name: str | None) -> StoredImage
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """32 x 32 gray values, smoothed so that a copy of another size has nearly the same.
+    """A 32 x 32 gray thumbnail, smoothed so that copies of other sizes have nearly the same.
 
-    A JPEG whose pixels were not read yet is decoded at a fraction of its size: all of the file is
-    read, and damage found, but what the mean of a block does not need is not computed.
+    A JPEG that is not decoded yet is decoded at reduced size: the complete file is read, so damage
+    is found, but only what the mean of a block needs is computed.
     """
     draft = image.draft("L", (64, 64))
     box = draft[1] if draft else None
@@ -136,13 +136,13 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
 
 def perceptual_hash(thumbnail: Image.Image) -> str:
-    """A 64-bit hash that near copies of an image share, in hexadecimal.
+    """A 64-bit perceptual hash, similar for near copies of an image, in hexadecimal.
 
     Args:
         thumbnail: 32 x 32, gray.
 
-    The signs of the 8 x 8 lowest cosine frequencies of the thumbnail against their median, the
-    constant term left out of the median.
+    Each bit says whether one of the 8 x 8 lowest cosine coefficients of the thumbnail exceeds their
+    median, from which the constant term is excluded.
 
     Source: the hash known as pHash; C. Zauner, Implementation and Benchmarking of Perceptual
     Image Hash Functions, 2010, section 3.2.1.
@@ -153,10 +153,10 @@ def perceptual_hash(thumbnail: Image.Image) -> str:
 
 
 def write_pairs(path: Path, rows: Iterable[dict[str, Any]], *, prompts: list[str]) -> None:
-    """Write rows of pairs.parquet, a few in memory at a time.
+    """Write pairs.parquet, with a few rows in memory at a time.
 
     Args:
-        path: the file.
+        path: the file to write.
         rows: with every column of SCHEMA.
         prompts: for rows without question.
     """
@@ -172,7 +172,7 @@ def write_pairs(path: Path, rows: Iterable[dict[str, Any]], *, prompts: list[str
 
 
 def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The tables; the next one is made while the last one is written."""
+    """The tables; a thread builds the next one while the caller writes the current one."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, tables, None)
         while (table := coming.result()) is not None:
@@ -181,7 +181,7 @@ def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer that leaves the images, which are compressed, as they are."""
+    """A writer that does not compress the images, which are compressed already."""
     plain = ["text", "question", "fields", "source", "group_id", "license", "split"]
     return pq.ParquetWriter(
         path, schema, use_dictionary=plain, compression=dict.fromkeys(plain, "snappy")
@@ -189,14 +189,14 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter."""
+    """Lists of `size` items; the last one may be shorter."""
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
 
 
 def prompts_of(path: Path) -> list[str]:
-    """The prompts for rows without question that pairs.parquet was prepared with."""
+    """The prompts for rows without question that pairs.parquet was written with."""
     metadata = open_pairs(path).schema_arrow.metadata or {}
     return json.loads(metadata.get(b"medft", b'{"prompts": ["Describe this medical image."]}'))[
         "prompts"
@@ -204,7 +204,7 @@ def prompts_of(path: Path) -> list[str]:
 
 
 def _features() -> dict[str, Any]:
-    """The columns in the words of `datasets`, which reads them from the file's metadata."""
+    """The columns as features of `datasets`, which reads them from the file's metadata."""
     texts = {field.name: {"dtype": "string", "_type": "Value"} for field in SCHEMA}
     numbers = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}
     hashes = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
@@ -221,7 +221,7 @@ def read_pairs(path: Path, *, images: bool = True) -> Iterator[dict[str, Any]]:
         images: whether to read the column images.
 
     Raises:
-        DataError: the file is no pairs.parquet, or a row has no bytes for an image.
+        DataError: the file is not a pairs.parquet, or a row has no bytes for an image.
     """
     file = open_pairs(path)
     columns = [name for name in SCHEMA.names if images or name != "images"]
@@ -233,7 +233,7 @@ def read_pairs(path: Path, *, images: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def read_rows(path: Path, indices: Collection[int]) -> Iterator[dict[str, Any]]:
-    """Some rows of pairs.parquet with their images, by their places from 0, in the file's order."""
+    """Some rows of pairs.parquet with their images, by index from 0, in the order of the file."""
     file = open_pairs(path)
     start = 0
     for number in range(file.num_row_groups):
@@ -267,7 +267,7 @@ def open_pairs(path: Path) -> pq.ParquetFile:
 
 
 def check_row(path: Path, row: dict[str, Any]) -> None:
-    """Refuse a row whose image is a path: it would open a file of the reader's machine.
+    """Raise for a row whose image is a path, which would open a file of the reader's machine.
 
     Raises:
         DataError: an image has no bytes.

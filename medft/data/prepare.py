@@ -1,8 +1,8 @@
-"""Raw tables and their images -> pairs.parquet, with a reason for every row that did not make it.
+"""Raw tables and their images -> pairs.parquet, with a reason for every rejected row.
 
 Every row that is read ends in pairs.parquet or in rejects.jsonl: accepted + rejected = rows read,
 for each source. Images are decoded and hashed by worker processes; the order of the rows is that
-of the tables. What is written appears when all of it is complete.
+of the tables. Output files appear only when all of them are complete.
 """
 
 import json
@@ -46,10 +46,10 @@ from medft.errors import DataError, RecipeError
 from medft.files import check_folder_for_output, write_json
 
 CHUNK = 16
-"""Rows that a worker takes at a time."""
+"""Tasks that a worker takes at a time."""
 
 IN_FLIGHT = 4 * CHUNK
-"""Rows for each worker that may wait for it or for the file; bounds the memory."""
+"""Tasks per worker that may be queued, in progress or not yet consumed; bounds the memory."""
 
 _BUFFER = 2**20
 
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What became of the rows of a source."""
+    """Numbers of a source's rows by outcome, and of its pairs."""
 
     read: int = 0
     accepted: int = 0
@@ -70,7 +70,7 @@ class SourceCounts:
 
 @dataclass(slots=True)
 class _Collected:
-    """What of all pairs is kept in memory: names and hashes, no images."""
+    """Groups, hashes and splits of all pairs, kept in memory; no images."""
 
     groups: list[str] = field(default_factory=list)
     hashes: list[list[str]] = field(default_factory=list)
@@ -84,7 +84,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     Args:
         sources_path: SOURCES.yaml.
         out: folder; earlier files in it are replaced once the new ones are complete.
-        max_rejects: share of a source's rows that may be rejected; duplicates do not count.
+        max_rejects: largest rejected fraction of a source's rows; `duplicate` does not count.
 
     Raises:
         RecipeError: SOURCES.yaml is wrong.
@@ -177,7 +177,7 @@ def _accepted_pairs(
     collected: _Collected,
     rejects: TextIO,
 ) -> Iterator[Pair]:
-    """The pairs of all sources; what is rejected is written, counted and passed over."""
+    """The accepted pairs of all sources; rejected rows are counted and written to `rejects`."""
     ids: set[str] = set()
     contents: set[str] = set()
     for result in results:
@@ -215,7 +215,7 @@ def _accepted_pairs(
 
 
 def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of pairs.parquet, their images read back from where they wait."""
+    """The complete rows of pairs.parquet, images read back from spools or original files."""
     with ExitStack() as stack, (draft / "records.jsonl").open(encoding="utf-8") as records:
         spools: dict[str, BinaryIO] = {}
 
@@ -236,7 +236,7 @@ def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[d
 
 
 def _unchanged(path: Path, length: int, modified: int) -> bytes:
-    """The content of an image's own file, unless it was written to since it was hashed."""
+    """The content of an original image file; raises if it was modified since it was hashed."""
     try:
         with path.open("rb") as file:
             content = file.read()
@@ -251,7 +251,7 @@ def _unchanged(path: Path, length: int, modified: int) -> bytes:
 
 
 def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, None, None]:
-    """What the workers made of all rows, in the order of the rows."""
+    """The workers' results for all rows, in the order of the tasks."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
     workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     room, stopped = threading.Semaphore(IN_FLIGHT * workers), threading.Event()

@@ -1,6 +1,6 @@
-"""report.html of prepared data: what came in, what it looks like, how it was split.
+"""report.html of prepared data: sources, splits, statistics, sample pairs and rejected rows.
 
-One self-contained page; images are thumbnails inside it.
+One self-contained page with embedded thumbnails.
 """
 
 import hashlib
@@ -18,20 +18,20 @@ from medft.data.pairs import read_pairs, read_rows
 from medft.pages import figure, inline, page, table, thumbnail_of
 
 SHOWN_PAIRS = 12
-"""Pairs on the contact sheet of a source, drawn by their ids."""
+"""Pairs shown per source, sampled by a hash of their ids."""
 
 SHOWN_REJECTS = 5
-"""Examples of each reason."""
+"""Rejected rows shown per reason."""
 
 
 def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], target: Path) -> None:
-    """Write the page of prepared data.
+    """Write report.html of prepared data.
 
     Args:
         pairs: pairs.parquet.
         rejects: rejects.jsonl.
         summary: as in summary.json.
-        target: the page.
+        target: path of the page.
     """
     facts = _Facts()
     for index, row in enumerate(read_pairs(pairs, images=False)):
@@ -50,7 +50,7 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
 
 
 class _Facts:
-    """Counts over all rows, images left aside."""
+    """Statistics over all rows, without their images."""
 
     def __init__(self) -> None:
         self.words: dict[str, list[int]] = defaultdict(list)

@@ -1,7 +1,7 @@
 """Rows to train on, read from chat JSONL or from pairs.parquet, and checked.
 
-A row is the same whatever file it came from. All rows are checked before a model is loaded; a bad
-one is named by its id or its line.
+A row has the same form whatever file it is from. All rows are checked before a model is loaded; an
+error names a bad row by its id or its line number.
 """
 
 import json
@@ -22,7 +22,7 @@ from medft.errors import DataError
 from medft.files import file_sha256
 
 SHOWN_PROBLEMS = 10
-"""Bad rows that are shown before the rest is only counted."""
+"""Bad rows that an error lists; further ones are only counted."""
 
 _FEATURES = Features(
     {
@@ -43,7 +43,7 @@ _NO_ROWS = Dataset.from_dict({})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A row to train on or to evaluate; the same whatever file it came from."""
+    """A row to train on or to evaluate, in the same form whatever file it is from."""
 
     id: str
     group_id: str
@@ -76,12 +76,12 @@ def load_rows(path: Path, *, split: str) -> Dataset:
     """The rows of a chat JSONL, or of one split of pairs.parquet, checked.
 
     Returns:
-        A dataset with the columns id (a second of equal ones gets its line beside it), group_id,
-        source, images (bytes or path), messages (JSON) and fields (JSON), and of pairs.parquet
-        sha256 (of each image); `Row.of` reads a row of it.
+        A dataset with the columns id (a repeated one of a JSONL gets its line number appended),
+        group_id, source, images (bytes or path), messages (JSON) and fields (JSON), and from
+        pairs.parquet sha256 (of each image); `Row.of` reads a row of it.
 
     Raises:
-        DataError: the file is missing, empty or not of this kind, or rows of it are bad.
+        DataError: the file is missing, empty or of another format, or has bad rows.
     """
     if not path.is_file():
         raise DataError(f"expected a data file at {path}, there is none: check the path")
@@ -94,17 +94,17 @@ def load_rows(path: Path, *, split: str) -> Dataset:
 
 
 def image_source(image: dict[str, Any]) -> Path | bytes:
-    """What `open_image` takes, of an entry of a row's images."""
+    """The content or path of an entry of a row's images, as `open_image` takes it."""
     return image["bytes"] if image["bytes"] is not None else Path(image["path"])
 
 
 def fingerprint(path: Path, rows: Dataset) -> dict[str, Any]:
-    """What identifies the data of a run: path, hash of the file, number of rows."""
+    """Identity of a run's data: path, SHA-256 of the file, number of rows."""
     return {"path": str(path), "sha256": file_sha256(path), "rows": len(rows)}
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
-    """A line such as "rows kept 200, rows dropped 3, images a row 1: 190, 2: 10"."""
+    """Counts as text such as "rows kept 200; rows dropped 3; images a row 1: 190, 2: 10"."""
     known = ((name, value) for name, value in counts.items() if value is not None)
     return "; ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in known)
 
@@ -142,7 +142,7 @@ def _jsonl_dataset(path: Path) -> Dataset:
         try:
             row = _checked_row(line, number, folder, existing)
             names[row["id"]] += 1
-            if names[row["id"]] > 1:  # as in files whose id is that of the image
+            if names[row["id"]] > 1:  # some files use the image's id as that of a row
                 row["id"] = f"{row['id']} (line {number})"
             rows.append(row)
         except DataError as error:

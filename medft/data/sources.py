@@ -1,4 +1,4 @@
-"""SOURCES.yaml: which tables there are, what their columns mean, and their rows."""
+"""SOURCES.yaml: the source tables, the meaning of their columns, and their rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,37 +18,38 @@ DEFAULT_PROMPTS = ["Describe this medical image."]
 
 
 class SourceSection(Section):
-    """One table and what its columns mean."""
+    """One table and the meaning of its columns.
+
+    Kinds: csv with a header row; json, a list of objects; jsonl, one object per line; parquet;
+    imagefolder, a folder with metadata.csv, .jsonl or .parquet; dicom, a folder of .dcm files.
+    """
 
     name: str
-    """Of the source, in reports."""
+    """Name of the source, in pairs.parquet and reports."""
 
     kind: Literal["csv", "json", "jsonl", "parquet", "imagefolder", "dicom"]
-    """csv: with a header line; json: a list of objects; jsonl: one object a line; imagefolder: a
-    folder with metadata.csv or .jsonl; dicom: a folder of .dcm files."""
+    """Format: a table file, or a folder (imagefolder: images and metadata; dicom: .dcm files)."""
 
     path: str
     """The table or folder, relative to SOURCES.yaml."""
 
     table: str | None = None
-    """dicom: the csv with reports; without it NAME.txt beside NAME.dcm is column `text`."""
+    """dicom: CSV file with reports; without it, NAME.txt beside NAME.dcm is column `text`."""
 
     join: dict[Literal["tag", "column"], str] | None = None
-    """dicom: which tag equals which column of the table."""
+    """dicom: the tag and the column of the table whose values must be equal."""
 
     where: dict[str, Any] | None = None
-    """Column or DICOM tag: value or list of values; rows to take."""
+    """Rows to take: value or list of values, by column or DICOM tag."""
 
     frames: Literal["middle", "every"] = "middle"
-    """dicom: which frame of a multi-frame file."""
+    """dicom: middle frame or every frame of a multi-frame file."""
 
     images: str | None = None
-    """Root of the image paths, relative to SOURCES.yaml; default: its folder, or `path` of an
-    imagefolder."""
+    """Root of image paths, relative to SOURCES.yaml; default: its folder; imagefolder: `path`."""
 
     image: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """Columns with the path (or, in Parquet, the bytes) of an image; several: one row has several
-    images. imagefolder: file_name by default."""
+    """Columns, one per image, of paths (or bytes, in Parquet); imagefolder default: file_name."""
 
     study: str | None = None
     """Column; rows with the same value become one pair with several images."""
@@ -57,19 +58,19 @@ class SourceSection(Section):
     """A column, or a template such as "{findings} {impression}"."""
 
     question: str | None = None
-    """A column or a template; then text is the answer."""
+    """A column or a template; text is then the answer."""
 
     keep: list[str] = Field([])
-    """Columns carried into `fields`."""
+    """Columns copied into `fields`."""
 
     group: str | None = None
-    """Column; rows of one group never land in different splits."""
+    """Column; rows of one group are always in one split."""
 
     id: str | None = None
     """Column; default: a hash of the content."""
 
     license: str | dict[Literal["column"], str] | None = None
-    """A constant, or {column: NAME}."""
+    """License of the rows: a constant, or {column: NAME}."""
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Self:
@@ -88,14 +89,14 @@ class SourceSection(Section):
 
     @property
     def image_columns(self) -> list[str]:
-        """The columns that name images."""
+        """The columns with images."""
         if self.image is None:
             return ["path"] if self.kind == "dicom" else ["file_name"]
         return [self.image] if isinstance(self.image, str) else self.image
 
     @property
     def columns(self) -> list[str]:
-        """Every column that the source reads, images aside."""
+        """Every column that the source reads, except those with images."""
         names = [*columns_of(self.text), *self.keep, *(self.where or {})]
         names += columns_of(self.question) if self.question else []
         names += [name for name in (self.study, self.group, self.id) if name]
@@ -104,25 +105,25 @@ class SourceSection(Section):
 
 
 class ImagesSection(Section):
-    """What images may be like."""
+    """Limits on images."""
 
     max_pixels: int = Field(MAX_PIXELS, ge=1)
-    """Width times height; larger images are rejected before they are decoded."""
+    """Pixels (width times height) at most; larger images are rejected before decoding."""
 
     max_side: int | None = Field(None, ge=1)
-    """Pixels; larger images are shrunk, antialiased."""
+    """Pixels of the longer side at most; larger images are shrunk, antialiased."""
 
 
 class SourcesFile(Section):
-    """SOURCES.yaml."""
+    """The content of SOURCES.yaml."""
 
     sources: list[SourceSection] = Field(min_length=1)
     prompts: list[str] = Field(DEFAULT_PROMPTS, min_length=1)
-    """Templates over `fields` for rows without question; a row's id chooses."""
+    """Templates over `fields` for rows without question; a row's id selects one."""
 
     images: ImagesSection = ImagesSection()
     split: SplitSection | OwnSplitSection = SplitSection()
-    """Shares of the accepted rows, or the column of the tables' own split."""
+    """Fractions of the accepted rows, or the column with the tables' own split."""
 
 
 def load_sources(path: Path) -> SourcesFile:
@@ -157,12 +158,12 @@ def _explain(error: dict[str, Any]) -> str | None:
 def source_rows(
     source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
 ) -> Iterator[TableRow | Rejected]:
-    """The rows of a source, before `where`.
+    """The rows of a source; only for dicom is `where` applied already.
 
     Args:
         source: its section.
         root: folder of SOURCES.yaml.
-        split: the section of that name; a split of the tables' own has a column or tag.
+        split: the section of that name; the tables' own split is a column or tag to read.
 
     Raises:
         DataError: the table cannot be read.
@@ -189,7 +190,7 @@ def columns_of(template: str) -> list[str]:
 
 
 def check_prompts(prompts: list[str], source: SourceSection) -> None:
-    """Refuse prompts over columns that a source without questions does not keep.
+    """Raise for prompts over columns that a source without question does not keep.
 
     Raises:
         RecipeError: a prompt names such a column.
@@ -206,7 +207,7 @@ def check_prompts(prompts: list[str], source: SourceSection) -> None:
 
 
 def check_columns(source: SourceSection, root: Path, split: SplitSection | OwnSplitSection) -> None:
-    """Refuse a source whose table lacks a column that it names.
+    """Raise for a source whose table lacks a column that it names.
 
     Raises:
         DataError: the table cannot be read, has no rows, or lacks a column.

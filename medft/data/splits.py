@@ -1,4 +1,4 @@
-"""Which rows are trained on and which are kept back, so that no patient stands on both sides.
+"""Splits rows by group into train, validation and test, so that no group (patient) is in two.
 
 Pure functions over names, hashes and thumbnails. The result does not depend on the order of the
 rows.
@@ -17,29 +17,29 @@ from medft.config.strict_yaml import Section
 from medft.errors import DataError
 
 NEAR_BITS = 4
-"""Perceptual hashes that differ in at most so many of 64 bits make two images candidates."""
+"""Bits, at most, of 64 in which the perceptual hashes of two candidate copies differ."""
 
 NEAR_GRAY = 2.0
-"""Mean difference of 32 x 32 thumbnails, in gray levels of 256, up to which candidates are the same
-image. On 150 real radiographs, copies of half or 0.77 of the side, saved as JPEG of quality 50,
-differ by 0.6 in the mean and 1.4 at the most (and by at most 4 bits of the hash); what is left is
-room for brighter prints of the same scan."""
+"""Largest mean difference of 32 x 32 thumbnails, in gray levels of 256, at which candidates are the
+same image. On 150 real radiographs, copies of 0.5 or 0.77 of the side, saved as JPEG of quality 50,
+differ by 0.6 on average and 1.4 at most (and by at most 4 bits of the hash); the rest is a margin
+for brighter prints of the same scan."""
 
 
 BLANK_GRAY = 2.0
-"""Standard deviation of a thumbnail, in gray levels, up to which an image counts as blank."""
+"""Largest standard deviation of a thumbnail, in gray levels, at which an image counts as blank."""
 
 _TRIED = 1000
 
 
 class SplitSection(Section):
-    """How many rows are kept back."""
+    """Fractions of the rows held out for validation and test."""
 
     validation: float = Field(0.05, ge=0, lt=1)
-    """Share of the accepted rows."""
+    """Fraction of the accepted rows."""
 
     test: float = Field(0.0, ge=0, lt=1)
-    """Share of the accepted rows."""
+    """Fraction of the accepted rows."""
 
     seed: int = 17
 
@@ -51,19 +51,19 @@ class SplitSection(Section):
 
 
 class OwnSplitSection(Section):
-    """A split that the tables bring along."""
+    """A split given by a column of the tables."""
 
     column: str
-    """In the table of every source."""
+    """Column with the split, in the table of every source."""
 
     train: list[str] = Field(min_length=1)
-    """Values of the column."""
+    """Values of the column that mean train."""
 
     validation: list[str] = Field([])
-    """Values of the column."""
+    """Values of the column that mean validation."""
 
     test: list[str] = Field([])
-    """Values of the column."""
+    """Values of the column that mean test."""
 
     def split_of(self, value: str) -> str | None:
         """The split that a value of the column means; None for one that is not listed."""
@@ -74,7 +74,7 @@ class OwnSplitSection(Section):
 
 
 class _Union:
-    """Names that grow together; each set is called by the smallest of its names."""
+    """Union-find over names; the root of a set is its smallest name."""
 
     def __init__(self) -> None:
         self.parent: dict[str, str] = {}
@@ -97,10 +97,10 @@ def join_groups(
     phashes: Sequence[Sequence[str]],
     thumbnails: np.ndarray,
 ) -> tuple[list[str], dict[str, int]]:
-    """The final group of each row: its own, joined with those that hold one of its images.
+    """The final group of each row: its own, joined with those that have one of its images.
 
-    Images are the same when their bytes are, or when their perceptual hashes are near and their
-    thumbnails agree closely. Other near hashes are counted and left apart: on X-rays of one view
+    Images are the same if their bytes are equal, or if their perceptual hashes are near and their
+    thumbnails agree closely. Other near hashes are counted and not joined: on X-rays of one view
     most belong to different patients.
 
     Args:
@@ -110,10 +110,10 @@ def join_groups(
         thumbnails: [images, 1024] gray values, in the order of the rows.
 
     Returns:
-        A name per row, and how many joins were made and left.
+        A name per row, and the numbers of joins made and not made.
     """
     union = _Union()
-    images: dict[str, int] = {}  # the first of each image, by its bytes
+    images: dict[str, int] = {}  # index of the first occurrence of each image, by SHA-256
     owners: list[str] = []
     for group, row in zip(groups, hashes, strict=True):
         for digest in row:
@@ -143,9 +143,8 @@ def join_groups(
 def near_copies(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of images whose hashes are near, and whether their thumbnails agree closely.
 
-    Two hashes of 64 bits that differ in at most 4 have one of five bands of bits in common, so
-    only images that share a band are compared. Images that are all but blank are left out:
-    their hash is noise.
+    Two hashes of 64 bits that differ in at most 4 agree in at least one of five bands of bits, so
+    only images that agree in a band are compared. Blank images are left out: their hash is noise.
 
     Args:
         hashes: [N] uint64.
@@ -179,10 +178,10 @@ def near_copies(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[np.ndarray,
 
 
 def assign_splits(groups: Sequence[str], split: SplitSection) -> list[str]:
-    """The split of each row; whole groups only.
+    """The split of each row; groups are not divided.
 
-    Test and then validation are filled with groups in an order drawn from the seed, up to
-    floor(share * rows + 0.5) rows, or as near below as the groups allow.
+    Test and then validation are filled with groups in a random order drawn from the seed, up to
+    floor(fraction * rows + 0.5) rows, or close below where the groups do not fit.
     """
     sizes = Counter(groups)
     order = sorted(sizes, key=lambda group: _draw(split.seed, group))
@@ -195,7 +194,7 @@ def assign_splits(groups: Sequence[str], split: SplitSection) -> list[str]:
 
 
 def _filling(order: Sequence[str], sizes: Counter[str], room: int) -> list[str]:
-    """Groups that fill the room: taken as they come, the last part by trying sums of sizes."""
+    """Groups of at most `room` rows in total: taken in order, the last part by subset sum."""
     chosen, rest = [], []
     exact_part = 4 * max((size for size in sizes.values() if size <= room), default=0)
     for group in order:
@@ -205,7 +204,7 @@ def _filling(order: Sequence[str], sizes: Counter[str], room: int) -> list[str]:
         elif sizes[group] <= room:
             rest.append(group)
     rest = rest[:_TRIED]
-    # bit n of sums[k]: some of the first k groups have n rows together
+    # bit n of sums[k]: a subset of the first k groups has n rows in total
     sums = [1]
     for group in rest:
         sums.append((sums[-1] | sums[-1] << sizes[group]) & ((1 << room + 1) - 1))
@@ -218,10 +217,10 @@ def _filling(order: Sequence[str], sizes: Counter[str], room: int) -> list[str]:
 
 
 def check_no_overlap(groups: Sequence[str], splits: Sequence[str]) -> None:
-    """Assert that no group stands in two splits.
+    """Raise if a group is in two splits.
 
     Raises:
-        DataError: groups do, as in a split that a table brought along.
+        DataError: a group is, as can happen with a split given by a table.
     """
     found: dict[str, set[str]] = {}
     for group, split in zip(groups, splits, strict=True):

@@ -1,7 +1,8 @@
-"""Rows of a source's table, whatever its kind, one at a time.
+"""Rows of a source's table, whatever its format, one at a time.
 
-A row is a mapping from column to value. A line that is no row comes as a Rejected, so that every
-line of a table is accounted for. Columns that do not exist are an error before any work is done.
+A row is a mapping from column to value. A malformed row of a csv file is yielded as a Rejected, so
+that every row is accounted for; other malformed tables are errors. Missing columns are an error
+before any work is done, see `medft.data.sources.check_columns`.
 """
 
 import csv
@@ -21,7 +22,7 @@ TableRow = dict[str, Any]
 
 
 class Rejected(Exception):
-    """A row that is not taken: a reason code and what was found."""
+    """A rejected row: a reason code and what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -33,7 +34,7 @@ def table_rows(kind: str, table: Path) -> Iterator[TableRow | Rejected]:
     """The rows of a csv, json, jsonl or parquet file, or of an image folder's metadata.
 
     Raises:
-        DataError: the file is missing, has another kind, or names a column twice.
+        DataError: the file is missing, has another format, or names a column twice.
     """
     if kind == "imagefolder":
         kind, table = _metadata_of(table)
@@ -46,7 +47,7 @@ def table_rows(kind: str, table: Path) -> Iterator[TableRow | Rejected]:
 
 
 def first_row(kind: str, table: Path) -> TableRow:
-    """A row of the table, for its columns.
+    """The first row of the table that is not rejected.
 
     Raises:
         DataError: there is none.
@@ -58,7 +59,7 @@ def first_row(kind: str, table: Path) -> TableRow:
 
 
 def takes(row: TableRow, where: dict[str, Any] | None) -> bool:
-    """Whether the cells of a row have the values that `where` asks for."""
+    """Whether the cells of a row have the values that `where` requires."""
     for column, wanted in (where or {}).items():
         values = wanted if isinstance(wanted, list) else [wanted]
         if text_of(row.get(column)) not in {text_of(value) for value in values}:
@@ -77,7 +78,7 @@ def _metadata_of(folder: Path) -> tuple[str, Path]:
 
 
 def _read_text(table: Path) -> str:
-    """Text of a file in UTF-8, with or without mark, else latin-1, which takes every byte."""
+    """Text of a file in UTF-8, with or without BOM, else in Latin-1, which decodes every byte."""
     try:
         content = table.read_bytes()
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Templates such as "{findings} {impression}": names between braces and nothing cleverer."""
+"""Templates such as "{findings} {impression}": names between braces, no formats."""
 
 import string
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ def template_names(template: str) -> list[str]:
     """The names between the braces of a template.
 
     Raises:
-        RecipeError: a brace is open, or there is more than a name between two.
+        RecipeError: a brace is unmatched, or braces hold anything but a name.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -34,14 +34,14 @@ def template_names(template: str) -> list[str]:
 
 
 def text_of(value: Any) -> str:
-    """A cell as text; empty for what means nothing."""
+    """A cell as stripped text; empty for None and NaN."""
     if value is None or value != value:  # NaN
         return ""
     return str(value).strip()
 
 
 def fill_template(template: str, values: Mapping[str, Any]) -> str:
-    """The template with its names replaced; empty where all of them are.
+    """The template with its names replaced by values; empty where all its values are.
 
     Raises:
         KeyError: a name has no value.

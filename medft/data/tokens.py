@@ -1,4 +1,4 @@
-"""How long texts are in tokens, and which of them a tokenizer cannot tell apart."""
+"""Lengths of texts in tokens, and texts that have the same tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,9 +11,9 @@ _AT_ONCE = 1000
 
 
 def length_percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """The median, the 95th and 99th percentile and the largest of lengths in tokens.
+    """The median, the 95th and 99th percentile and the maximum of lengths in tokens.
 
-    Each is a length that occurs, the smallest that is not below so many of them.
+    Each is the smallest length that occurs and is not below that percentage of them.
     """
     marks = {"median": 50, "p95": 95, "p99": 99, "longest": 100}
     found = np.percentile(lengths, list(marks.values()), method="inverted_cdf").astype(int)
@@ -23,7 +23,7 @@ def length_percentiles(lengths: Sequence[int]) -> dict[str, int]:
 def token_keys(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[dict[str, bytes], dict[str, int]]:
-    """The tokens of each text, cut to max_length, as int32 bytes; and how many they were uncut."""
+    """Token ids of each text, truncated to max_length, as int32 bytes; and lengths before that."""
     keys, lengths = {}, {}
     for some in batched(texts, _AT_ONCE):
         for text, ids in zip(some, tokenizer(some)["input_ids"], strict=True):

@@ -1,1 +1,1 @@
-"""Report generation and visual question answering: QLoRA on Llama 3.2 Vision through TRL."""
+"""Report generation and visual question answering: QLoRA on image-text decoders through TRL."""

@@ -1,4 +1,4 @@
-"""What a recipe asks of its base, checked before the base's weights are loaded."""
+"""Checks of a decoder recipe against its base, made before weights are loaded."""
 
 from pathlib import Path
 
@@ -19,10 +19,10 @@ def check_flags(
     lora: LoraSection | None,
     family: Family,
 ) -> None:
-    """Refuse flags that this family, or what medft trained before, cannot follow.
+    """Refuse flags that the family does not support or that differ from earlier training.
 
     Raises:
-        BaseModelError: there is one.
+        BaseModelError: there is such a flag.
     """
     if model.cross_attention_fix and not family.leaks_across_batch:
         raise BaseModelError(
@@ -48,14 +48,14 @@ def check_flags(
 
 
 def check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
-    """Refuse a tokenizer to which tokens were added.
+    """Refuse a tokenizer with more tokens than the base has embeddings.
 
     Args:
-        processor: of the base.
-        embeddings: rows of the base's embeddings.
+        processor: the base's.
+        embeddings: number of rows of the base's embeddings.
 
     Raises:
-        BaseModelError: it has more tokens than there are rows.
+        BaseModelError: the tokenizer has more tokens than there are rows.
     """
     tokens = len(processor.tokenizer)
     if tokens > embeddings:
@@ -66,12 +66,12 @@ def check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
 
 
 def plan_targets(empty: nn.Module, lora: LoraSection, family: Family) -> str:
-    """What an adapter will sit on, as of `plan_adapter`, which must not be the head.
+    """The plan of an adapter, as from `plan_adapter`; refuses targets that include lm_head.
 
     Args:
-        empty: the base on the meta device; afterwards with the adapter.
+        empty: the base on the meta device; the adapter is attached to it.
         lora: the recipe's section.
-        family: of the base.
+        family: the base's.
 
     Raises:
         BaseModelError: the targets are wrong.
@@ -87,16 +87,16 @@ def plan_targets(empty: nn.Module, lora: LoraSection, family: Family) -> str:
 def check_trained_vision(
     planned: nn.Module, model: DecoderModelSection, family: Family, arguments: TrainingArguments
 ) -> None:
-    """Refuse what needs tower and projector frozen, or whole, where they are not.
+    """Refuse settings that need tower and projector frozen, or unsharded, if they are not.
 
     Args:
-        planned: the base on the meta device, its adapter attached.
+        planned: the base on the meta device with its adapter.
         model: the recipe's section.
-        family: of the base.
-        arguments: of the trainer.
+        family: the base's.
+        arguments: the trainer's.
 
     Raises:
-        RecipeError: there is such a thing.
+        RecipeError: there is such a setting.
     """
     if model.vision_cache and shards_weights(arguments):
         raise RecipeError(
@@ -122,11 +122,11 @@ def check_trained_vision(
 
 
 def check_cached_tower(folder: str, config: PreTrainedConfig) -> None:
-    """Refuse a cache that cannot be written, or of a tower that gives something else each time.
+    """Refuse a vision cache that cannot be written, or whose tower has dropout.
 
     Args:
-        folder: of the cache.
-        config: of the base.
+        folder: the cache's.
+        config: the base's.
 
     Raises:
         RunError: the folder cannot be written.
@@ -145,10 +145,10 @@ def check_cached_tower(folder: str, config: PreTrainedConfig) -> None:
 def check_layers_run(
     lora: LoraSection, family: Family, config: PreTrainedConfig, empty: nn.Module
 ) -> None:
-    """Refuse targets on layers that only images run, for rows without any.
+    """Refuse targets on layers that rows without images do not run.
 
     Raises:
-        BaseModelError: there is one.
+        BaseModelError: there is such a target.
     """
     names = target_modules(empty, lora.targets, family.presets)
     idle = [name for name in names if not family.runs_without_images(name, config)]
@@ -162,10 +162,10 @@ def check_layers_run(
 def check_validation_batches(
     counts: dict[str, int], isolates_rows: bool, arguments: TrainingArguments
 ) -> None:
-    """Refuse validation rows whose numbers of images may not share a batch.
+    """Refuse validation rows with different numbers of images where these must not mix.
 
     Raises:
-        DataError: they would see each other's images, or processes would wait for each other.
+        DataError: rows would see each other's images, or processes would wait for each other.
     """
     if len(counts) > 1 and arguments.per_device_eval_batch_size > 1 and not isolates_rows:
         raise DataError(
@@ -182,6 +182,6 @@ def check_validation_batches(
 
 
 def shards_weights(arguments: TrainingArguments) -> bool:
-    """Whether processes hold parts of each weight, as under ZeRO-3."""
+    """Whether weights are sharded over the processes, as under ZeRO-3."""
     plugin = arguments.deepspeed_plugin
     return plugin is not None and plugin.zero_stage == 3

@@ -23,7 +23,7 @@ from medft.training.trainer import ROW_IDS
 
 
 class DecoderCollator:
-    """Rows of `medft.data.rows.load_rows` -> a batch of the model's inputs."""
+    """Rows of `medft.data.rows.load_rows` -> a batch of model inputs."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class DecoderCollator:
         """Make the collator.
 
         Args:
-            conversation: of the base.
-            max_length: tokens of a row; what is longer is cut.
+            conversation: the base's.
+            max_length: tokens of a row; longer rows are truncated.
             vocab_size: rows of the output head.
             isolates_rows: whether rows with different numbers of images may share a batch.
         """
@@ -48,9 +48,9 @@ class DecoderCollator:
         self.cache: VisionCache | None = None
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch as of `ConversationEncoder.batch`, its images in order under IMAGES.
+        """The batch of `ConversationEncoder.batch`, with images under IMAGES and ids under ROW_IDS.
 
-        The ids of its rows stand under ROW_IDS.
+        IMAGES lists the images of all rows in order.
 
         Raises:
             DataError: an image cannot be read, rows have different numbers of images and would
@@ -88,7 +88,7 @@ class DecoderCollator:
         try:
             name = self.cache.name_of(source)
         except OSError:
-            return self.conversation.image_inputs(open_image(source))  # which says what is wrong
+            return self.conversation.image_inputs(open_image(source))  # raises with the reason
         kept = self.cache.read(name)
         return kept or replace(self.conversation.image_inputs(open_image(source)), cache_entry=name)
 
@@ -96,16 +96,16 @@ class DecoderCollator:
 def check_labels(
     labels: Tensor, vocab_size: int, never: frozenset[int], names: Sequence[str]
 ) -> None:
-    """Assert that a batch trains at least one token of every row, and only tokens of answers.
+    """Check that a batch trains at least one token of every row, and only tokens of answers.
 
     Args:
         labels: [B, S], IGNORED where nothing is trained.
         vocab_size: rows of the output head.
-        never: tokens that are no part of an answer.
-        names: of the rows.
+        never: token ids that never belong to an answer.
+        names: ids of the rows.
 
     Raises:
-        DataError: a label lies outside the head or is no answer's, or a row has none.
+        DataError: a label is out of the vocabulary or in `never`, or a row has none.
     """
     for row, name in zip(labels, names, strict=True):
         trained = set(row[row != IGNORED].tolist())

@@ -1,4 +1,4 @@
-"""Conversations in tokens, and which of them are trained.
+"""Conversations as tokens, with labels on those to train.
 
 Shape letters in this file:
     B  rows of a batch
@@ -21,32 +21,32 @@ from medft.decoder.families.base import Family, ImageInputs
 from medft.errors import BaseModelError, DataError
 
 IGNORED = -100
-"""The label of a token that is not trained; as in torch's cross-entropy."""
+"""Label of a token that is not trained; the ignore_index of torch's cross-entropy."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """A conversation in tokens."""
+    """A tokenized conversation."""
 
     input_ids: list[int]
 
     labels: list[int]
-    """As input_ids where the assistant speaks, end-of-turn token included; IGNORED elsewhere."""
+    """input_ids in assistant turns, end-of-turn token included; IGNORED elsewhere."""
 
     prompt_length: int
-    """Tokens before the first one that the assistant says."""
+    """Number of tokens before the first assistant token."""
 
 
 class ConversationEncoder:
-    """Renders and tokenizes conversations of one base, and knows which tokens to train."""
+    """Renders and tokenizes conversations for one base, and labels the tokens to train."""
 
     def __init__(self, processor: ProcessorMixin, family: Family, *, max_image_tiles: int) -> None:
         """Make the encoder.
 
         Args:
-            processor: of the base; the family's chat template is put in where it has none.
-            family: of the base.
-            max_image_tiles: of an image, for families that cut images into tiles.
+            processor: the base's; gets the family's chat template if it has none.
+            family: the base's.
+            max_image_tiles: maximum per image, for families that cut images into tiles.
 
         Raises:
             BaseModelError: there is no chat template, or a setting of the processor is refused.
@@ -64,7 +64,7 @@ class ConversationEncoder:
         self.image_token_id = family.image_token_id(processor)
         self.end_of_turn = processor.tokenizer.convert_tokens_to_ids(family.end_of_turn)
         pad = processor.tokenizer.pad_token_id
-        self._pad = self.end_of_turn if pad is None else pad  # masked, so that any will do
+        self._pad = self.end_of_turn if pad is None else pad  # masked, so any token will do
         self._special = {
             token
             for token, added in processor.tokenizer.added_tokens_decoder.items()
@@ -72,18 +72,18 @@ class ConversationEncoder:
         }
 
     def encode(self, messages: list[Message], name: str) -> EncodedRow:
-        """The tokens of a conversation, not cut.
+        """The tokens and labels of a conversation, not truncated.
 
-        An assistant turn begins where the prompt for it ends. This holds only if the tokens of
-        the prompt are a prefix of the tokens of the whole, which is checked.
+        An assistant turn starts where the prompt before it ends. This holds only if the tokens of
+        the prompt are a prefix of the tokens of the conversation, which is checked.
 
         Args:
             messages: turns with part lists.
-            name: of the row, for messages.
+            name: the row's id, for error messages.
 
         Raises:
-            DataError: the template refuses the conversation, a text holds a special token, or
-                tokens run across the end of a prompt.
+            DataError: the template rejects the conversation, leaves out a text or does not end a
+                turn, a text holds a special token, or tokens merge across the end of a prompt.
         """
         self.check_texts(messages, name)
         whole = self._render(messages, name)
@@ -108,16 +108,16 @@ class ConversationEncoder:
                     f"row {name}: expected the chat template to end the assistant's turn with "
                     f"{self.family.end_of_turn}, it does not: put the base's own template back"
                 )
-            stop = start + ended[start:].index(self.end_of_turn) + 1  # a template may write on
+            stop = start + ended[start:].index(self.end_of_turn) + 1  # a template may write more
             labels[start:stop] = input_ids[start:stop]
             prompt_length = min(prompt_length, start)
         return EncodedRow(input_ids, labels, prompt_length)
 
     def encode_prompt(self, messages: list[Message]) -> EncodedRow:
-        """The tokens of a conversation whose next turn is the assistant's, with nothing to train.
+        """The tokens of a conversation up to the assistant's next turn; every label is IGNORED.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template rejects the conversation.
         """
         input_ids = self._tokens(self._render(messages, "", prompt=True))
         turns = [m["role"] for m in messages]
@@ -126,7 +126,7 @@ class ConversationEncoder:
         return EncodedRow(input_ids, [IGNORED] * len(input_ids), prompt_length)
 
     def image_inputs(self, image: Image.Image) -> ImageInputs:
-        """One image for the tower, as `Family.image_inputs` says."""
+        """The tower's inputs for one image, as from `Family.image_inputs`."""
         return self.family.image_inputs(self.processor, image, max_image_tiles=self.max_image_tiles)
 
     def batch(
@@ -136,7 +136,7 @@ class ConversationEncoder:
         *,
         padding_side: Literal["left", "right"],
     ) -> dict[str, Tensor]:
-        """The model's inputs for these rows, without the images themselves.
+        """The model inputs for these rows, without the images.
 
         Returns:
             input_ids, attention_mask and labels [B, S], and what `Family.attention_inputs` adds.
@@ -177,11 +177,11 @@ class ConversationEncoder:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def check_texts(self, messages: list[Message], name: str) -> None:
-        """Refuse texts that would be read as more than text.
+        """Refuse texts that contain special tokens.
 
         Args:
             messages: turns with part lists.
-            name: of the row, for messages.
+            name: the row's id, for error messages.
 
         Raises:
             DataError: a text holds a special token.
@@ -208,9 +208,9 @@ def _check_rendered(rendered: str, messages: list[Message], name: str) -> None:
 
 
 def mark_trained(row: EncodedRow, encoder: ConversationEncoder, max_length: int) -> str:
-    """The tokens of a row as text on one line, each run that is trained between >>> and <<<.
+    """The tokens of a row as one line of text, each trained span between >>> and <<<.
 
-    The tokens that stand for one image are written once.
+    Consecutive image tokens are written as one.
     """
     decode = encoder.processor.tokenizer.decode
     tokens = zip(row.input_ids[:max_length], row.labels[:max_length], strict=True)

@@ -1,10 +1,10 @@
-"""The vision tower: image by image, and without backward pass where nothing in it is trained.
+"""Runs the vision tower image by image, and without backward pass where it is frozen.
 
-Stock code runs the backward pass of a tower without one trainable parameter, see
+Stock code runs the backward pass even of a tower without trainable parameters, see
 `medft.models.frozen`; under reentrant checkpointing it then fails.
 
-Each image goes through tower and projector by itself. What comes out then does not depend on the
-images beside it, not in the last bit, which is what makes it worth keeping.
+Each image goes through tower and projector alone. Its features then do not depend, to the last
+bit, on the other images of the batch, so that they can be cached.
 """
 
 import functools
@@ -19,15 +19,15 @@ from medft.decoder.vision_cache import VisionCache
 from medft.models.frozen import is_frozen, run_without_grad
 
 IMAGES = "images"
-"""Key of a batch's images, a list of `ImageInputs`."""
+"""Batch key of the images, a list of `ImageInputs`."""
 
 
 def run_frozen_parts_without_grad(model: nn.Module, family: Family) -> list[str]:
-    """Make tower and projector run without grad as far as nothing in them, or before, is trained.
+    """Run tower and projector without grad, up to the first that has trainable parameters.
 
     Args:
-        model: the base, its adapter attached.
-        family: of the base.
+        model: the base with its adapter.
+        family: the base's.
 
     Returns:
         The parts that run without grad.
@@ -49,13 +49,13 @@ def install_image_hook(
     drops_padding_tiles: bool,
     cache: VisionCache | None = None,
 ) -> None:
-    """Make a base take its images one by one, as a list under IMAGES.
+    """Make a base compute its images one by one, from a list under IMAGES.
 
     Args:
-        model: the base, its adapter attached.
-        family: of the base.
-        drops_padding_tiles: leave out tiles that no token may see, as isolated rows allow.
-        cache: takes the features of images that name an entry.
+        model: the base with its adapter.
+        family: the base's.
+        drops_padding_tiles: leave out tiles that no token may see, which needs isolated rows.
+        cache: stores the features of images that name an entry.
     """
     inner: Any = model.base_model
 
@@ -86,7 +86,7 @@ def install_image_hook(
 
 
 def _features_or_pixels(get_image_features: Any) -> Any:
-    """The method of a family without tiles, which lets features [N, P, D] pass as they are."""
+    """get_image_features of a family without tiles that passes features [N, P, D] through."""
 
     @functools.wraps(get_image_features)
     def run(pixel_values: torch.Tensor, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A trained decoder that answers."""
+"""Text generation with a trained decoder."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +20,7 @@ from medft.models.lora import load_adapter, without_adapter
 from medft.models.saved import check_same_base, find_saved_model
 
 BATCH_SIZE = 8
-"""Conversations that go through the model together."""
+"""Maximum number of conversations in a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Request:
 
 
 class Generator:
-    """A decoder that writes the assistant's next turn, greedily."""
+    """A decoder that generates the assistant's next turn by greedy decoding."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class Generator:
 
         Args:
             model: on its device, with or without adapter.
-            processor: as it was trained with.
-            record: content of medft.json: what training did to images, how long rows could be.
+            processor: the one used in training.
+            record: content of medft.json, which limits image tiles and new tokens.
             family: model_type of the base.
         """
         self.model = model.eval()
@@ -56,7 +56,7 @@ class Generator:
         )
         self.conversation = ConversationEncoder(processor, family_of(family), max_image_tiles=limit)
         self.max_new_tokens = record.get("max_length", 512)
-        for name in ("temperature", "top_p", "top_k"):  # of sampling, which is off
+        for name in ("temperature", "top_p", "top_k"):  # sampling is off
             setattr(model.generation_config, name, None)
         ends = model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
@@ -64,13 +64,13 @@ class Generator:
 
     @classmethod
     def load(cls, source: Path) -> "Generator":
-        """The decoder of a run, an adapter folder or a model folder.
+        """Load the decoder of a run, an adapter folder or a model folder.
 
-        An adapter sits on its base in the precision, and quantized as, it was trained on.
+        An adapter's base is loaded in the precision and quantization of its training.
 
         Raises:
-            RunError: there is none.
-            BaseModelError: it cannot be loaded, or is no decoder that medft knows.
+            RunError: the path holds no finished model.
+            BaseModelError: the model cannot be loaded, or its family is unknown.
         """
         trained = find_saved_model(source)
         check_local_base(trained.base)
@@ -93,17 +93,17 @@ class Generator:
         )
 
     def without_adapter(self) -> AbstractContextManager[None]:
-        """Answers inside this block are those of the base.
+        """A block in which the base answers, its adapter disabled.
 
         Raises:
-            RunError: the model is whole, its base is not known apart.
+            RunError: the model has no adapter.
         """
         return without_adapter(self.model)
 
     def generate(self, requests: Sequence[Request]) -> list[str]:
         """The assistant's turns, in the order of the requests.
 
-        Requests with equally many images share batches; others might see each other's.
+        A batch holds requests with equally many images; others might see each other's.
         """
         answers: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].images))

@@ -1,4 +1,4 @@
-"""The base of a decoder: loaded in the recipe's precision, 4-bit exactly where the recipe says."""
+"""Loads a decoder's base in the recipe's precision, 4-bit exactly where the recipe says."""
 
 import logging
 from collections.abc import Mapping
@@ -29,13 +29,13 @@ def load_model(
 
     Args:
         model: the recipe's section.
-        family: of the base.
-        quantization: None for none.
-        dtype: of the weights, and of the computation on a 4-bit base; "auto" as they are stored.
-        cross_attention_fix: whether rows become independent of their neighbours.
+        family: the base's.
+        quantization: the recipe's section; None for no quantization.
+        dtype: of the weights, and of computation with 4-bit weights; "auto" keeps the stored one.
+        cross_attention_fix: whether to make the rows of a batch independent of each other.
 
     Raises:
-        BaseModelError: it cannot be loaded, or another set of layers became 4-bit than asked for.
+        BaseModelError: it cannot be loaded, or the 4-bit layers are not those asked for.
     """
     config = quantization and bitsandbytes_config(quantization, family, dtype)
     loaded = load_weights(
@@ -50,7 +50,7 @@ def load_model(
 
 
 def _keep_caps_of_attention(model: PreTrainedModel) -> None:
-    """Take the attention that caps its logits, where the base does: torch's own leaves it out."""
+    """Use eager attention if the base soft-caps its logits, which torch's own does not do."""
     text = model.config.get_text_config()
     if getattr(text, "attn_logit_softcapping", None):
         model.set_attn_implementation({"text_config": "eager"})
@@ -59,7 +59,7 @@ def _keep_caps_of_attention(model: PreTrainedModel) -> None:
 def bitsandbytes_config(
     quantization: QuantizationSection, family: Family, dtype: str
 ) -> BitsAndBytesConfig:
-    """The recipe's quantization in bitsandbytes' terms, parts named as in this module tree."""
+    """The recipe's quantization for bitsandbytes, with skipped parts as module names."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
@@ -70,13 +70,13 @@ def bitsandbytes_config(
 
 
 def check_quantized(model: nn.Module, family: Family, quantization: QuantizationSection) -> None:
-    """Make sure that every linear layer outside `skip` is 4-bit, and none inside.
+    """Check that every linear layer outside `skip` is 4-bit, and none inside.
 
-    On CPUs with AVX512-BF16 bitsandbytes repacks a layer at its first forward in eval mode into
-    a form without gradient; that is switched off here.
+    On CPUs with AVX512-BF16, bitsandbytes repacks a layer at its first forward in eval mode into
+    a format without gradient; this is disabled here.
 
     Raises:
-        BaseModelError: another set of layers is 4-bit.
+        BaseModelError: the 4-bit layers are not those asked for.
     """
     skipped = tuple(family.parts[part] for part in quantization.skip)
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Everything that a decoder run can know and check before the base's weights are loaded."""
+"""Prepared data of a decoder run: all that is known and checked before weights are loaded."""
 
 import hashlib
 import logging
@@ -65,7 +65,7 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedDecoderData:
-    """What a decoder is trained on and with."""
+    """The checked data of a decoder run, with collator, sampler and processor."""
 
     config: PreTrainedConfig
     family: Family
@@ -85,15 +85,15 @@ class PreparedDecoderData:
     num_processes: int
 
     record: dict[str, Any]
-    """Fingerprints of the files and what became of their rows, for run.json."""
+    """Fingerprints of the files and counts of their rows, for run.json."""
 
     @property
     def rows_per_epoch(self) -> int:
-        """Training rows of an epoch, with those that come again."""
+        """Number of training rows per epoch, repeats included."""
         return len(self.sampler)
 
     def open_cache(self, model: PreTrainedModel) -> VisionCache | None:
-        """The cache of what tower and projector make of images, where the recipe asks for one.
+        """The cache of image features, or None if the recipe asks for none.
 
         Args:
             model: the base with its weights.
@@ -114,7 +114,7 @@ class PreparedDecoderData:
         return VisionCache(Path(self.model.vision_cache), key, limit=limit)
 
     def cache_plan(self) -> str | None:
-        """How large the vision cache may become, where the recipe asks for one."""
+        """A sentence on the maximum size of the vision cache; None if the recipe asks for none."""
         if self.model.vision_cache is None:
             return None
         splits = [rows["images"] for rows in (self.train, self.validation) if rows is not None]
@@ -136,7 +136,7 @@ class PreparedDecoderData:
         )
 
     def examples(self, num_rows: int = 3) -> list[str]:
-        """The first rows as text, what is trained between >>> and <<<."""
+        """The first rows as text, trained spans between >>> and <<<."""
         conversation, max_length = self.collator.conversation, self.collator.max_length
         records = self.train.select(range(min(num_rows, len(self.train))))
         rows = map(Row.of, records.remove_columns("images"))
@@ -210,7 +210,7 @@ def _files(data: DecoderDataSection) -> dict[str, Path]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _CheckedBase:
-    """What of a base is known without its weights."""
+    """What is known of a base without its weights."""
 
     config: PreTrainedConfig
     family: Family
@@ -253,7 +253,7 @@ def _checked_base(
 def inference_record(
     model: DecoderModelSection, data: DecoderDataSection, quantization: QuantizationSection | None
 ) -> dict[str, Any]:
-    """What a trained adapter's user must do as training did, for medft.json."""
+    """Settings of training that inference must repeat, for medft.json."""
     return {
         "dtype": model.dtype,
         "cross_attention_fix": model.cross_attention_fix,
@@ -265,23 +265,23 @@ def inference_record(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _MeasuredRows:
-    """The rows of a file that fit, and what is known of all."""
+    """The rows of a file that fit, and counts over all rows."""
 
     kept: Dataset
     lengths: list[int]
-    """Tokens of each row that is kept, uncut."""
+    """Tokens of each kept row before truncation."""
 
     counts: dict[str, Any]
     """For run.json."""
 
     @property
     def images_a_row(self) -> dict[str, int]:
-        """How many rows have so many images."""
+        """Number of images, as a string -> number of rows."""
         return self.counts["images_a_row"]
 
 
 def _measure(rows: Dataset, base: _CheckedBase, data: DecoderDataSection) -> _MeasuredRows:
-    """Encode every row, and count images and what is cut or dropped.
+    """Encode every row; count images, and tokens and rows that are truncated or dropped.
 
     Raises:
         DataError: a row cannot be encoded, or its prompt is too long and `too_long` is error.
@@ -330,16 +330,16 @@ def _measure(rows: Dataset, base: _CheckedBase, data: DecoderDataSection) -> _Me
 
 
 class _KeptRow(NamedTuple):
-    """What is remembered of a row that fits."""
+    """Position and sizes of a row that fits."""
 
     place: int
-    """In the file, from 0."""
+    """Row index in the file, from 0."""
 
     tokens: int
-    """Uncut."""
+    """Number of tokens before truncation."""
 
     trained: int
-    """Tokens."""
+    """Number of trained tokens."""
 
     images: int
 
@@ -354,7 +354,7 @@ def _encode(row: Row, base: _CheckedBase) -> EncodedRow:
 
 
 def _tokens_needed(row: EncodedRow, image_token_id: int) -> int:
-    """Tokens up to the first one that is trained, and up to the last of an image."""
+    """Number of tokens up to the first trained one and the last image token, both included."""
     images = (i for i, token in enumerate(row.input_ids) if token == image_token_id)
     return max(row.prompt_length, *images, 0) + 1
 

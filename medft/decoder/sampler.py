@@ -1,10 +1,10 @@
 """The order of training rows, in global batches of one modality.
 
-A global batch is one batch for every process. Its rows are of one modality: equally many images
-where rows of a batch would see each other's, else with or without images, since processes that run
-different modules at the same time wait for each other for ever under ZeRO-3. With several processes
-or modalities a global batch is always full, so that Accelerate, which shards the batches, has
-nothing to drop.
+A global batch is one batch on every process. Its rows are of one modality: the same number of
+images where rows would otherwise see each other's, or under ZeRO-3, where processes that run
+different modules at the same time deadlock; else with or without images. With several processes,
+several modalities or lengths, every global batch is full, so that Accelerate, which shards the
+batches, has nothing to drop.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,17 @@ import torch
 from torch.utils.data import Sampler
 
 GROUPED_BATCHES = 50
-"""Global batches of drawn rows that are put in order of length together."""
+"""Number of global batches whose rows are sorted by length together."""
 
 
 class GlobalBatchSampler(Sampler[int]):
-    """Indices of rows, every `global_batch_size` of them of the same modality.
+    """Row indices, each `global_batch_size` of them of one modality.
 
-    Cut into batches and dealt to the processes in turn, as Trainer and Accelerate do, these are one
-    batch for every process. Each row comes at least once an epoch; what fills the last global batch
-    of a modality comes again. The order depends on seed and epoch only, so that a run that resumes
-    in the middle of an epoch goes on in it. Rows of one modality come in the same order whatever
-    the size of a global batch.
+    Trainer cuts them into batches and Accelerate deals these to the processes in turn, which gives
+    every process one batch of a global batch. Each row occurs at least once per epoch; rows that
+    fill the last global batch of a modality repeat. The order is random but determined by seed and
+    epoch, so that a resumed run continues in the middle of an epoch. With a single modality and no
+    lengths it does not depend on the size of a global batch.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class GlobalBatchSampler(Sampler[int]):
 
         Args:
             modalities: of each row.
-            global_batch_size: rows a device times devices.
+            global_batch_size: rows per device times devices.
             seed: of the order.
-            fills: whether the last global batch is made full even where it comes last.
-            lengths: of each row in tokens, to put rows of similar length into one global batch.
+            fills: whether to fill the last global batch even with one modality and no lengths.
+            lengths: tokens of each row, to put rows of similar length into one global batch.
         """
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -55,16 +55,16 @@ class GlobalBatchSampler(Sampler[int]):
         self._fills = fills or len(self._rows_by_modality) > 1 or lengths is not None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, counted from 0."""
+        """Set the epoch, counted from 0, which decides the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Indices of an epoch, with those that come again."""
+        """Number of indices per epoch, repeats included."""
         return sum(len(rows) + self._missing(rows) for rows in self._rows_by_modality)
 
     @property
     def repeats(self) -> int:
-        """How many indices of an epoch only fill global batches."""
+        """Number of indices per epoch that only fill global batches."""
         return sum(self._missing(rows) for rows in self._rows_by_modality)
 
     def __iter__(self) -> Iterator[int]:

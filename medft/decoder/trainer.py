@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with what it gets wrong for this use put right.
+"""TRL's SFTTrainer, corrected for image-text decoders.
 
 The adapter stays in float32 (TRL casts it to bfloat16 on a 4-bit base), labels come from medft's
 collator, and the validation loss is total negative log-likelihood over total supervised tokens,
@@ -33,11 +33,11 @@ from medft.training.trainer import RowTrackingTrainer
 logger = logging.getLogger(__name__)
 
 METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
-"""Figures that may choose best_model/, and whether more is better."""
+"""Metrics that may select best_model/, and whether higher is better."""
 
 
 def decoder_arguments(train: TrainSection, *, dtype: str, **owned: Any) -> SFTConfig:
-    """The arguments of a DecoderTrainer; TRL's own cutting is off, the collator cuts.
+    """The arguments of a DecoderTrainer; the collator truncates rows, TRL does not.
 
     Raises:
         RecipeError: as from `training_arguments`.
@@ -61,11 +61,11 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
 
         Args:
             model: with its adapter attached.
-            args: from `medft.training.arguments.training_arguments`.
+            args: from `decoder_arguments`.
             prepared: from `prepare_decoder_data`.
             record: content of medft.json beside every saved adapter.
         """
-        args.train_sampling_strategy = "random"  # ours groups, Trainer's knows no length
+        args.train_sampling_strategy = "random"  # the sampler groups, Trainer's has no lengths
         float32 = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         frozen = run_frozen_parts_without_grad(base, prepared.family)
@@ -99,7 +99,7 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums over the supervised tokens of each row, for `_validation_metrics` to add up.
+        """Sums over the supervised tokens of each row, which `_validation_metrics` adds up.
 
         Returns:
             None, negative log-likelihood and correct tokens [B, 2], and supervised tokens [B].
@@ -112,13 +112,13 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         return None, torch.stack([nll, correct], dim=1), outputs.label_mask.sum(dim=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the perplexity to what is logged of training."""
+        """Add the training perplexity."""
         if "loss" in logs:
             logs["perplexity"] = _perplexity(logs["loss"])
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL would write a page about itself into the run directory."""
+        """Write nothing; TRL would put its own model card into the run directory."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -139,4 +139,4 @@ def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # beyond, a float overflows
+    return math.exp(min(loss, 700.0))  # the exponential of more overflows a float

@@ -1,8 +1,8 @@
-"""What the frozen tower and projector made of each image, kept on disk and read in later epochs.
+"""Disk cache of image features from the frozen tower and projector, read in later epochs.
 
-One file an image. A file appears completely or not at all, so that several processes and runs may
-write at once; its checksum shows damage, and what is damaged is computed again. The files are
-large: for thousands of images, not for millions.
+One file per image. Files are written atomically, so that several processes and runs may write at
+once. A checksum detects a corrupt file, which is computed again. The files are large: for thousands
+of images, not for millions.
 """
 
 import hashlib
@@ -27,22 +27,22 @@ from medft.files import file_sha256
 logger = logging.getLogger(__name__)
 
 KEPT_FREE = 2 * 2**30
-"""Bytes of the disk that the cache leaves free."""
+"""Bytes of disk space that the cache leaves free."""
 
 LOST_AFTER = 3600
-"""Seconds after which a draft was left by a process that is no more."""
+"""Age in seconds after which a draft counts as abandoned."""
 
 
 class VisionCache:
-    """Features of images in a folder, for one tower and one way of preparing images."""
+    """Image features in a folder, for one tower and one image preprocessing."""
 
     def __init__(self, folder: Path, key: dict[str, Any], *, limit: int) -> None:
-        """Open the cache; nothing is written yet.
+        """Open the cache: deletes abandoned drafts, writes nothing.
 
         Args:
             folder: of all caches.
-            key: everything but the image that features depend on.
-            limit: bytes that this process may let the folder grow to.
+            key: everything except the image that features depend on.
+            limit: bytes up to which this process may fill the folder.
         """
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self.folder = folder / digest[:16]
@@ -53,7 +53,7 @@ class VisionCache:
         self._is_full = False
 
     def name_of(self, source: Path | bytes) -> str:
-        """The name of an image's entry, by the bytes of its file.
+        """The name of an image's cache entry, the SHA-256 of its file.
 
         Raises:
             OSError: the file cannot be read.
@@ -63,7 +63,7 @@ class VisionCache:
         return hashlib.sha256(source).hexdigest()
 
     def read(self, name: str) -> ImageInputs | None:
-        """The features of an image, or None; what is damaged is removed."""
+        """The features of an image, or None; a corrupt file is deleted."""
         file = self._file(name)
         try:
             with safe_open(file, "pt") as content:
@@ -75,12 +75,12 @@ class VisionCache:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            pass  # damaged
+            pass  # corrupt
         file.unlink(missing_ok=True)
         return None
 
     def write(self, name: str, features: torch.Tensor, num_tiles: int) -> None:
-        """Keep the features of an image, unless they are there, or cache or disk are full."""
+        """Store the features of an image, unless they are there, or cache or disk is full."""
         if self._is_full or self._file(name).exists():
             return
         kept = features.detach().cpu().contiguous()
@@ -130,7 +130,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def weights_sha256(model: nn.Module, family: Family) -> str:
-    """A hash of the weights of tower and projector, as they are in memory."""
+    """The SHA-256 of the weights of tower and projector, as they are in memory."""
     digest = hashlib.sha256()
     for part in ("vision", "projector"):
         for name, weight in sorted(model.get_submodule(family.parts[part]).state_dict().items()):

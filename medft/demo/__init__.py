@@ -1,1 +1,1 @@
-"""The pipeline on drawn images and tiny base models, so that it can be tried on any computer."""
+"""The pipeline on synthetic images and tiny base models, to be tried on any computer."""

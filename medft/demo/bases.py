@@ -1,9 +1,9 @@
 """Tiny base models of the real architectures, with real processors, built from a seed.
 
-They are drawn, never trained, and hold no data: enough to run every line of the pipeline on a
-CPU in seconds. What matters for correctness is as in the released models: `<|image|>` lies one
-past the last row of Mllama's head, SigLIP pads with `</s>` to 64 positions, its learned scale
-and bias are not zero, and the image processors are the Pillow ones.
+Their weights are random, never trained, and hold no data: enough to run every line of the pipeline
+on a CPU in seconds. What matters for correctness is as in the released models: the id of
+`<|image|>` is one past the last row of Mllama's head, SigLIP pads with `</s>` to 64 positions, its
+learned scale and bias are not zero, and the image processors are the Pillow ones.
 """
 
 import io
@@ -34,7 +34,7 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 DECODER_VOCABULARY = 512
 """Rows of the tiny decoder's head; the image token's id is this number."""
 
-# Where one word ends and the next begins. Source: the pattern of Llama 3's tokenizer.json.
+# How text is split into words. Source: the pattern of Llama 3's tokenizer.json.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -182,7 +182,7 @@ def tokenizer_corpus() -> list[str]:
     """Sentences that cover every printable ASCII character and the words of plain reports."""
     characters = [chr(code) * 3 for code in range(32, 127)]
     pairs = [f"{first} {second}." for first in _WORDS for second in _WORDS[::7]]
-    breaks = ["a\n\nb"] * 1000  # one token, as in the release, where a prompt ends in it
+    breaks = ["a\n\nb"] * 1000  # makes \n\n one token, as in the release, where a prompt ends in it
     return [*characters, *(word.capitalize() for word in _WORDS), *pairs, *breaks]
 
 
@@ -230,13 +230,13 @@ def build_decoder(
     layers: int = 4,
     corpus: Iterable[str] = (),
 ) -> Path:
-    """A random Mllama base of half a million parameters or more, as `from_pretrained` reads it.
+    """Write a random Mllama base of half a million parameters or more, for `from_pretrained`.
 
     Args:
         folder: created; must not exist.
-        seed: of the drawn weights.
+        seed: of the random weights.
         tile: side of a square tile in pixels, a multiple of 14.
-        max_tiles: of an image.
+        max_tiles: maximum number of tiles of an image.
         width: hidden width of tower and language model, a multiple of 64 (one NF4 block).
         layers: of the language model; every second one attends to the image.
         corpus: sentences whose words should become single tokens.
@@ -281,7 +281,7 @@ def build_decoder(
         model = MllamaForConditionalGeneration(config)
         for name, weight in model.named_parameters():
             if "gate" in name.rpartition(".")[2]:
-                torch.nn.init.constant_(weight, 0.5)  # released gates are open, new ones shut
+                torch.nn.init.constant_(weight, 0.5)  # released gates are open, new ones zero
     model.generation_config = GenerationConfig(
         bos_token_id=token("<|begin_of_text|>"),
         eos_token_id=[token("<|end_of_text|>"), token("<|eom_id|>"), token("<|eot_id|>")],
@@ -326,15 +326,15 @@ def build_siglip(
     positions: int = 64,
     corpus: Iterable[str] = (),
 ) -> Path:
-    """A random SigLIP base of 200 thousand parameters or more, as `from_pretrained` reads it.
+    """Write a random SigLIP base of 200 thousand parameters or more, for `from_pretrained`.
 
     Args:
         folder: created; must not exist.
-        seed: of the drawn weights.
+        seed: of the random weights.
         image_size: side of the square input in pixels, a multiple of 14.
         width: hidden width of both towers.
         layers: of each tower.
-        positions: tokens of a text, with padding.
+        positions: tokens of a text, padding included.
         corpus: sentences whose words should become single tokens.
     """
     tokenizer = siglip_tokenizer([*tokenizer_corpus(), *corpus], folder)

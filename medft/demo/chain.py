@@ -1,4 +1,4 @@
-"""The demo: every step of the pipeline, one after the other, on drawn images and tiny models."""
+"""The demo: every step of the pipeline in order, on synthetic images and tiny models."""
 
 import logging
 import os
@@ -35,13 +35,13 @@ PAIRS = 2317
 KINDS = ("decoder", "siglip")
 
 MARKER = ".medft-demo"
-"""Tells a demo's folder, which the next demo deletes, from any other."""
+"""File that marks the folder of a demo, which the next demo deletes."""
 
 logger = logging.getLogger(__name__)
 
 
 class Steps:
-    """What was done, and how long each step took."""
+    """The steps of a demo and the seconds that each took."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,7 +56,7 @@ class Steps:
 
 
 def run_demo(out: Path, *, seed: int = SEED) -> Path:
-    """Draw data, prepare it, train both models, evaluate, merge and use them.
+    """Generate data, prepare it, train both models, evaluate, merge and use them.
 
     Args:
         out: folder of the demo; an earlier demo in it is replaced.
@@ -122,10 +122,10 @@ def run_demo(out: Path, *, seed: int = SEED) -> Path:
 def train_both(models: Path, chat: Path, out: Path, overrides: list[str]) -> None:
     """Run `medft train` for both models at once, each on one thread, into `out`/KIND.
 
-    Their output goes to KIND.log beside the runs; lines with losses are shown.
+    Their output goes to KIND.log beside the runs; the losses in it are logged.
 
     Args:
-        models: folder of the bases, by kind.
+        models: folder with the bases decoder/ and siglip/.
         chat: folder of train.jsonl and validation.jsonl.
         out: folder of the runs.
         overrides: for the two recipes, such as train.seed=3.
@@ -188,14 +188,14 @@ def draw_new_images(folder: Path, *, seed: int) -> Path:
 
 
 def check_learned(metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a result that could have come without looking at the images.
+    """Refuse results that are possible without looking at the images.
 
     Args:
-        metrics: of both models, by kind.
+        metrics: of both models, under decoder and siglip.
 
     Raises:
-        RunError: an interval of tuned minus control, or tuned minus base, includes zero, or SigLIP
-            finds less than five times as much as chance.
+        RunError: an interval of tuned minus control, or tuned minus base, is not above zero, or
+            SigLIP's recall@1 is less than five times that of chance.
     """
     decoder, siglip = metrics["decoder"], metrics["siglip"]
     recall = "image_to_text_recall@1"

@@ -1,6 +1,6 @@
-"""The phantoms as four hospitals would export them, broken rows included.
+"""Phantoms in the export formats of four hospitals, broken rows included.
 
-Knee radiographs are a CSV beside PNG files, skin photographs JSON lines beside JPEG files, chest
+Knee radiographs are a CSV beside PNG files, skin photographs JSON Lines beside JPEG files, chest
 films a Parquet file with the images inside and two views of some studies, CT slices DICOM files
 with a table of reports.
 """
@@ -60,7 +60,7 @@ split: {validation: 0.05, test: 0.0, seed: 17}
 """
 
 TWO_VIEWS = 0.3
-"""Share of chest studies with a lateral view."""
+"""Fraction of chest studies with a lateral view."""
 
 Case = tuple[str, Phantom, np.ndarray, str]
 
@@ -88,7 +88,7 @@ def write_exports(folder: Path, *, pairs: int, seed: int) -> Path:
 
 
 def _cases(modality: str, number: int, random: np.random.Generator) -> Iterator[Case]:
-    """Patients with one to three images each: patient, content, pixels and report."""
+    """Patient, phantom, pixels and report of each image; patients have one to three images."""
     patient, left = 0, 0
     for _ in range(number):
         if left == 0:
@@ -100,7 +100,7 @@ def _cases(modality: str, number: int, random: np.random.Generator) -> Iterator[
 
 
 def _write_knee(folder: Path, cases: list[Case], random: np.random.Generator) -> None:
-    """Also a lost file, a truncated one, an empty report and a row that stands twice."""
+    """Write the CSV export, with a missing file, a truncated one, an empty report, a double row."""
     images = folder / "images"
     images.mkdir()
     rows: list[list[Any]] = []
@@ -118,7 +118,7 @@ def _write_knee(folder: Path, cases: list[Case], random: np.random.Generator) ->
 
 
 def _write_skin(folder: Path, cases: list[Case], random: np.random.Generator) -> None:
-    """Also a text that is named as a photograph, and a path that leaves the folder."""
+    """Write the JSONL export, with a text file named .jpg and a path that leaves the folder."""
     photos = folder / "photos"
     photos.mkdir()
     rows = []
@@ -134,7 +134,7 @@ def _write_skin(folder: Path, cases: list[Case], random: np.random.Generator) ->
 
 
 def _write_chest(folder: Path, cases: list[Case], random: np.random.Generator) -> None:
-    """Also a study whose image was left as a path on somebody's computer."""
+    """Write the Parquet export, with a study whose image is a path on somebody's computer."""
     rows: list[dict[str, Any]] = []
     for index, (patient, phantom, pixels, text) in enumerate(cases):
         views = [image_of(pixels, gray=True)]
@@ -156,7 +156,7 @@ def _write_chest(folder: Path, cases: list[Case], random: np.random.Generator) -
 
 
 def _write_ct(folder: Path, cases: list[Case], random: np.random.Generator) -> None:
-    """Also a slice with names burned into its pixels, and a report without a file."""
+    """Write the DICOM export, with a slice flagged as burned-in and a report without a file."""
     files = folder / "files"
     files.mkdir()
     rows = []
@@ -172,7 +172,7 @@ def _write_ct(folder: Path, cases: list[Case], random: np.random.Generator) -> N
 
 
 def _write_dicom(path: Path, gray: np.ndarray, accession: str, *, burned_in: bool = False) -> None:
-    """A CT slice in Hounsfield units under a soft-tissue window."""
+    """Write a CT slice in Hounsfield units with a soft-tissue window."""
     from pydicom import Dataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 

@@ -1,8 +1,8 @@
-"""Drawn images with reports that are true of them; no patient, no data set.
+"""Synthetic images with reports that describe them; no patient, no data set.
 
-Four kinds of images as four hospitals would have them, each with three findings that differ in
-brightness, color or grain. What a report says is visible: a finding or none, how many, how
-large, and where. Left and right are those of the image.
+Four modalities of four hospitals, each with three findings that differ in brightness, color or
+grain. What a report says is visible: a finding or none, how many, how large, and where. Left and
+right are those of the image.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 SIDE = 112
-"""Pixels of an image's side."""
+"""Side of an image in pixels."""
 
 SIZES = {"small": 0.07, "large": 0.11}
-"""Radius of a finding as a share of the image's side."""
+"""Radius of a finding as a fraction of the image's side."""
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
@@ -24,28 +24,28 @@ _SIDES = {"left": 0.29, "right": 0.71}
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a finding looks."""
+    """The appearance of a finding."""
 
     noun: str
     plural: str
     color: tuple[int, int, int]
     grain: float
-    """Depth of the stripes over the color, in gray levels."""
+    """Peak-to-peak contrast of the stripes over the color, in gray levels."""
 
     word: str
-    """What a caption that knows nothing of medicine calls it."""
+    """Its name in captions without medical terms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Modality:
-    """A kind of image, its findings and the wording of its reports."""
+    """The findings of a modality and the wording of its reports."""
 
     looks: tuple[Look, ...]
     found: tuple[str, ...]
-    """Templates of reports of a finding, the first one the commonest."""
+    """Templates of reports with a finding, the first one the most frequent."""
 
     clear: tuple[str, ...]
-    """Reports of none."""
+    """Reports without a finding."""
 
 
 MODALITIES = {
@@ -102,7 +102,7 @@ MODALITIES = {
 
 @dataclass(frozen=True, slots=True)
 class Phantom:
-    """What an image shows."""
+    """The content of an image."""
 
     modality: str
     look: Look | None
@@ -115,7 +115,7 @@ class Phantom:
 
 
 def draw_phantom(modality: str, random: np.random.Generator, *, clear: float = 0.25) -> Phantom:
-    """What an image of a modality shows, without finding in a share `clear` of the draws."""
+    """Random content of an image of a modality, without finding with probability `clear`."""
     looks = MODALITIES[modality].looks
     return Phantom(
         modality,
@@ -126,7 +126,7 @@ def draw_phantom(modality: str, random: np.random.Generator, *, clear: float = 0
 
 
 def report(phantom: Phantom, random: np.random.Generator) -> str:
-    """A sentence or two as a radiologist of the modality's hospital writes them."""
+    """The report of a phantom in the wording of its modality: a sentence or two."""
     modality = MODALITIES[phantom.modality]
     wordings = modality.found if phantom.look else modality.clear
     wording = wordings[0] if random.random() < 0.8 else wordings[1]
@@ -144,7 +144,7 @@ def report(phantom: Phantom, random: np.random.Generator) -> str:
 
 
 def caption(phantom: Phantom) -> str:
-    """What the image shows in words that know nothing of medicine, always in the same order."""
+    """The caption of a phantom without medical terms, always in the same order."""
     if phantom.look is None:
         return "no discs."
     discs = "disc" if phantom.count == 1 else "discs"
@@ -157,13 +157,13 @@ def caption(phantom: Phantom) -> str:
 def render(
     phantom: Phantom, random: np.random.Generator, *, side: int = SIDE, lateral: bool = False
 ) -> np.ndarray:
-    """The image, [side, side, 3] values from 0 to 255.
+    """The image of a phantom, [side, side, 3] values from 0 to 255.
 
     Args:
         phantom: what to show.
-        random: of the background, the noise and the exact places.
+        random: generator of the background, the noise and the exact positions.
         side: pixels.
-        lateral: seen from the side: findings stand in the middle, only their level shows.
+        lateral: view from the side: findings are in the middle, only their level is visible.
     """
     rows, columns = np.mgrid[0:side, 0:side] / side
     pixels = _BACKGROUNDS[phantom.modality](rows, columns, random)
@@ -190,7 +190,7 @@ def image_of(pixels: np.ndarray, *, gray: bool) -> Image.Image:
 def _places(
     phantom: Phantom, random: np.random.Generator, across: float
 ) -> list[tuple[float, float]]:
-    """Centres of the findings, side by side or in a triangle around the middle of a quadrant."""
+    """Centers of the findings, side by side or in a triangle around the middle of a quadrant."""
     row = _LEVELS[phantom.level] + random.normal(0, 0.015)
     column = across + random.normal(0, 0.015)
     turn, apart = random.uniform(0, 2 * np.pi), 1.25 * SIZES[phantom.size]

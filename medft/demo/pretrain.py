@@ -1,8 +1,9 @@
-"""Tiny bases that can see: pre-trained on drawn images with captions that know no medicine.
+"""Tiny bases pre-trained on synthetic images with captions without medical terms.
 
 A random base gives an adapter nothing to adapt. These learn to name discs by number, size, color
-and place; the words of reports they have only read, without images. The result depends on the
-code of the demo, the versions of the libraries and the seed, and is kept under their hash.
+and position. The decoder sees reports without images only, SigLIP only in its tokenizer's corpus.
+The result depends on the code of bases, phantoms and pretrain, the versions of the libraries and
+the seed, and is cached under their hash.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ IMAGE_SIZE = 56
 
 NUM_IMAGES = 10_000
 POSITIONS = 32
-"""Tokens of a text of the tiny SigLIP, half of the released ones: reports are short."""
+"""Tokens of a text of the tiny SigLIP, half of those of the released one: reports are short."""
 
 DECODER_STEPS = 720
 SIGLIP_STEPS = 320
@@ -50,9 +51,9 @@ logger = logging.getLogger(__name__)
 
 
 def pretrained_bases(folder: Path, *, seed: int) -> None:
-    """Write the bases `decoder` and `siglip` into a folder, from the cache where it has them.
+    """Write the bases `decoder` and `siglip` into a folder, from the cache if it has them.
 
-    The two are trained side by side, each on one thread: on two cores that is the fastest.
+    The two are trained in parallel, each on one thread, which is the fastest on two cores.
     """
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = {name: pool.submit(_cached, name, seed) for name in ("decoder", "siglip")}
@@ -61,12 +62,12 @@ def pretrained_bases(folder: Path, *, seed: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Where pre-trained bases are kept: `$XDG_CACHE_HOME/medft` or `~/.cache/medft`."""
+    """The folder of cached bases: `$XDG_CACHE_HOME/medft` or `~/.cache/medft`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medft"
 
 
 def content_key(seed: int) -> str:
-    """A hash of all that decides what the bases become."""
+    """A hash of everything that determines the bases."""
     digest = hashlib.sha256(str(seed).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem in ("bases", "phantoms", "pretrain"):
@@ -94,8 +95,8 @@ def pretrain_decoder(
     Args:
         folder: created if it does not exist.
         seed: of weights, images and order.
-        num_images: drawn once.
-        steps: of 32 rows; every fourth one reads reports without images.
+        num_images: number of images, rendered once.
+        steps: of 32 rows; every fourth one trains on reports without images.
     """
     random = np.random.default_rng(seed)
     reports = _reports(random)
@@ -107,7 +108,7 @@ def pretrain_decoder(
     for name, parameter in model.named_parameters():
         if "gate" in name.rpartition(".")[2]:
             nn.init.constant_(parameter, 1.0)
-    # at the usual deviation of 0.02 sides and levels stay at chance: images are small
+    # at the usual standard deviation of 0.02 side and level stay at chance: images are small
     nn.init.normal_(model.model.vision_model.gated_positional_embedding.embedding, std=1.5)
     pixels = _normalized(images, processor)
     rows = [_conversation(processor, text, image=True) for text in captions]
@@ -136,12 +137,12 @@ def pretrain_decoder(
 def pretrain_siglip(
     folder: Path, *, seed: int, num_images: int = NUM_IMAGES, steps: int = SIGLIP_STEPS
 ) -> None:
-    """Write a SigLIP of over a million parameters that finds captions of images.
+    """Write a SigLIP of over a million parameters that matches images and captions.
 
     Args:
         folder: created if it does not exist.
         seed: of weights, images and order.
-        num_images: drawn once.
+        num_images: number of images, rendered once.
         steps: of 128 pairs.
     """
     random = np.random.default_rng(seed)
@@ -199,7 +200,7 @@ def _reports(random: np.random.Generator) -> list[str]:
 
 
 def _normalized(images: np.ndarray, processor: ProcessorMixin) -> Tensor:
-    """[N, 3, IMAGE_SIZE, IMAGE_SIZE], as the base's processor makes them of this size."""
+    """[N, 3, IMAGE_SIZE, IMAGE_SIZE] pixel values, as the base's processor normalizes them."""
     mean, std = (
         torch.tensor(getattr(processor.image_processor, name)).view(3, 1, 1)
         for name in ("image_mean", "image_std")
@@ -208,7 +209,7 @@ def _normalized(images: np.ndarray, processor: ProcessorMixin) -> Tensor:
 
 
 def _conversation(processor: ProcessorMixin, text: str, *, image: bool) -> tuple[list[int], int]:
-    """The tokens of a question and its answer, and how many come before the answer."""
+    """The tokens of a question and its answer, and the number of tokens before the answer."""
     seen = [{"type": "image"}] if image else []
     turn = {"role": "user", "content": [*seen, {"type": "text", "text": PROMPT}]}
     prompt = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)

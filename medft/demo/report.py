@@ -1,4 +1,4 @@
-"""The demo's page: what ran, what was learned and what it looks like, in one file without links."""
+"""The HTML page of the demo: steps, data, scores and examples, in one file without links."""
 
 import html
 import json
@@ -14,7 +14,7 @@ from medft.evaluation.report import evaluation_sections, run_sections
 from medft.pages import figure, inline, page, table, thumbnail_of
 
 SHOWN_PAIRS = 4
-"""Pairs of each source on the page."""
+"""Number of pairs of each source on the page."""
 
 TITLES = {
     "decoder": "The decoder writes reports",
@@ -31,10 +31,10 @@ def write_demo_report(
     """Write report.html into the demo's folder; returns its path.
 
     Args:
-        out: the demo's folder, everything in its place.
+        out: the demo's folder, with all other results.
         summary: of the prepared data.
-        metrics: of both models, by kind.
-        seconds: that each step took.
+        metrics: of both models, under decoder and siglip.
+        seconds: duration of each step.
     """
     note = (
         f"Drawn images and tiny models, {sum(seconds.values()):.0f} seconds on this computer. "

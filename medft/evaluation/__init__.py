@@ -1,1 +1,1 @@
-"""A trained model measured on rows that it was not trained on."""
+"""Evaluation of trained models: predictions, controls, scores and an HTML page."""

@@ -1,4 +1,4 @@
-"""Controls that need no skill: an image of another patient, and the text of the nearest image."""
+"""Controls: the image of another patient, and the text of the nearest training image."""
 
 import hashlib
 from collections import defaultdict
@@ -12,13 +12,13 @@ from medft.errors import DataError
 from medft.evaluation.items import Item, items_of, open_item_images
 
 TRAINING_POOL = 10_000
-"""Training images at the most, drawn by their ids, among which the nearest is looked for."""
+"""Maximum number of training rows, chosen by hashed ids, that are searched for the nearest."""
 
 
 def shuffled_image_control(items: Sequence[Item]) -> list[int | None]:
-    """For each item another of the same source with as many images, of another group.
+    """For each item, the index of an item of another group, with the same source and image count.
 
-    The order is drawn from the ids. None where there is no such item, and for one without image.
+    The order is that of hashed ids. None if there is no such item or the item has no image.
     """
     kinds: dict[tuple[str, int], list[int]] = defaultdict(list)
     for index, item in enumerate(items):
@@ -36,10 +36,10 @@ def shuffled_image_control(items: Sequence[Item]) -> list[int | None]:
 
 
 def nearest_texts(rows: Dataset, train: Dataset) -> list[str | None]:
-    """For each item of the rows the text of the training case whose first image is nearest.
+    """For each item of the rows, the text of the training item whose first image is nearest.
 
-    Nearest means the smallest mean difference of 32 x 32 gray thumbnails, among training cases of
-    the same source and, where there are such, with the same question.
+    Nearest means the smallest mean absolute difference of 32 x 32 gray thumbnails, among training
+    items of the same source and question, else of the same source, else among all.
     """
     items, pool = items_of(rows), _pool(train)
     known = items_of(pool)
@@ -67,7 +67,7 @@ def _pool(train: Dataset) -> Dataset:
 
 
 def _thumbnails(rows: Dataset, items: Sequence[Item]) -> np.ndarray:
-    """[N, 1024] gray values of each item's first image; black where there is none to read."""
+    """[N, 1024] gray values of each item's first image; black if none can be read."""
     gray = np.zeros((len(items), 1024), np.uint8)
     for index, item in enumerate(items):
         try:

@@ -1,8 +1,8 @@
-"""A trained model measured on rows it was not trained on: predictions first, then scores of them.
+"""Evaluation of a trained model: predictions first, then their scores.
 
-Beside the model stand the base it was trained from and two controls that need no skill: the model
-shown another image of the same source, and the text of the training case whose image is
-nearest pixel by pixel. Every system answers the same rows, so that differences are paired.
+The model is compared with its base and two controls: the model shown another image of the same
+source, and the text of the training case whose image is nearest pixel by pixel. Every system
+answers the same rows, so that differences are paired.
 """
 
 import json
@@ -31,14 +31,14 @@ _NO_NEAREST = "No nearest training text: the training rows are not known or have
 
 
 def write_predictions(path: Path, predictions: Iterator[Prediction]) -> None:
-    """Write predictions.jsonl, a record at a time."""
+    """Write predictions.jsonl, one record at a time."""
     with path.open("w", encoding="utf-8") as file:
         for prediction in predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The content of predictions.jsonl."""
+    """The predictions in predictions.jsonl."""
     with path.open(encoding="utf-8") as file:
         return [prediction_of(json.loads(line)) for line in file]
 
@@ -53,10 +53,11 @@ def evaluate(
         out: folder; must be empty or not exist.
         data: chat JSONL or pairs.parquet; None for the run's own split.
         split: which rows of pairs.parquet, or of the run.
-        against_base: whether the base that the adapter was trained on answers as well.
+        against_base: whether to evaluate the adapter's base as well.
 
     Raises:
-        RunError: there is no finished model, or `out` is not empty.
+        RunError: there is no finished model, or no adapter for `against_base`, or `out` is not
+            empty.
         DataError: the rows cannot be read.
         BaseModelError: the model cannot be loaded.
     """
@@ -92,7 +93,7 @@ def evaluate(
 
 
 def shown_images(rows: Dataset, predictions: Sequence[Prediction]) -> dict[str, bytes]:
-    """JPEG files of the images that the page shows, by the ids of its cases."""
+    """JPEG files of the images that the page shows, by case id."""
     images = {}
     indices = {name: index for index, name in enumerate(rows["id"])}
     is_retrieval = isinstance(predictions[0], RetrievalPrediction)

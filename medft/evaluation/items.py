@@ -1,4 +1,4 @@
-"""What is to be answered: the rows of an evaluation, and an item for every answer."""
+"""The rows of an evaluation, and one item per answer to be given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from medft.models.saved import read_run_record
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """An answer to be given: a conversation up to it, which images, what was written."""
+    """One answer to be given: the conversation before it, its images and the reference text."""
 
     id: str
     group_id: str
     source: str
     prompt: list[Message]
     row: int
-    """Of the dataset, whose images may be too many to hold."""
+    """Row index in the dataset, from which images are read as needed: they may be too many."""
 
     images: range
-    """Which of the row's images."""
+    """Indices of the images within the row."""
 
     reference: str
 
@@ -41,8 +41,8 @@ def rows_to_evaluate(source: Path, data: Path | None, split: str) -> tuple[Path,
     """The file and its rows: the one given, or that of the run's split.
 
     Raises:
-        RunError: no file is given and the source is no run, or its run had no such split.
-        DataError: the file cannot be read, or is no longer what the run saw.
+        RunError: no file is given and the source is not a run.
+        DataError: the file cannot be read, lacks the split, or has changed since the run.
     """
     if data is None:
         if not (source / "run.json").is_file():
@@ -61,7 +61,7 @@ def rows_to_evaluate(source: Path, data: Path | None, split: str) -> tuple[Path,
 
 
 def items_of(rows: Dataset) -> list[Item]:
-    """An item for every assistant turn, the turns before it as they were written."""
+    """One item per assistant turn, with the turns before it as they were written."""
     items = []
     for index, record in enumerate(rows.remove_columns("images")):
         row = Row.of(record)
@@ -84,7 +84,7 @@ def items_of(rows: Dataset) -> list[Item]:
 
 
 def caption_items(rows: Dataset, caption_of: Callable[[Row], str]) -> list[Item]:
-    """An item for every image, its caption as the reference.
+    """One item per image, with its caption as the reference.
 
     Raises:
         DataError: no row has an image.
@@ -110,7 +110,7 @@ def caption_items(rows: Dataset, caption_of: Callable[[Row], str]) -> list[Item]
 
 
 def _numbered(name: str, number: int, count: int) -> str:
-    """The id of one of several items of a row."""
+    """The id of an item, with a number from 1 if its row has several."""
     return name if count == 1 else f"{name}#{number + 1}"
 
 
@@ -130,7 +130,7 @@ def open_item_images(rows: Dataset, item: Item) -> list[Image.Image]:
 
 
 def training_rows(source: Path) -> Dataset | None:
-    """The rows that a run was trained on; None where they are not known or have changed."""
+    """The rows that a run was trained on; None if they are unknown or have changed."""
     if (source / "run.json").is_file():
         known = read_run_record(source)["data"]["train"]
         path = Path(known["path"]).expanduser()

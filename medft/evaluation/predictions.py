@@ -1,4 +1,4 @@
-"""What a model and its controls answer: the records of predictions.jsonl."""
+"""Predictions of a model and its controls: the records of predictions.jsonl."""
 
 import logging
 import sys
@@ -19,10 +19,10 @@ from medft.metrics.retrieval import ranks_both_ways
 from medft.siglip.embedder import Embedder
 
 _CHUNK = 64
-"""Items whose images are open together."""
+"""Number of items whose images are open at once."""
 
 _RETRIEVED = 3
-"""Texts that are shown beside an image."""
+"""Number of retrieved texts that are kept per image."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def answer_predictions(
     generator: Generator, rows: Dataset, *, against_base: bool, train: Dataset | None
 ) -> Iterator[AnswerPrediction]:
-    """What a decoder and its controls say to every assistant turn of the rows.
+    """The answers of a decoder and its controls for every assistant turn of the rows.
 
     Args:
         generator: the trained model.
@@ -69,7 +69,7 @@ def _answers(
     items: Sequence[Item],
     shown: Sequence[Item | None],
 ) -> list[str | None]:
-    """The generator's answers, each item with the images of another; None where that fails."""
+    """The generator's answers, each item with the images of `shown`; None where that fails."""
     answers: dict[int, str] = {}
     asked = [(index, other) for index, other in enumerate(shown) if other is not None]
     progress = tqdm(total=len(asked), desc=name, disable=not sys.stderr.isatty())
@@ -95,7 +95,7 @@ def _answers(
 def retrieval_predictions(
     embedder: Embedder, rows: Dataset, *, against_base: bool
 ) -> Iterator[RetrievalPrediction]:
-    """Where each image and its caption stand among all, for a SigLIP and its controls.
+    """The ranks of each image and its caption among all, for a SigLIP and its controls.
 
     Args:
         embedder: the trained model.
@@ -140,7 +140,7 @@ def retrieval_predictions(
 def _best_texts(
     images: np.ndarray, captions: np.ndarray, texts: Sequence[str]
 ) -> list[list[RetrievedText]]:
-    """For each image the nearest different texts of the pool."""
+    """For each image, the nearest distinct texts of the pool."""
     first: dict[str, int] = {}
     for index, text in enumerate(texts):
         first.setdefault(text, index)

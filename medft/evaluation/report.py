@@ -1,6 +1,6 @@
-"""The page of an evaluation: what was scored, how sure it is, and what the answers look like.
+"""The HTML page of an evaluation: scores, their intervals and example answers.
 
-One self-contained file; `medft evaluate` writes it for a run, and the demo's page has its parts.
+One self-contained file; `medft evaluate` writes it, and the demo's page reuses its sections.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from medft.models.saved import read_run_record
 from medft.pages import inline, page, table
 
 SHOWN_CASES = 12
-"""Cases on the page, in turn from every source, drawn by their ids."""
+"""Number of cases on the page, taken in turn from every source, chosen by hashed ids."""
 
 LABELS = {
     "finding_f1": "finding F1 (keywords)",
@@ -33,7 +33,7 @@ LABELS = {
     "shuffled": "tuned, other image",
     "nearest": "nearest training text",
 }
-"""Names of metrics and systems as the page has them."""
+"""Display names of metrics and systems."""
 
 _COLORS = {"tuned": "#0b6bcb", "base": "#7a8794", "shuffled": "#d98324", "nearest": "#7b5bb5"}
 
@@ -49,11 +49,11 @@ def write_evaluation_report(
     """Write the page.
 
     Args:
-        target: the page.
-        predictions: of predictions.jsonl.
+        target: path of the page.
+        predictions: those of predictions.jsonl.
         metrics: content of metrics.json.
         images: JPEG files of `shown_cases`, by id.
-        run: whose record and curves are shown; None for a model without one.
+        run: directory whose record and curves are shown; None for a model without one.
     """
     sections = evaluation_sections(predictions, metrics, images)
     if run is not None:
@@ -80,7 +80,7 @@ def evaluation_sections(
     metrics: Mapping[str, Any],
     images: Mapping[str, bytes],
 ) -> list[str]:
-    """The headline, the chart and table of figures, and the cases."""
+    """HTML sections: the headline, the cases, the chart and the table of scores."""
     is_encoder = metrics["kind"] == "siglip"
     by_id = {one.id: one for one in predictions}
     cases = [_case_of(by_id[name], images.get(name)) for name in shown_cases(predictions)]
@@ -99,7 +99,7 @@ def evaluation_sections(
 
 
 def label(name: str) -> str:
-    """A metric's or system's name for reading."""
+    """The display name of a metric or system."""
     return LABELS.get(name, name.replace("_", " "))
 
 
@@ -113,7 +113,7 @@ def interval(estimate: Mapping[str, Any]) -> str:
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
-    """The figures as lines of text: each metric, n, and every system's value and interval."""
+    """The scores as lines of text: each metric, n, and every system's value and interval."""
     systems = metrics["systems"]
     lines = [f"{metrics['rows']} rows of {metrics['groups']} groups, {metrics['data']}"]
     for metric, tuned in systems["tuned"].items():
@@ -147,7 +147,7 @@ def _headline(metrics: Mapping[str, Any]) -> str:
 
 
 def _main_metric(metrics: Mapping[str, Any]) -> str:
-    """What the page shows first: for reports findings, for questions how many are right."""
+    """The headline's metric: finding F1, but yes/no accuracy if a third of the rows are closed."""
     if metrics["kind"] == "siglip":
         return "image_to_text_recall@1"
     closed = metrics["systems"]["tuned"]["closed_accuracy"]["n"]
@@ -155,7 +155,7 @@ def _main_metric(metrics: Mapping[str, Any]) -> str:
 
 
 def _chart(metrics: Mapping[str, Any]) -> str:
-    """Points and whiskers, a row for each metric and system, from 0 to 1 (BLEU from 0 to 100)."""
+    """Points and whiskers as SVG, a row per metric and system, from 0 to 1 (BLEU 0 to 100)."""
     systems = metrics["systems"]
     parts, y = [], 8
     for metric in systems["tuned"]:
@@ -278,9 +278,9 @@ def _case(
 
 
 def _marked(text: str, reference: str) -> str:
-    """A text with what differs from the reference, word by word: added marked, missing struck.
+    """The text with its word differences from the reference: added marked, missing struck.
 
-    A text that has little in common with the reference is marked as a whole.
+    A text that has little in common with the reference is shortened and marked entirely.
     """
     own, wanted = text.split(), reference.split()
     parts = []

@@ -1,1 +1,1 @@
-"""From a finished run to files that other software loads."""
+"""Export of a finished run to files that other software loads."""

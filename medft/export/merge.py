@@ -1,7 +1,7 @@
-"""An adapter folded into its base: a folder that plain transformers loads.
+"""Merges an adapter into its base: a folder that plain transformers loads.
 
 `original` merges into the base's own weights, in the precision they are stored in. After training
-on a 4-bit base the merged model differs a little from the trained one, which saw rounded weights.
+on a 4-bit base the merged model differs a little from the trained one, which saw quantized weights.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SavedModel models on new images."""
+"""Inference with trained models on new images."""
 
 from medft.inference.predictor import Predictor
 

@@ -18,7 +18,7 @@ from medft.models.saved import find_saved_model, read_run_record
 from medft.siglip.embedder import Embedder
 
 NEAREST = 5
-"""Training cases that are shown for an image."""
+"""Maximum number of training cases per image."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ class Case:
 
 
 class CaseIndex:
-    """The embeddings of a SigLIP run's training images, with the texts that belong to them."""
+    """The embeddings of a SigLIP run's training images, with their texts."""
 
     def __init__(self, ids: Sequence[str], texts: Sequence[str], embeddings: np.ndarray) -> None:
         self.ids, self.texts, self.embeddings = ids, texts, embeddings
 
     @classmethod
     def of_run(cls, run: Path, embedder: Embedder) -> "CaseIndex":
-        """The index of a run, from RUN/index.npz where that still fits its data and weights.
+        """The index of a run, from RUN/index.npz if it matches data and weights, else computed.
 
         Raises:
             RunError: the run's training data is gone or has changed.
@@ -69,7 +69,7 @@ class CaseIndex:
         """The training cases with the nearest images, each case once, the nearest first.
 
         Args:
-            embedding: [D], of length 1.
+            embedding: [D], of unit norm.
         """
         similarity = self.embeddings @ embedding
         cases: dict[str, Case] = {}

@@ -1,4 +1,4 @@
-"""Predictions for images, folders and tables into a file that a stopped run goes on with."""
+"""Predictions for images, folders and tables, in a file that a later run continues."""
 
 import csv
 import io
@@ -28,10 +28,10 @@ from medft.inference.predictor import (
 from medft.models.saved import find_saved_model
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
-"""Endings of the files that are taken from a folder."""
+"""Extensions of the files that are taken from a folder."""
 
 TABLE_ENDINGS = (".csv", ".json", ".jsonl", ".parquet")
-"""Endings of tables: column `image` with paths relative to the table, and `question` if any."""
+"""Extensions of tables: column `image` with paths relative to the table, and `question` if any."""
 
 CHUNK = 8
 """Images whose predictions are written together."""
@@ -39,7 +39,7 @@ CHUNK = 8
 HEAD = ("image", "prompt", "model", "siglip", "weights")
 
 COLUMNS = (*HEAD, "text", "nearest", "embedding", "error")
-"""Keys of a line of a .jsonl file."""
+"""Keys of a record of a .jsonl file."""
 
 CSV_COLUMNS = (*HEAD, "text", "nearest_id", "nearest_text", "nearest_similarity", "error")
 """Columns of a .csv file, which has the nearest case only and no embedding."""
@@ -47,22 +47,22 @@ CSV_COLUMNS = (*HEAD, "text", "nearest_id", "nearest_text", "nearest_similarity"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image and what is asked about it."""
+    """An image and its prompt."""
 
     image: Path
     prompt: str
 
     @property
     def name(self) -> str:
-        """The path as a file can hold it, also where it is not UTF-8."""
+        """The path as text, bytes that are not UTF-8 escaped."""
         return str(self.image).encode("utf-8", "backslashreplace").decode()
 
 
 def entries_of(inputs: Sequence[Path], prompt: str | None) -> list[Entry]:
-    """The images that files, folders and tables name, each once with a prompt.
+    """The images that files, folders and tables name, each once per prompt.
 
     Args:
-        inputs: in the order of the command line; folders are searched in the order of names.
+        inputs: in the order of the command line; the files of a folder in the order of names.
         prompt: for images without a question of their own.
 
     Raises:
@@ -104,21 +104,21 @@ def _entries_of_table(table: Path, prompt: str | None) -> Iterator[Entry]:
 def predict_files(
     source: Path, inputs: Sequence[Path], out: Path, *, prompt: str | None, siglip: Path | None
 ) -> dict[str, int]:
-    """Write a line or row for each image; what an earlier, stopped run wrote is kept.
+    """Write a record for each image; those of an earlier, stopped run are kept.
 
     Args:
         source: a run or model, decoder or SigLIP.
         inputs: images, folders and tables.
         out: a .jsonl or .csv file.
         prompt: for images without a question of their own.
-        siglip: a SigLIP run beside a decoder: embeddings and nearest training cases.
+        siglip: a SigLIP run beside a decoder, for embeddings and nearest training cases.
 
     Returns:
         How many were `written`, `kept` from before, and `failed` among those written.
 
     Raises:
         DataError: the inputs are wrong.
-        RunError: `out` ends in something else, or holds predictions of other models.
+        RunError: `out` is not .jsonl or .csv, or holds predictions of other models.
     """
     if out.suffix not in (".jsonl", ".csv"):
         raise RunError(f"expected --out to end in .jsonl or .csv, got {out}: rename it")
@@ -180,7 +180,7 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
 
 
 def _writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
-    """Writes a row as a line of JSON, or the part of it that a table holds."""
+    """A function that writes a row as a JSON record, or as its CSV columns."""
     if out.suffix == ".jsonl":
         return lambda row: file.write(
             json.dumps({name: row[name] for name in COLUMNS}, ensure_ascii=False) + "\n"
@@ -195,12 +195,12 @@ def _writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
 
 
 def _kept_rows(out: Path, weights: str) -> list[dict[str, Any]]:
-    """The rows of an earlier run's file that need not be made again.
+    """The rows of an earlier run's file that need not be predicted again.
 
-    A truncated last row is dropped, and so are those that failed.
+    A truncated last row and rows that failed are dropped.
 
     Raises:
-        RunError: it is another file, or of other models.
+        RunError: the file is not one of predictions, or of other models.
     """
     if not out.exists():
         return []
@@ -243,7 +243,7 @@ def _rows_of_table(content: str) -> list[dict[str, Any]]:
 
 
 def _rewrite(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The file with its complete rows, or a new one with its heading."""
+    """Rewrite the file with its complete rows, or create it with its header."""
     draft = out.with_name(f".{out.name}.draft")
     with draft.open("w", encoding="utf-8", newline="") as file:
         if out.suffix == ".csv":

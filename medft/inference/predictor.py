@@ -26,13 +26,13 @@ DEFAULT_PROMPT = "Describe this medical image."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePrediction:
-    """What the models say of an image."""
+    """The outputs of the models for an image."""
 
     text: str | None
     """The generated answer; None without decoder."""
 
     embedding: np.ndarray | None
-    """[D], of length 1; None without SigLIP."""
+    """[D], of unit norm; None without SigLIP."""
 
     nearest: list[Case]
     """Training cases of the SigLIP run, the nearest first."""
@@ -48,10 +48,10 @@ class Predictor:
 
     @classmethod
     def load(cls, source: str | Path, *, siglip: str | Path | None = None) -> "Predictor":
-        """Load a run or model of either kind, and a SigLIP run beside a decoder.
+        """Load a decoder or a SigLIP, or a decoder and a SigLIP beside it.
 
         Raises:
-            RunError: a path holds no finished model.
+            RunError: a path holds no finished model, or the SigLIP run's training data has changed.
             BaseModelError: a model cannot be loaded, or both are SigLIPs.
         """
         source = Path(source)
@@ -74,7 +74,7 @@ class Predictor:
     def predict(
         self, image: str | Path | Image.Image, prompt: str = DEFAULT_PROMPT
     ) -> ImagePrediction:
-        """What the models say of an image.
+        """The outputs of the models for an image.
 
         Raises:
             DataError: the image cannot be read.
@@ -84,7 +84,7 @@ class Predictor:
     def predict_batch(
         self, images: Sequence[str | Path | Image.Image], prompts: Sequence[str]
     ) -> list[ImagePrediction]:
-        """What the models say of several images, each with its prompt.
+        """The outputs of the models for several images, each with its prompt.
 
         Raises:
             DataError: an image cannot be read.
@@ -118,7 +118,7 @@ class Predictor:
 
 
 def open_image_file(path: Path) -> Image.Image:
-    """The image of a file, of a DICOM file the middle frame, as training would see it.
+    """The image of a file, or the middle frame of a DICOM file, as training would see it.
 
     Raises:
         DataError: it cannot be read.
@@ -134,5 +134,5 @@ def open_image_file(path: Path) -> Image.Image:
 
 
 def question_of(prompt: str) -> Message:
-    """The turn of a user that shows an image and asks."""
+    """The user turn with an image and the prompt."""
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}

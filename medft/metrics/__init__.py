@@ -1,1 +1,1 @@
-"""How good predictions and embeddings are: numbers with intervals, from texts and arrays alone."""
+"""Metrics of predictions and embeddings with confidence intervals, from texts and arrays alone."""

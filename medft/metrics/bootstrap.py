@@ -1,10 +1,10 @@
-"""What a metric says of rows, and how far that would move with other patients.
+"""Metric values with bootstrap confidence intervals over groups of rows (patients).
 
 Pure functions: arrays in, numbers out.
 
 Shape letters in this file:
     N  rows of the evaluation
-    G  groups (patients) that hold a row that counts
+    G  groups (patients) with at least one counted row
 """
 
 from collections.abc import Callable, Sequence
@@ -13,56 +13,56 @@ from dataclasses import dataclass
 import numpy as np
 
 _UNDEFINED_SHARE = 0.05
-"""Share of resamples without a value up to which an interval is given."""
+"""Largest fraction of undefined resamples for which an interval is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A metric on fixed rows, to be asked for its value under any weights."""
+    """A metric on fixed rows, to be evaluated under any row weights."""
 
     rows: np.ndarray
-    """[N] booleans: the rows that count."""
+    """[N] booleans: the counted rows."""
 
     score: Callable[[np.ndarray], float]
-    """The value for [N] weights, how often each row is drawn; nan where it is not defined."""
+    """Value for [N] weights, how often each row is drawn; NaN where undefined."""
 
     undefined: str
-    """Why, where the value is not defined."""
+    """Reason to give where the value is undefined."""
 
     @property
     def n(self) -> int:
-        """How many rows count."""
+        """Number of counted rows."""
         return int(np.count_nonzero(self.rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A metric's value with its 95 % interval, ready for JSON."""
+    """A metric's value with its 95 % confidence interval, ready for JSON."""
 
     value: float | None
     low: float | None
     high: float | None
 
     n: int
-    """Rows that count."""
+    """Number of counted rows."""
 
     groups: int
-    """Groups that hold a row that counts."""
+    """Number of groups with at least one counted row."""
 
     reason: str | None
-    """Why the value or its interval is missing."""
+    """Reason for a missing value or interval."""
 
 
 def ratio(
     numerators: np.ndarray, denominators: np.ndarray, rows: np.ndarray, undefined: str
 ) -> Scorer:
-    """The weighted sum of numerators over that of denominators, as a scorer.
+    """A scorer of the weighted sum of numerators over that of denominators.
 
     Args:
         numerators: [N].
-        denominators: [N], not negative; the value is not defined where they add to 0.
-        rows: [N] booleans: the rows that count; others have 0 in both.
-        undefined: why, where the value is not defined.
+        denominators: [N], non-negative; the value is undefined where their weighted sum is 0.
+        rows: [N] booleans: the counted rows; others have 0 in both.
+        undefined: reason to give where the value is undefined.
     """
     parts = np.stack([numerators, denominators], axis=1).astype(np.float64)
 
@@ -74,16 +74,16 @@ def ratio(
 
 
 def mean(values: np.ndarray, undefined: str) -> Scorer:
-    """The weighted mean of [N] values, as a scorer; every row counts."""
+    """A scorer of the weighted mean of [N] values; every row is counted."""
     rows = np.ones(len(values), dtype=bool)
     return ratio(values, rows, rows, undefined)
 
 
 def difference(one: Scorer, other: Scorer) -> Scorer:
-    """The value of `one` less that of `other` on the same draws of rows, as a scorer.
+    """A scorer of the paired difference: `one` minus `other` on the same resampled rows.
 
     Raises:
-        ValueError: the two do not count the same rows, so that nothing is paired.
+        ValueError: the two count different rows, so they cannot be paired.
     """
     if not np.array_equal(one.rows, other.rows):
         raise ValueError(
@@ -100,27 +100,27 @@ def difference(one: Scorer, other: Scorer) -> Scorer:
 def estimate(
     scorer: Scorer, groups: Sequence[str], *, resamples: int = 1000, seed: int = 17
 ) -> Estimate:
-    """A metric's value on all rows and its 95 % percentile interval over draws of groups.
+    """A metric's value on all rows and its 95 % percentile interval over resampled groups.
 
-    A resample draws G whole groups with replacement, so that rows of one patient stay together;
-    groups without a row that counts are not drawn. Resamples in which the metric is not defined
-    are left out of the interval, and more than 5 % of them leave none. The order of the rows does
-    not matter, up to rounding.
+    A resample draws G complete groups with replacement, so that rows of one patient stay together;
+    groups without a counted row are not drawn. Undefined resamples are excluded from the interval;
+    with more than 5 % of them there is no interval. The order of the rows does not matter, up to
+    rounding.
 
     Args:
         scorer: of N rows.
         groups: [N] names.
-        resamples: how many are drawn.
+        resamples: number of resamples.
         seed: equal seeds draw equal groups.
 
     Returns:
-        None for what is not defined, with the reason; no interval with fewer than two groups.
+        None for what is undefined, with the reason; no interval for fewer than two groups.
 
     Raises:
         ValueError: groups and rows differ in number.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; drawing
-    whole clusters as in Davison and Hinkley, Bootstrap Methods and their Application, 1997,
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; resampling
+    of clusters as in Davison and Hinkley, Bootstrap Methods and their Application, 1997,
     section 3.8.
     """
     counted = {group for group, row in zip(groups, scorer.rows, strict=True) if row}
@@ -150,7 +150,7 @@ def estimate(
 def _resampled(
     scorer: Scorer, groups: Sequence[str], names: list[str], resamples: int, seed: int
 ) -> np.ndarray:
-    """[resamples] values, each of as many groups as there are names, drawn among them."""
+    """[resamples] values, each on len(names) groups drawn from names with replacement."""
     place = {name: index for index, name in enumerate(names)}
     never = len(names)
     places = np.array([place.get(group, never) for group in groups])

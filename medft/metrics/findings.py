@@ -1,12 +1,12 @@
-"""Which findings a report asserts, by keywords: "finding F1 (keywords)".
+"""Findings that a report asserts, by keyword matching: "finding F1 (keywords)".
 
-It sees what lexicon.yaml lists, and a text of other words counts as one without a finding. It
-does not see: whether a finding is true of the image, how large or severe or certain it is, where
-it lies beyond left and right, whether it is old or new, what a pronoun stands for, spelling
-mistakes, or another language. It tells two texts apart that BLEU does not, and it is no measure of
-medical accuracy.
+Only phrases of lexicon.yaml are detected; a text with none of them counts as one without a finding.
+Not detected: whether a finding is true of the image, how large or severe or certain it is, where
+it lies beyond left and right, whether it is old or new, what a pronoun refers to, spelling
+mistakes, or another language. The metric separates two texts that BLEU does not, and it is not a
+measure of medical accuracy.
 
-Pure functions, apart from the reading of the lexicon.
+Pure functions, except for reading the lexicon.
 
 Shape letters in this file:
     N  pairs of a prediction and a reference
@@ -26,7 +26,7 @@ from medft.errors import RecipeError
 from medft.metrics.bootstrap import Scorer, ratio
 
 NO_FINDING = "no finding"
-"""What a text asserts that asserts no finding of the lexicon."""
+"""Item of a text that asserts no finding of the lexicon."""
 
 _SHIPPED = Path(__file__).parent / "lexicon.yaml"
 
@@ -34,10 +34,10 @@ _TOKEN = re.compile(r"[^\W_]+|,|[.!?](?!\w)|;|\n\s*\n")
 _WORD = re.compile(r"[^\W_]+")
 
 _DIVIDERS = ("comma", "with", "before", "not", "ends")
-"""Kinds of pieces that keep a side from a finding, as "and" and "or" do less."""
+"""Values of _Piece.kind that separate a side from a finding; "and" and "or" separate less."""
 
 Phrases = Annotated[list[Annotated[str, Field(pattern=r"[A-Za-z0-9]")]], Field(min_length=1)]
-"""Words or runs of words, each with a letter or a digit."""
+"""Words or phrases, each with a letter or a digit."""
 
 
 class SidesSection(Section):
@@ -57,46 +57,46 @@ class CuesSection(Section):
     """Negate what follows."""
 
     not_: Phrases = Field(alias="not")
-    """Negate what follows, a list if it begins before a comma."""
+    """Negate what follows; past a comma only if they negated a finding before it."""
 
     after: Phrases
-    """Negate what stands before."""
+    """Negate what precedes."""
 
     ignored: Phrases
-    """Mean nothing, though a part of them would."""
+    """Have no effect, although a part of them would."""
 
     ends: Phrases
-    """End what a cue before them negates, and divide."""
+    """End the scope of a preceding negation, and separate sides from findings."""
 
     affirms: Phrases
-    """End what a cue before them negates."""
+    """End the scope of a preceding negation."""
 
     and_: Phrases = Field(alias="and")
     or_: Phrases = Field(alias="or")
     with_: Phrases = Field(alias="with")
 
     openers: list[Annotated[str, Field(pattern=r"^[a-z]+$")]]
-    """Begin something new after a comma or an "and"."""
+    """Begin a new statement after a comma or an "and"."""
 
 
 class LexiconFile(Section):
-    """A lexicon as it is written."""
+    """The content of a lexicon file."""
 
     findings: Annotated[dict[str, Phrases], Field(min_length=1)]
-    """Name: phrases."""
+    """Phrases by name of the finding."""
 
     sides: SidesSection
     cues: CuesSection
 
 
 class _Piece(NamedTuple):
-    """A phrase of the lexicon in a text, or a word that is none."""
+    """A phrase of the lexicon found in a text, a comma, or another word."""
 
     kind: str
-    """finding, side, a kind of cue, comma, or word."""
+    """finding, side, the name of a cue list, comma, or word."""
 
     name: str
-    """Of the finding or side."""
+    """Name of the finding or side; else empty."""
 
     first: str
     """Its first word."""
@@ -104,19 +104,19 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Lexicon:
-    """A lexicon, ready to be looked up."""
+    """A lexicon, indexed for lookup."""
 
     phrases: dict[tuple[str, ...], tuple[str, str]]
-    """Words of a phrase: kind and name."""
+    """(kind, name) by the words of a phrase."""
 
     openers: frozenset[str]
 
     longest: int
-    """Words of the longest phrase."""
+    """Number of words in the longest phrase."""
 
 
 def load_lexicon(path: Path | None = None) -> Lexicon:
-    """A lexicon from its file; the one that ships without a path.
+    """The lexicon of a file; without a path, the packaged one.
 
     Raises:
         RecipeError: the file is missing or malformed, or a phrase has two meanings.
@@ -148,24 +148,23 @@ def mentions(text: str | None, lexicon: Lexicon) -> frozenset[tuple[str, str]]:
     Negation, within a sentence:
 
     - A cue such as "no" negates the findings that follow it, up to a word such as "but" or
-      "is seen". It also ends at a comma or an "and" with a side or an opener ("small", "the")
-      right behind it, unless an "or" follows: so "no left effusion, right pneumothorax" asserts
-      the second, and "no effusion, large mass, or fracture" nothing. A cue such as "not" ends at
-      a comma before which it negated nothing, too.
-    - A cue such as "is not seen" negates the finding before it, if no comma, "and" or "but" stands
+      "is seen". Its scope also ends at a comma or an "and" directly before a side or an opener
+      ("small", "the"), unless an "or" follows: so "no left effusion, right pneumothorax" asserts
+      the second, and "no effusion, large mass, or fracture" nothing. The scope of a cue such as
+      "not" also ends at a comma before which it negated nothing.
+    - A cue such as "is not seen" negates the finding before it, if no comma, "and" or "but" is
       between, and those listed with it.
 
     A side belongs to the nearest finding of its sentence, negated or not. Nearest is the one with
     the fewest dividers between (commas, "and", "or", "with", negations, words such as "but"), then
     with the fewest words, then the one that follows. A side across more dividers other than "and"
-    and "or" than another side of that finding is dropped. A finding named both with a side and
-    without counts with it.
+    and "or" than another side of that finding is dropped. A finding named both with and
+    without a side counts with it.
 
-    Findings that are named as possible count as asserted.
+    Findings stated as possible count as asserted.
 
     Returns:
-        {("no finding", "")} for a text that asserts none; an empty set for one that is None or
-        blank.
+        {("no finding", "")} for a text that asserts none; an empty set for None or a blank text.
 
     Source: the rules are ours; cues before and after as in Chapman et al., NegEx, 2001; "no
     finding" as a class as in Smit et al., CheXbert, 2020 (arXiv:2004.09167).
@@ -188,8 +187,8 @@ def finding_f1(
 ) -> Scorer:
     """Micro F1 of the (finding, side) items that predictions and references assert, in [0, 1].
 
-    All items count alike, "no finding" among them; the right finding on the wrong side is wrong.
-    To be reported as "finding F1 (keywords)".
+    All items count equally, "no finding" included; the right finding on the wrong side is wrong.
+    Report it as "finding F1 (keywords)".
 
     Source: 2 tp / (2 tp + fp + fn) over the items of `mentions`.
     """
@@ -216,7 +215,7 @@ def _cue_names() -> list[str]:
 
 
 def _meanings(file: LexiconFile) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    """(kind, name) and the phrases that mean it."""
+    """Each (kind, name) with its phrases."""
     for name, phrases in file.findings.items():
         yield ("finding", name), phrases
     for name, phrases in file.sides.model_dump().items():
@@ -230,7 +229,7 @@ def _phrase(text: str) -> tuple[str, ...]:
 
 
 def _sentences(text: str, lexicon: Lexicon) -> Iterator[list[_Piece]]:
-    """The pieces of each sentence; the longest phrase at a word is taken."""
+    """The pieces of each sentence; at each word the longest phrase is matched."""
     tokens = _TOKEN.findall(text.casefold())
     sentence: list[_Piece] = []
     place = 0
@@ -251,7 +250,7 @@ def _sentences(text: str, lexicon: Lexicon) -> Iterator[list[_Piece]]:
 
 
 def _longest(tokens: list[str], lexicon: Lexicon) -> tuple[int, tuple[str, str]]:
-    """How many of the first tokens make a phrase, and what it means."""
+    """Number of leading tokens that form the longest phrase, and its (kind, name)."""
     for length in range(len(tokens), 0, -1):
         meaning = lexicon.phrases.get(tuple(tokens[:length]))
         if meaning:
@@ -260,7 +259,7 @@ def _longest(tokens: list[str], lexicon: Lexicon) -> tuple[int, tuple[str, str]]
 
 
 def _negated_before(sentence: list[_Piece], lexicon: Lexicon) -> set[int]:
-    """Places of the findings that a cue before them negates."""
+    """Indices of the findings that a preceding cue negates."""
     found: set[int] = set()
     negates = passes_comma = False
     for place, piece in enumerate(sentence):
@@ -278,7 +277,7 @@ def _negated_before(sentence: list[_Piece], lexicon: Lexicon) -> set[int]:
 
 
 def _list_goes_on(rest: list[_Piece], lexicon: Lexicon) -> bool:
-    """Whether what follows a comma or an "and" belongs to the list before it."""
+    """Whether the pieces after a comma or an "and" continue the list before it."""
     for piece in rest:
         if piece.kind == "ends":
             break
@@ -288,7 +287,7 @@ def _list_goes_on(rest: list[_Piece], lexicon: Lexicon) -> bool:
 
 
 def _negated_after(sentence: list[_Piece], lexicon: Lexicon) -> set[int]:
-    """Places of the findings that a cue after them negates."""
+    """Indices of the findings that a following cue negates."""
     found: set[int] = set()
     for cue in (place for place, piece in enumerate(sentence) if piece.kind == "after"):
         listed = False
@@ -308,7 +307,7 @@ def _negated_after(sentence: list[_Piece], lexicon: Lexicon) -> set[int]:
 
 
 def _sides(sentence: list[_Piece]) -> dict[int, set[str]]:
-    """Places of the findings, and the sides of each."""
+    """Sides of each finding, by index of the finding."""
     dividers = np.cumsum([piece.kind in _DIVIDERS for piece in sentence])
     joints = dividers + np.cumsum([piece.kind in ("and", "or") for piece in sentence])
     findings = [place for place, piece in enumerate(sentence) if piece.kind == "finding"]

@@ -1,4 +1,4 @@
-"""What the systems of an evaluation said of a row: the records of predictions.jsonl."""
+"""Predictions of the evaluated systems for a row: the records of predictions.jsonl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerPrediction:
-    """The answers to a question about an image, or its reports."""
+    """The systems' answers to a question about an image, or their reports on it."""
 
     id: str
     group_id: str
@@ -15,15 +15,15 @@ class AnswerPrediction:
     question: str
     reference: str
     predictions: dict[str, str | None]
-    """By system; None where it gave none."""
+    """Text by system; None where it gave none."""
 
     shuffled_with: str | None
-    """The id of the row whose image the control was shown; None where there was none."""
+    """Id of the row whose image the shuffled-image control received; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievedText:
-    """A text of the pool near an image."""
+    """A text of the pool, retrieved for an image."""
 
     text: str
     similarity: float
@@ -32,7 +32,7 @@ class RetrievedText:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalPrediction:
-    """Where an image and its caption stand among all."""
+    """Retrieval ranks of an image and its caption."""
 
     id: str
     group_id: str
@@ -41,13 +41,13 @@ class RetrievalPrediction:
     """The caption."""
 
     ranks: dict[str, dict[str, float]]
-    """By system and way, from 1: the place of the best of the matching entries of the pool."""
+    """Rank, from 1, of the best matching entry of the pool, by system and direction."""
 
     retrieved: dict[str, list[RetrievedText]]
-    """By system, the different texts of the pool that are nearest to the image."""
+    """Distinct texts of the pool nearest to the image, by system."""
 
     shuffled_with: str | None
-    """The id of the row whose image the control was shown; None where there was none."""
+    """Id of the row whose image the shuffled-image control received; None without one."""
 
 
 Prediction = AnswerPrediction | RetrievalPrediction

@@ -1,4 +1,4 @@
-"""Where the right candidates stand among all, ordered by likeness to a query.
+"""Retrieval metrics: ranks of matching candidates, recall at k, median rank, chance recall.
 
 Pure functions: arrays in, numbers out.
 
@@ -6,7 +6,7 @@ Shape letters in this file:
     Q  queries
     C  candidates
     D  embedding width
-    B  queries of a block
+    B  queries in a block
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ WAYS = ("image_to_text", "text_to_image")
 """Directions of retrieval."""
 
 RECALLS = (1, 5, 10)
-"""Numbers of retrieved candidates for which the recall is given."""
+"""Values of k for which recall at k is given."""
 
 _BLOCK = 1024
 
 _EQUAL = 1e-12
-"""Similarities that differ by less are equal. The float64 product of two unit vectors of 2048
-numbers is rounded by less than 2.3e-13, and equal vectors may be rounded unequally."""
+"""Similarities that differ by less count as equal. The float64 product of two unit vectors of 2048
+entries has a rounding error below 2.3e-13, and equal vectors may be rounded differently."""
 
 _NO_QUERY = "no query"
 
@@ -39,12 +39,12 @@ def ranks(
 ) -> np.ndarray:
     """The rank, from 1, of the best positive of each query; [Q] float64.
 
-    A positive is any candidate with the query's key, so that equal captions all count. Among
-    candidates as near as the best positive, half of those that are no positives stand before it.
-    That is the expected place of a single positive, and a place behind the expected one of
-    several: embeddings that are all the same look no better than they are.
+    A positive is any candidate with the query's key, so that equal captions all count. Half of the
+    non-positives as near as the best positive count as ranked before it. That is the expected rank
+    of a single positive among ties, and never better than that of several: embeddings that are all
+    the same look no better than they are.
 
-    Similarities are computed for 1024 queries at a time, and need 13 kB per candidate.
+    Similarities are computed for 1024 queries at a time and need 13 kB per candidate.
 
     Args:
         queries: [Q, D] embeddings, rows of unit L2 norm.
@@ -72,12 +72,12 @@ def ranks(
         block = slice(start, start + _BLOCK)
         similarity = np.asarray(queries[block], dtype=np.float64) @ pool.T
         found[block] = _ranked(similarity, query_keys[block, None] == candidate_keys)
-        del similarity  # before the next block is made
+        del similarity  # free it before the next block is computed
     return found
 
 
 def _ranked(similarity: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """[B] ranks from [B, C] similarities and which of them are of positives."""
+    """[B] ranks from [B, C] similarities and the [B, C] mask of positives."""
     best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
     before = np.count_nonzero(similarity > best + _EQUAL, axis=1)
     up_to = np.count_nonzero((similarity >= best - _EQUAL) & ~positive, axis=1)
@@ -87,11 +87,11 @@ def _ranked(similarity: np.ndarray, positive: np.ndarray) -> np.ndarray:
 def ranks_both_ways(
     images: np.ndarray, texts: np.ndarray, keys: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The ranks of each image among the texts and of each text among the images, by way.
+    """The ranks of each image among the texts and of each text among the images, by direction.
 
     Args:
-        images: [Q, D] of length 1.
-        texts: [Q, D] of length 1.
+        images: [Q, D] embeddings, rows of unit L2 norm.
+        texts: [Q, D] embeddings, rows of unit L2 norm.
         keys: [Q], equal for pairs whose images and texts match each other.
 
     Raises:
@@ -102,10 +102,10 @@ def ranks_both_ways(
 
 
 def retrieval_scorers(found: Mapping[str, np.ndarray]) -> dict[str, Scorer]:
-    """Recalls and median ranks of each way, by name.
+    """Scorers of recall at k and median rank in each direction, by metric name.
 
     Args:
-        found: [Q] ranks, by way.
+        found: [Q] ranks, by direction.
     """
     scorers = {}
     for way in WAYS:
@@ -116,7 +116,7 @@ def retrieval_scorers(found: Mapping[str, np.ndarray]) -> dict[str, Scorer]:
 
 
 def recall_at(ranks: np.ndarray, k: int) -> Scorer:
-    """Share of the queries with a positive among the first k, in [0, 1].
+    """Fraction of the queries with a positive in the top k, in [0, 1].
 
     Args:
         ranks: [Q], from 1.
@@ -146,15 +146,15 @@ def median_rank(ranks: np.ndarray) -> Scorer:
 
 
 def chance_recall(k: int, positives_per_query: np.ndarray, pool: int) -> float:
-    """The recall at k that a random order of the candidates has on average, in [0, 1].
+    """Expected recall at k of a random order of the candidates, in [0, 1].
 
     Args:
         k: candidates retrieved for a query.
-        positives_per_query: [Q] numbers of candidates that are right, each up to pool.
-        pool: C, all candidates.
+        positives_per_query: [Q] numbers of positives, each at most pool.
+        pool: C, the number of candidates.
 
-    Source: the hypergeometric chance of no positive among k, 1 - C(pool - p, k) / C(pool, k) for
-    p positives, as a product over the candidates drawn.
+    Source: 1 - C(pool - p, k) / C(pool, k) for p positives, from the hypergeometric probability of
+    no positive among k, as a product over the candidates drawn.
     """
     positives, queries = np.unique(positives_per_query, return_counts=True)
     drawn = np.arange(min(k, pool))

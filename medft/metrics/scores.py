@@ -1,4 +1,4 @@
-"""All figures of a predictions.jsonl: every metric of every system, and paired differences."""
+"""Scores of a predictions.jsonl: every metric of every system, and paired differences."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ from medft.metrics.text import (
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """All figures of predictions.jsonl, with 95 % intervals over draws of whole groups.
+    """All metrics of predictions.jsonl, with 95 % intervals over resampled groups.
 
     Args:
         predictions: at least one, all of one class.
 
     Returns:
-        kind, rows, groups, systems (metric by metric), differences (tuned minus each other
-        system, paired), rows left out of the control of shuffled images, and what the figures need
-        to be read: BLEU's signature, or pool and chance.
+        kind, rows, groups, systems (estimates by metric), differences (tuned minus each other
+        system, paired), without_other_image (rows without a shuffled-image control), and the
+        context of the metrics: BLEU's signature, or pool, texts and chance.
     """
     first = predictions[0]
     is_retrieval = isinstance(first, RetrievalPrediction)

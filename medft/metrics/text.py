@@ -1,8 +1,8 @@
-"""How near generated texts come to their references, word by word.
+"""Word-level similarity of generated texts to their references.
 
-Pure functions. A prediction that is None or blank is a generation that failed: it stays in every
-denominator and earns nothing. None of these numbers says whether a text is medically right: BLEU
-and ROUGE-L hardly move where one word turns the meaning round.
+Pure functions. A prediction that is None or blank is a failed generation: it stays in every
+denominator and matches nothing. None of these metrics measures medical correctness: BLEU and
+ROUGE-L hardly change where one word reverses the meaning.
 
 Shape letters in this file:
     N  pairs of a prediction and a reference
@@ -35,21 +35,21 @@ _WORD = re.compile(
 def words(text: str) -> list[str]:
     """The case-folded words, numbers and signs of a text, for comparison.
 
-    Decimals stay whole. The signs + % < > <= >= are words of their own, and so is a minus that
-    ends a word (HER2-) or begins a number (-0.7). Hyphens inside of words, dashes between blanks
-    and other punctuation are dropped.
+    A decimal number is one word. The signs + % < > <= >= are separate words, and so is a minus that
+    ends a word (HER2-) or begins a number (-0.7). Hyphens inside words, dashes between blanks and
+    other punctuation are dropped.
     """
     return _WORD.findall(text.translate(_SIGNS).casefold())
 
 
 def exact_match(predictions: Sequence[str | None], references: Sequence[str]) -> Scorer:
-    """Share of the predictions whose words are those of the reference, in [0, 1]."""
+    """Fraction of the predictions whose words equal those of the reference, in [0, 1]."""
     pairs = _worded(predictions, references)
     return mean(np.array([bool(got) and got == expected for got, expected in pairs]), _NO_ROW)
 
 
 def token_f1(predictions: Sequence[str | None], references: Sequence[str]) -> Scorer:
-    """Mean F1 of the words that prediction and reference share, in [0, 1].
+    """Mean word-overlap F1 of prediction and reference, in [0, 1].
 
     Articles are kept, unlike in the source.
 
@@ -62,8 +62,8 @@ def token_f1(predictions: Sequence[str | None], references: Sequence[str]) -> Sc
 def bleu(predictions: Sequence[str | None], references: Sequence[str]) -> Scorer:
     """Corpus BLEU of sacrebleu with its default settings, 0 to 100.
 
-    N-gram counts are taken once a row and added under the weights, so that a resample has the
-    BLEU of a corpus and not a mean of sentences.
+    N-gram counts are computed once per row and summed with the weights, so that a resample has a
+    corpus BLEU, not a mean of sentence scores.
 
     Source: Papineni et al., 2002, as in sacrebleu (Post, 2018, arXiv:1804.08771).
     """
@@ -95,14 +95,14 @@ def bleu(predictions: Sequence[str | None], references: Sequence[str]) -> Scorer
 def bleu_signature() -> str:
     """The settings and version of sacrebleu behind `bleu`, in its own notation."""
     metric = BLEU()
-    metric.corpus_score([""], [[""]])  # the number of references is known after a score only
+    metric.corpus_score([""], [[""]])  # the number of references is known only after scoring
     return str(metric.get_signature())
 
 
 def rouge_l(predictions: Sequence[str | None], references: Sequence[str]) -> Scorer:
     """Mean ROUGE-L F1 of rouge_score without stemming, in [0, 1].
 
-    Its words are those of rouge_score, which drop signs and split decimals.
+    Its words are those of rouge_score, which drops signs and splits decimals.
 
     Source: Lin, ROUGE, 2004, section 3.1, as in rouge_score.
     """
@@ -115,10 +115,10 @@ def rouge_l(predictions: Sequence[str | None], references: Sequence[str]) -> Sco
 
 
 def closed_accuracy(predictions: Sequence[str | None], references: Sequence[str]) -> Scorer:
-    """Share of the closed questions answered rightly, in [0, 1].
+    """Fraction of the closed questions answered correctly, in [0, 1].
 
-    Closed are those whose reference is the word yes or no alone. An answer is right that holds
-    the reference's word and not the opposite one.
+    A question is closed if its reference is the single word yes or no. An answer is correct if it
+    has the reference's word and not the opposite one.
     """
     pairs = _worded(predictions, references)
     closed = [len(expected) == 1 and expected[0] in _OPPOSITE for _, expected in pairs]

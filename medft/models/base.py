@@ -1,7 +1,6 @@
-"""Finding a base model: on the hub or in a folder, offline or not, with one sentence when not.
+"""Loads the config, processor and weights of a base model from the hub or a folder.
 
-Only config.json and the processor's files are read here; weights are loaded by the trainers'
-own modules.
+A base that cannot be loaded is an error of one sentence.
 """
 
 import os
@@ -30,16 +29,16 @@ from medft.provenance import folder_sha256
 
 @contextmanager
 def readable_base(model: ModelSection) -> Iterator[None]:
-    """Turn what `from_pretrained` raises inside the block into one sentence.
+    """Convert an exception of `from_pretrained` inside the block to an error of one sentence.
 
     Raises:
-        BaseModelError: the base is not there, not allowed, or not readable.
+        BaseModelError: the base is missing, not accessible, or not readable.
     """
     try:
         yield
     except BaseModelError:
         raise
-    except Exception as error:  # whatever a file of somebody else makes the library raise
+    except Exception as error:  # foreign files make the library raise any exception
         raise BaseModelError(_explain(model, error)) from error
 
 
@@ -75,7 +74,7 @@ def _explain(model: ModelSection, error: Exception) -> str:
 
 
 def check_local_base(model: ModelSection) -> None:
-    """Refuse what is meant as a folder and is none, before the hub is asked.
+    """Raise, before the hub is queried, if a base looks like a folder and is not a model folder.
 
     Raises:
         BaseModelError: the path does not exist or holds no config.json.
@@ -107,9 +106,9 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
 
 
 def load_processor(model: ModelSection) -> ProcessorMixin:
-    """The base's processor, its images resized by Pillow on every machine.
+    """The base's processor, with images resized by Pillow on every machine.
 
-    transformers takes torchvision where that is installed, and the two resize differently.
+    transformers uses torchvision where it is installed, and the two resize differently.
 
     Raises:
         BaseModelError: it cannot be read, or transformers chose another backend.
@@ -132,18 +131,18 @@ def empty_model(
     *,
     deepspeed_plugin: DeepSpeedPlugin | None = None,
 ) -> PreTrainedModel:
-    """The model without weights: its modules and shapes on the meta device.
+    """The model without weights: modules and shapes on the meta device.
 
     Args:
-        auto_class: AutoModel or one of its kin.
+        auto_class: AutoModel or a similar auto class.
         config: of the base.
-        deepspeed_plugin: of the training arguments; ZeRO-3 would shard weights that are not there.
+        deepspeed_plugin: of the training arguments; ZeRO-3 would shard weights that do not exist.
     """
     unset_hf_deepspeed_config()
     try:
         with init_empty_weights():
             model = auto_class.from_config(config)
-        model.tie_weights()  # which the meta device undid
+        model.tie_weights()  # the meta device undid the tying
         return model
     finally:
         if deepspeed_plugin is not None:
@@ -151,14 +150,14 @@ def empty_model(
 
 
 def load_weights(auto_class: type[Any], model: ModelSection, **options: Any) -> PreTrainedModel:
-    """The base with its weights, every tensor of the model found in the files.
+    """The base with its weights; every tensor of the model must be in its files.
 
-    transformers draws what it does not find at random and says so in a table.
+    transformers initializes a missing tensor at random and only lists it in a table.
 
     Args:
-        auto_class: AutoModel or one of its kin.
+        auto_class: AutoModel or a similar auto class.
         model: the recipe's section.
-        **options: of from_pretrained: dtype, quantization_config.
+        **options: arguments of from_pretrained: dtype, quantization_config.
 
     Raises:
         BaseModelError: it cannot be loaded, or a tensor is missing or of another shape.
@@ -177,7 +176,7 @@ def load_weights(auto_class: type[Any], model: ModelSection, **options: Any) -> 
 
 
 def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, Any]:
-    """What pins the base down in run.json: the commit on the hub, or a hash of the folder."""
+    """Identity of the base for run.json: its commit on the hub, or the hash of its folder."""
     record: dict[str, Any] = {"base": model.base, "revision": getattr(config, "_commit_hash", None)}
     if Path(model.base).is_dir():
         hashes = [folder_sha256(Path(model.base)) if PartialState().is_main_process else None]
@@ -186,5 +185,5 @@ def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, An
 
 
 def default_device() -> torch.device:
-    """The device on which a trained model is used."""
+    """The device for a trained model: CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
-"""Parts of a model that hold nothing to train run without grad, whatever the libraries hook in.
+"""Runs frozen parts of a model without grad, whatever hooks the libraries install.
 
-With PEFT and gradient checkpointing transformers makes the embeddings of every part require grad,
-so that stock code stores the activations of a tower without one trainable parameter and runs its
+With PEFT and gradient checkpointing, transformers makes the embeddings of every part require grad.
+Stock code then stores the activations of a tower without any trainable parameter and runs its
 backward pass.
 """
 
@@ -15,7 +15,7 @@ from medft.errors import BaseModelError
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether nothing in a module is trained."""
+    """Whether a module has no trainable parameter."""
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -23,8 +23,8 @@ def run_without_grad(module: nn.Module, part: str) -> None:
     """Make a frozen module run without grad; its first output is checked.
 
     Args:
-        module: of the model; its forward is replaced.
-        part: its name in the error.
+        module: part of the model; its forward is replaced.
+        part: name of the module in the error.
     """
     forward = module.forward
     layers: list[Any] = [
@@ -43,7 +43,7 @@ def run_without_grad(module: nn.Module, part: str) -> None:
 
 
 def _check_first_output(module: nn.Module, part: str) -> None:
-    """Assert once that no hook of a library has made the output require grad again."""
+    """Check once that no library hook has made the output require grad again."""
 
     def check(module: nn.Module, args: tuple, output: Any) -> None:
         handle.remove()

@@ -1,7 +1,7 @@
 """LoRA on exactly the modules that the recipe names: targets, attaching, planning, loading.
 
-An adapter that never runs, a name that matches nothing and a key that finds no place are errors
-here; in PEFT they are warnings or silence.
+An adapter that never runs, a target that matches no module and a key that matches no tensor are
+errors here; PEFT warns or ignores them.
 """
 
 import re
@@ -29,21 +29,22 @@ from medft.models.saved import WEIGHTS_FILE, find_adapter, read_saved_record
 from medft.provenance import folder_sha256, masked
 
 ALL_WEIGHTS = "none, every weight is trained"
-"""What stands for the plan of an adapter in full fine-tuning."""
+"""Adapter plan of a full fine-tuning."""
 
 
 def target_modules(
     model: nn.Module, targets: str | list[str], presets: Mapping[str, str]
 ) -> dict[str, nn.Module]:
-    """The modules that an adapter with these targets sits on, by name.
+    """The modules that an adapter with these targets adapts, by name.
 
     Args:
         model: weights may be on the meta device.
         targets: as `lora.targets` in a recipe.
-        presets: regular expressions over whole module names, by preset.
+        presets: regular expressions over full module names, by preset.
 
     Raises:
-        BaseModelError: a target matches nothing, or matches a module whose adapter would not run.
+        BaseModelError: a target matches nothing, a module that is not linear, or one whose adapter
+            would not run.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if isinstance(targets, str):
@@ -111,12 +112,12 @@ def _example(modules: Mapping[str, nn.Module]) -> str:
 def attach_adapter(
     model: nn.Module, lora: LoraSection, presets: Mapping[str, str], *, task_type: str | None
 ) -> PeftModel:
-    """The model with a LoRA adapter in float32, fresh or continued, everything else frozen.
+    """The model with a LoRA adapter in float32, new or continued; PEFT freezes the rest.
 
     Raises:
         BaseModelError: the targets are wrong, PEFT refuses the configuration, or the adapter of
-            `lora.init_from` is another one.
-        RunError: `lora.init_from` is no adapter.
+            `lora.init_from` does not match.
+        RunError: `lora.init_from` is not an adapter.
     """
     target_modules(model, lora.targets, presets)
     targets = lora.targets
@@ -154,7 +155,7 @@ def attach_adapter(
 
 
 def _initial_weights(adapted: PeftModel, init_from: str) -> dict[str, torch.Tensor]:
-    """The weights of a trained adapter, which must be of the same shape and scale."""
+    """The weights of a trained adapter, which must have the same shapes and scale."""
     folder = find_adapter(Path(init_from))
     saved = _read_weights(folder)
     own = get_peft_model_state_dict(adapted)
@@ -190,14 +191,14 @@ def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
 
 
 def initial_adapter(lora: LoraSection | None, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter that a run continues from, for run.json; nothing for a fresh one.
+    """Path and hash of the adapter that a run starts from, for run.json; empty for a new one.
 
     Args:
         lora: the recipe's section.
         base: from `medft.models.base.identify_base`.
 
     Raises:
-        RunError: `lora.init_from` is no adapter.
+        RunError: `lora.init_from` is not an adapter.
         BaseModelError: it was trained on another base.
     """
     if lora is None or lora.init_from is None:
@@ -217,14 +218,14 @@ def initial_adapter(lora: LoraSection | None, base: Mapping[str, Any]) -> dict[s
 
 
 def cast_trainable_to_float32(model: nn.Module) -> None:
-    """Keep what is trained in float32; in bfloat16 a late step moves hardly any entry."""
+    """Cast trainable parameters to float32; in bfloat16 a late step changes hardly any entry."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def count_by_part(names: Collection[str], parts: Mapping[str, str]) -> str:
-    """A line such as "28 language, 4 vision" that counts modules by part of the model.
+    """Number of modules by part of the model, as text such as "28 language, 4 vision".
 
     Args:
         names: of modules.
@@ -243,7 +244,7 @@ def count_by_part(names: Collection[str], parts: Mapping[str, str]) -> str:
 def plan_adapter(
     empty: nn.Module, lora: LoraSection, presets: Mapping[str, str], parts: Mapping[str, str]
 ) -> str:
-    """What an adapter will sit on, by part of the model, and how many parameters are trained.
+    """Number of adapted layers by part of the model and of trained parameters, as text.
 
     Args:
         empty: the base on the meta device; it is changed.
@@ -252,9 +253,9 @@ def plan_adapter(
         parts: prefixes of module names, by part.
 
     Raises:
-        BaseModelError: as from `attach_adapter`, or everything is excluded again.
+        BaseModelError: as from `attach_adapter`, or every target is excluded again.
     """
-    # initial weights may be computed from the base's, which are not there
+    # initial weights may be computed from the base's weights, which do not exist here
     without = {"init_lora_weights": False, "init_from": None}
     shapes_only = LoraSection(**{**lora.model_dump(), **without})
     adapted = attach_adapter(empty, shapes_only, presets, task_type=None)
@@ -268,10 +269,10 @@ def plan_adapter(
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
-    """The model with a trained adapter, every tensor of the file in its place.
+    """The model with a trained adapter; every tensor of its file must match the model.
 
     Raises:
-        BaseModelError: a file is damaged, a tensor has no place in this model, or a layer of the
+        BaseModelError: a file is damaged, tensor names do not match this model, or a layer of the
             adapter was never trained.
     """
     saved = _read_weights(folder)
@@ -287,10 +288,10 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
 
 
 def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
-    """A block in which a model computes what its base does.
+    """A context in which a model computes what its base does.
 
     Raises:
-        RunError: the model is whole, its base is not known apart.
+        RunError: the model has no adapter, so its base is unknown.
     """
     if not isinstance(model, PeftModel):
         raise RunError(
@@ -301,7 +302,7 @@ def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder, every layer's trained."""
+    """The tensors of an adapter folder, every layer checked to be trained."""
     weights_file = folder / WEIGHTS_FILE
     if not weights_file.is_file():
         raise BaseModelError(
@@ -318,7 +319,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _read_by_peft(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a damaged file makes the libraries raise
+    except Exception as error:  # damaged files make the libraries raise any exception
         raise BaseModelError(
             f"expected an adapter that PEFT reads in {folder}, it says: "
             f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
@@ -326,10 +327,10 @@ def _read_by_peft(folder: Path) -> Iterator[None]:
 
 
 def refuse_inert(weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse an adapter of which a layer does nothing, its lora_B zero as before training.
+    """Raise for an adapter with an untrained layer, whose lora_B is zero as before training.
 
     Args:
-        weights: what its file holds.
+        weights: tensors of the adapter file.
 
     Raises:
         BaseModelError: there is such a layer.

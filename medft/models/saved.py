@@ -1,4 +1,4 @@
-"""What a path to a trained model means: a run, an adapter folder or a whole model; its record."""
+"""Resolves a path to a trained model (run, adapter folder or full model) and its record."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def find_adapter(source: Path) -> Path:
-    """The adapter folder that a path means.
+    """The adapter folder of a run, or the path itself.
 
     Raises:
-        RunError: the path is neither a finished run nor an adapter.
+        RunError: the path is neither a completed run nor an adapter.
     """
     if (source / "run.json").is_file():
         status = read_run_record(source).get("status")
@@ -41,7 +41,7 @@ def find_adapter(source: Path) -> Path:
 
 
 def check_same_base(base: ModelSection, record: dict[str, Any]) -> None:
-    """Refuse a base folder whose files are not those that the adapter was trained on.
+    """Raise if the files of a base folder are not those that the adapter was trained on.
 
     Raises:
         BaseModelError: the content hash differs.
@@ -54,15 +54,15 @@ def check_same_base(base: ModelSection, record: dict[str, Any]) -> None:
 
 
 def write_saved_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write medft.json: what of a trained model plain PEFT files cannot hold."""
+    """Write medft.json: what plain PEFT files cannot hold of a trained model."""
     write_json(folder / RECORD_FILE, masked({"medft": medft.__version__, **record}))
 
 
 def read_saved_record(folder: Path) -> dict[str, Any]:
-    """The content of a trained folder's medft.json.
+    """The content of medft.json in the folder of a trained model.
 
     Raises:
-        BaseModelError: there is none.
+        BaseModelError: it cannot be read, or lacks family, base or revision.
     """
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def read_run_record(run: Path) -> dict[str, Any]:
     """The content of a run's run.json.
 
     Raises:
-        RunError: there is none.
+        RunError: it cannot be read.
     """
     try:
         return json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -95,10 +95,10 @@ def read_run_record(run: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedModel:
-    """Where a trained model lies, and its record."""
+    """Folder and record of a trained model."""
 
     folder: Path
-    """Of the adapter, or of the whole model."""
+    """Folder of the adapter, or of the full model."""
 
     record: dict[str, Any]
     """Content of medft.json; empty for a model that medft did not write."""
@@ -116,9 +116,10 @@ class SavedModel:
 
     @property
     def weights(self) -> str:
-        """What identifies its weights.
+        """Identifier of the weights: 16 hexadecimal digits of a hash.
 
-        A hash of an adapter; of a whole model, which is large, names, sizes and times of its files.
+        It covers the content of an adapter; of a full model, which is large, the names, sizes and
+        modification times of its weight files.
         """
         digest = hashlib.sha256()
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -129,7 +130,7 @@ class SavedModel:
 
     @property
     def is_encoder(self) -> bool:
-        """Whether it is a SigLIP."""
+        """Whether the model is SigLIP or SigLIP 2."""
         family = self.record.get("family") or load_config(self.base).model_type
         return family in ("siglip", "siglip2")
 
@@ -138,7 +139,7 @@ def find_saved_model(source: Path) -> SavedModel:
     """The model that a run, an adapter folder or a model folder holds.
 
     Raises:
-        RunError: the run is not finished, or the path is none of the three.
+        RunError: the run of an adapter is not completed, or the path is none of the three.
     """
     if (source / "config.json").is_file():
         folder, is_adapter = source, False

@@ -1,4 +1,4 @@
-"""Small random changes to training images that leave what a report says of them true."""
+"""Small random augmentations of training images."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,19 @@ from medft.config.recipe import SiglipDataSection
 
 
 def augments(data: SiglipDataSection) -> bool:
-    """Whether anything is changed at random."""
+    """Whether any random augmentation is on."""
     return bool(
         data.random_rotation or data.random_crop < 1 or data.random_brightness or data.random_flip
     )
 
 
 def augment(image: Image.Image, data: SiglipDataSection, seed: Sequence[int]) -> Image.Image:
-    """An image turned, cropped, made brighter or darker and mirrored as far as a recipe allows.
+    """The image randomly rotated, cropped, changed in brightness and mirrored.
 
     Args:
         image: RGB.
-        data: the recipe's section; its `random_` keys say how much.
-        seed: what the changes are drawn from; equal seeds give equal images.
+        data: the recipe's section; its `random_` keys limit the changes.
+        seed: of the random changes; equal seeds give equal images.
     """
     draw = np.random.default_rng(seed)
     angle, kept, left, top, brightness = (

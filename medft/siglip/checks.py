@@ -1,4 +1,4 @@
-"""What a recipe asks of its base and launcher, checked before the base's weights are loaded."""
+"""Checks of a SigLIP recipe against its base and launcher, made before weights are loaded."""
 
 import logging
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_launch(model: ModelSection, arguments: TrainingArguments) -> None:
-    """Refuse launchers that shard the model, or round what is trained.
+    """Refuse launchers that shard the model or round the trained parameters.
 
     Raises:
-        RecipeError: this one does.
+        RecipeError: this launcher does.
     """
     plugin = arguments.deepspeed_plugin
     sharded_by = "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
@@ -37,7 +37,7 @@ def check_launch(model: ModelSection, arguments: TrainingArguments) -> None:
 
 
 def check_sizes(config: PreTrainedConfig, data: SiglipDataSection) -> None:
-    """Refuse more tokens than the base has positions for, and images below a patch.
+    """Refuse more tokens than the base has positions for, and images smaller than a patch.
 
     Raises:
         RecipeError: a size is out of range.
@@ -68,10 +68,10 @@ def check_tokens(tokens: Iterable[bytes], config: PreTrainedConfig) -> None:
 
     Args:
         tokens: of each caption, as int32 bytes.
-        config: of the base.
+        config: the base's.
 
     Raises:
-        BaseModelError: there is one.
+        BaseModelError: there is such a token.
     """
     largest = max(int(np.frombuffer(key, np.int32).max()) for key in set(tokens))
     rows = config.text_config.vocab_size
@@ -83,10 +83,10 @@ def check_tokens(tokens: Iterable[bytes], config: PreTrainedConfig) -> None:
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a base that is no SigLIP of fixed resolution with a pooling head.
+    """Refuse a base that is not a SigLIP of fixed resolution with a pooling head.
 
     Raises:
-        BaseModelError: another architecture.
+        BaseModelError: it has another architecture.
     """
     if config.model_type != "siglip":
         raise BaseModelError(

@@ -1,4 +1,4 @@
-"""From rows to batches: an image and its caption an entry, changed at random where asked."""
+"""Rows -> entries of one image and its caption -> batches, with random augmentation."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -34,34 +34,34 @@ class PairEntry:
 
 
 class PairDataset(Dataset):
-    """One image and its caption an entry; a row with several images gives one entry each."""
+    """One entry per image, with its caption; a row with several images gives several entries."""
 
     def __init__(self, rows: Rows, captions: Sequence[str]) -> None:
-        """Make the dataset; `captions` has one for each row."""
+        """Create the dataset; `captions` has one per row."""
         self.rows = rows
         self.captions = captions
         self._places: list[tuple[int, int]] = []
         self.image_keys: list[str] = []
-        """Of each entry, the path of its image or the hash of its content."""
+        """Path of each entry's image, or the hash of its content."""
         for number, keys in enumerate(_image_keys(rows)):
             self._places += [(number, place) for place in range(len(keys))]
             self.image_keys += keys
         self._changes: tuple[SiglipDataSection, int] | None = None
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers live on
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by running workers
 
     def augment(self, data: SiglipDataSection, seed: int) -> None:
-        """Change images at random from here on, drawn from seed, epoch and entry."""
+        """Augment images from now on, with changes drawn from seed, epoch and entry."""
         self._changes = (data, seed) if augments(data) else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the changes of an epoch, counted from 0; also in workers that run already."""
+        """Set the epoch, counted from 0, that changes are drawn from; also in running workers."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> PairEntry:
-        """The entry, its image opened and, in training, augmented.
+        """The entry, its image opened and, after `augment`, augmented.
 
         Raises:
             DataError: the image cannot be read.
@@ -83,7 +83,7 @@ class PairDataset(Dataset):
         )
 
     def by_entry(self, of_rows: Sequence[Any]) -> list[Any]:
-        """What belongs to each row, for each entry."""
+        """The value of each entry's row, in the order of entries."""
         return [of_rows[row] for row, _ in self._places]
 
 
@@ -103,7 +103,7 @@ class PairCollator:
     def __call__(self, entries: Sequence[PairEntry]) -> dict[str, Any]:
         """The batch, with its ids under ROW_IDS.
 
-        Captions are padded to max_length and come without attention mask, as in training SigLIP.
+        Captions are padded to max_length and have no attention mask, as in SigLIP's training.
         """
         texts = self.processor.tokenizer(
             [entry.caption for entry in entries],
@@ -127,10 +127,10 @@ class PairCollator:
 
 
 def caption_of(row: Row, template: str | None) -> str:
-    """The caption of a row: a template over it, or its first assistant text.
+    """The caption of a row: the filled template, or its first assistant text.
 
     Raises:
-        RecipeError: the template names what the row does not have.
+        RecipeError: the template names a field that the row lacks.
     """
     texts = first_texts(row.messages)
     if template is None:

@@ -1,4 +1,4 @@
-"""What the processes of a run hold together."""
+"""Tensors gathered from all processes of a run."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def gather_rows(tensors: Sequence[Tensor]) -> tuple[list[Tensor], slice]:
-    """The rows of every process in order of their ranks, and where the own ones stand.
+    """The rows of all processes in order of rank, and the slice of this process's rows.
 
     Args:
-        tensors: [n, ...] each, n the same for all of them but not for all processes; the other
-            sizes are equal everywhere.
+        tensors: [n, ...] each; n is equal for all tensors but may differ between processes, the
+            other sizes are equal everywhere.
     """
     own = PartialState().process_index
     counts = gather(torch.tensor([len(tensors[0])], device=tensors[0].device)).tolist()

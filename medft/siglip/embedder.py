@@ -21,11 +21,11 @@ from medft.siglip.collator import caption_of
 from medft.siglip.model import embed_images, embed_texts, load_adapted, load_siglip_processor
 
 BATCH_SIZE = 8
-"""Images or texts that go through a tower together."""
+"""Maximum number of images or texts in a batch."""
 
 
 class Embedder:
-    """A SigLIP that gives images and texts embeddings of length 1."""
+    """A SigLIP that embeds images and texts with unit L2 norm."""
 
     def __init__(
         self,
@@ -39,9 +39,9 @@ class Embedder:
 
         Args:
             model: on its device, with or without adapter.
-            processor: as it was trained with.
-            max_length: tokens that a text is padded or cut to.
-            caption: template that it was trained with, as `data.caption` in a recipe.
+            processor: the one used in training.
+            max_length: tokens that a text is padded or truncated to.
+            caption: template used in training, as `data.caption` in a recipe.
         """
         self.model = model.eval()
         self.processor = processor
@@ -50,11 +50,11 @@ class Embedder:
 
     @classmethod
     def load(cls, source: Path) -> "Embedder":
-        """The SigLIP of a run, an adapter folder or a model folder.
+        """Load the SigLIP of a run, an adapter folder or a model folder.
 
         Raises:
-            RunError: there is none.
-            BaseModelError: it cannot be loaded, or is no SigLIP of fixed resolution.
+            RunError: the path holds no finished model.
+            BaseModelError: it cannot be loaded, or is not a SigLIP of fixed resolution.
         """
         trained = find_saved_model(source)
         check_local_base(trained.base)
@@ -85,16 +85,16 @@ class Embedder:
         return caption_of(row, self._caption)
 
     def without_adapter(self) -> AbstractContextManager[None]:
-        """Embeddings inside this block are those of the base.
+        """A block in which the base embeds, its adapter disabled.
 
         Raises:
-            RunError: the model is whole, its base is not known apart.
+            RunError: the model has no adapter.
         """
         return without_adapter(self.model)
 
     @torch.inference_mode()
     def embed_images(self, images: Iterator[Image.Image] | Sequence[Image.Image]) -> np.ndarray:
-        """[N, D] float32, every row of length 1."""
+        """[N, D] float32 embeddings of unit L2 norm."""
         rows = []
         for chunk in batched(images, BATCH_SIZE):
             batch = self.processor.image_processor(images=chunk, return_tensors="pt")
@@ -104,7 +104,7 @@ class Embedder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[N, D] float32, every row of length 1."""
+        """[N, D] float32 embeddings of unit L2 norm."""
         rows = []
         for chunk in batched(texts, BATCH_SIZE):
             input_ids = self.processor.tokenizer(

@@ -1,8 +1,8 @@
-"""The loss of a whole batch, and its gradient, at the activation memory of one micro-batch.
+"""The exact batch loss and its gradient, at the activation memory of one micro-batch.
 
 A caching pass computes the embeddings of all micro-batches of all processes without grad and
-compares them with each other. That gives the loss and its derivative by every embedding, after
-which each micro-batch is computed once more, with grad, and passes its part on to the weights.
+compares them with each other. This gives the batch loss and its gradient by every embedding. Each
+micro-batch is then computed again, with grad, and passes its cached gradient on to the weights.
 
 Source: gradient caching, arXiv:2101.06983, sections 3.2 and 3.3.
 
@@ -25,17 +25,17 @@ from medft.siglip.distributed import gather_rows
 from medft.siglip.loss import Gradients, Pairs, unit
 
 REPLAY_TOLERANCE = 1e-2
-"""Length of the difference between an embedding of length 1 and its replay. Equal operations on
-equal inputs give equal bits, but for kernels that sum in any order: a bfloat16 step in every entry
-is 4e-3. Another dropout mask is more as soon as the adapter does anything."""
+"""Largest L2 distance between a unit embedding and its replay. Equal operations on equal inputs
+give equal bits, except for kernels that sum in any order: one bfloat16 step in every entry is 4e-3.
+Another dropout mask gives more as soon as the adapter has an effect."""
 
 MicroBatch = Mapping[str, Any]
-"""What the collator made: input_ids, pixel_values, group_ids."""
+"""A batch from the collator: input_ids, pixel_values, group_ids."""
 
 
 @contextmanager
 def replay_rng(device: torch.device) -> Iterator[None]:
-    """Random numbers that are drawn in the block are drawn again after it."""
+    """Restore the RNG state after the block, which makes its random numbers come again."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         yield
@@ -43,16 +43,19 @@ def replay_rng(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedMicroBatch:
-    """What a micro-batch has to do with the loss of the whole batch."""
+    """The cached part of one micro-batch: the batch loss and its gradients by the embeddings.
+
+    The gradients are scaled as `cache_gradients` describes.
+    """
 
     loss: Tensor
-    """Of the whole batch."""
+    """The batch loss, a scalar."""
 
     images: Tensor
-    """[n, D] of length 1, as the loss was computed from."""
+    """[n, D] of unit norm, which the loss was computed from."""
 
     texts: Tensor
-    """[n, D] of length 1, as the loss was computed from."""
+    """[n, D] of unit norm, which the loss was computed from."""
 
     grad_images: Tensor
     """[n, D] d(batch loss)/d(image embedding)."""
@@ -61,24 +64,24 @@ class CachedMicroBatch:
     """[n, D] d(batch loss)/d(text embedding)."""
 
     grad_scale: Tensor
-    """Of the shape of the parameter; zero but in the last micro-batch."""
+    """d(batch loss)/d(logit_scale), of the parameter's shape; zero but in the last micro-batch."""
 
     grad_bias: Tensor
-    """Of the shape of the parameter; zero but in the last micro-batch."""
+    """d(batch loss)/d(logit_bias), of the parameter's shape; zero but in the last micro-batch."""
 
     def loss_of(
         self, images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor
     ) -> Tensor:
-        """The loss of the whole batch, whose backward pass adds this micro-batch's gradient.
+        """The batch loss; its backward pass adds this micro-batch's part of the gradient.
 
         Args:
-            images: [n, D] with grad, computed again as they were the first time.
-            texts: [n, D] with grad, computed again as they were the first time.
+            images: [n, D] with grad, computed as in the caching pass.
+            texts: [n, D] with grad, computed as in the caching pass.
             logit_scale: the parameter itself.
             logit_bias: the parameter itself.
 
         Raises:
-            RunError: the embeddings are others than the first time.
+            RunError: the embeddings differ from those of the caching pass.
         """
         images, texts = unit(images), unit(texts)
         for now, then in ((images, self.images), (texts, self.texts)):
@@ -97,8 +100,8 @@ class CachedMicroBatch:
 class ExactBatch:
     """The micro-batches of one optimizer step of a process, compared as one batch.
 
-    Each micro-batch carries the batch that it belongs to, so that its loss does not depend on which
-    of the trainer's hooks ran last.
+    Each micro-batch carries a reference to its batch, so that its loss does not depend on which of
+    the trainer's hooks ran last.
     """
 
     def __init__(
@@ -112,14 +115,13 @@ class ExactBatch:
         """Collect the micro-batches; nothing is computed yet.
 
         Args:
-            micro_batches: of any sizes, in the order in which their losses are taken.
-            embed_without_grad: gives their embeddings; random numbers that it draws come again
-                after it.
-            gradients_of: the loss of a whole batch, such as `loss_gradients`.
+            micro_batches: of any sizes, in the order in which their losses are computed.
+            embed_without_grad: returns their embeddings and restores the RNG state.
+            gradients_of: returns the batch loss and its gradients, as `loss_gradients` does.
             across_processes: whether the other processes' micro-batches belong to the batch.
         """
         self.pairs: Pairs | None = None
-        """All that is compared, of every process; None before it was."""
+        """All pairs that are compared, of every process; None before that."""
 
         self._micro_batches = list(micro_batches)
         self._embed_without_grad = embed_without_grad
@@ -128,21 +130,21 @@ class ExactBatch:
         self._cached: list[CachedMicroBatch] = []
 
     def run_caching_pass(self) -> None:
-        """Compare the micro-batches, unless that was done or there is but one.
+        """Embed and compare the micro-batches, unless that is done or there is only one.
 
         Call it right before the first micro-batch is computed: until then a resumed run restores
-        its random state.
+        its RNG state.
         """
         if len(self._micro_batches) > 1 and not self._cached:
             self._compare(self._embed_without_grad(self._micro_batches))
             self._micro_batches.clear()
 
     def cached(self, index: int, pairs: Pairs) -> CachedMicroBatch:
-        """What a micro-batch has to do with the loss of the batch.
+        """The cached loss and gradients of a micro-batch.
 
         Args:
             index: of the micro-batch.
-            pairs: its embeddings; those of a single micro-batch are compared as they are.
+            pairs: its embeddings; compared now if it is the only micro-batch.
         """
         if not self._cached:
             self._compare([pairs])
@@ -151,14 +153,14 @@ class ExactBatch:
     def _compare(self, parts: Sequence[Pairs]) -> None:
         self.pairs, own = _whole_batch(parts, across_processes=self._across_processes)
         world = PartialState().num_processes if self._across_processes else 1
-        # the training loop averages over the processes, and divides each loss by their number
+        # the training loop averages over processes, and divides each loss by the accumulation
         self._cached = cache_gradients(
             parts, self._gradients_of(self.pairs), own, averaged=world, divided=len(parts)
         )
 
 
 def _whole_batch(parts: Sequence[Pairs], *, across_processes: bool) -> tuple[Pairs, slice]:
-    """All pairs that are compared with each other, and where this process's stand."""
+    """All pairs that are compared with each other, and the slice of this process's."""
     whole = [torch.cat(tensors).detach() for tensors in zip(*parts, strict=True)]
     own = slice(0, len(whole[0]))
     if across_processes:
@@ -169,16 +171,16 @@ def _whole_batch(parts: Sequence[Pairs], *, across_processes: bool) -> tuple[Pai
 def cache_gradients(
     parts: Sequence[Pairs], found: Gradients, own: slice, *, averaged: int, divided: int
 ) -> list[CachedMicroBatch]:
-    """What is kept of the loss of a whole batch for each of this process's micro-batches.
+    """The batch loss and its gradients, split into this process's micro-batches.
 
-    The gradients that these leave, each divided by `divided`, added up over a process and averaged
-    over the processes, are that of the whole loss.
+    The gradients are scaled up, so that after division by `divided`, summation over a process's
+    micro-batches and averaging over processes they equal the gradient of the batch loss.
 
     Args:
         parts: the micro-batches; their embeddings need no grad.
-        found: loss and gradients of the whole batch.
-        own: where the process's pairs stand in it.
-        averaged: processes over which gradients are averaged.
+        found: loss and gradients of the batch.
+        own: slice of the process's pairs in the batch.
+        averaged: number of processes over which gradients are averaged.
         divided: what the loss of each micro-batch is divided by.
     """
     sizes = [len(part.images) for part in parts]

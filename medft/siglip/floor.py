@@ -1,8 +1,8 @@
-"""The loss that no model can go below, because what looks the same is labelled differently.
+"""Lower bound of the sigmoid loss where equal pairs have different labels.
 
-Equal images and equal texts have equal embeddings. Where such a pair counts once as a match and
-once as none, as copies of a caption do under diagonal labels, the best logit for it is that of the
-share of matches, and its entropy remains.
+Equal images and equal texts have equal embeddings. Where such a pair is labeled once as a match and
+once as no match, as copies of a caption are under diagonal labels, its best logit is that of the
+fraction of matches, and the entropy of that fraction remains.
 """
 
 import math
@@ -18,19 +18,19 @@ def sigmoid_floor(
     batch: int,
     positives: str,
 ) -> float:
-    """The mean sigmoid loss of the best embeddings there can be, over batches drawn from the pairs.
+    """Lower bound of the mean sigmoid loss over batches drawn from the pairs.
 
     Args:
-        images: of each pair, equal for equal images.
-        texts: of each pair, equal for texts with the same tokens.
-        groups: of each pair.
-        batch: pairs that are compared with each other, drawn without repetition.
+        images: key of each pair's image, equal for equal images.
+        texts: key of each pair's text, equal for texts with the same tokens.
+        groups: group of each pair.
+        batch: number of pairs that are compared with each other, drawn without replacement.
         positives: diagonal, caption or group, as in `medft.siglip.loss.Labels`.
 
-    Source: ours. With P the expected matches and N the expected others of an image and a text in a
-    batch, the smallest of P softplus(-l) + N softplus(l) over l is (P + N) H(P / (P + N)), H the
-    binary entropy. Every P has the pairs' own matches and, times (batch - 1) / (pairs - 1), those
-    with other pairs.
+    Source: ours. With P the expected matches and N the expected non-matches of an image and a text
+    in a batch, the minimum over l of P softplus(-l) + N softplus(l) is (P + N) H(P / (P + N)), H
+    the binary entropy. P counts the pairs' own matches and, times (batch - 1) / (pairs - 1), the
+    matches with other pairs.
     """
     pairs = len(images)
     with_other = (min(batch, pairs) - 1) / max(pairs - 1, 1)
@@ -45,7 +45,7 @@ def sigmoid_floor(
             matches += with_other * own * (of_text[text] - 1)
             others = (of_image[image] - own) * of_text[text]
         for group, found in in_groups.get(image, {}).items():
-            shown = found.total() - found[text]  # left out beside the group's own copies of it
+            shown = found.total() - found[text]  # label 0 with the group's copies of the text
             others -= shown * of_text_in_group[text, group]
         floor += _entropy(matches, with_other * others)
     return floor / pairs
@@ -54,7 +54,7 @@ def sigmoid_floor(
 def _of_images_in_groups(
     images: Sequence[Hashable], texts: Sequence[Hashable], groups: Sequence[Hashable]
 ) -> dict[Hashable, dict[Hashable, Counter[Hashable]]]:
-    """How often each image stands with each text, by image and group."""
+    """Counts of each image with each text, by image and group."""
     found: dict[Hashable, dict[Hashable, Counter[Hashable]]] = defaultdict(
         lambda: defaultdict(Counter)
     )

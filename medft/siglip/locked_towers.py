@@ -1,4 +1,4 @@
-"""Towers that hold nothing to train, as the image tower in locked-image tuning.
+"""Frozen towers, such as the image tower in locked-image tuning.
 
 Source: the name is that of arXiv:2111.07991.
 """
@@ -17,13 +17,13 @@ from medft.siglip.model import PARTS, bare_model
 
 
 class LockedTowers:
-    """The towers with nothing to train: without grad or dropout, and never computed twice.
+    """The frozen towers of a model, run without grad or dropout and never computed twice.
 
-    Where a batch is computed once without grad and once with, their outputs are kept in between.
+    Their outputs of a caching pass are stored and returned again in the forwards with grad.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Change the forward of each such tower; `model` has its adapter attached."""
+        """Replace the forward of each frozen tower; `model` has its adapter attached."""
         self._kept: dict[str, deque[Tensor]] = {}
         self._keeps = False
         bare = bare_model(model)
@@ -36,12 +36,12 @@ class LockedTowers:
 
     @property
     def parts(self) -> list[str]:
-        """Their names."""
+        """Names of the frozen towers."""
         return list(self._kept)
 
     @contextmanager
     def caching_pass(self) -> Iterator[None]:
-        """Keep what comes out in the block; forwards after it give that again, in its order."""
+        """Store the outputs inside the block; later forwards return them in the same order."""
         for outputs in self._kept.values():
             outputs.clear()
         self._keeps = True

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 TILE = 1024
-"""Images and texts of the similarities that are held at once; 4 MB in float32."""
+"""Number of images and of texts whose similarities are held at once; 4 MB in float32."""
 
 
 class Pairs(NamedTuple):
-    """Embeddings whose images and texts are all compared with each other, and what they show."""
+    """Embeddings of images and texts that are all compared, with what decides their labels."""
 
     images: Tensor
     """[N, D], any norm."""
@@ -36,24 +36,24 @@ class Pairs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """A loss, a scalar, and its derivatives by everything it was computed from."""
+    """A scalar loss and its gradients by everything that it was computed from."""
 
     loss: Tensor
     images: Tensor
-    """[N, D], by the embeddings at length 1."""
+    """[N, D] d(loss)/d(image embedding of unit norm)."""
 
     texts: Tensor
-    """[N, D], by the embeddings at length 1."""
+    """[N, D] d(loss)/d(text embedding of unit norm)."""
 
     logit_scale: Tensor
-    """Of the shape of the parameter."""
+    """d(loss)/d(logit_scale), of the parameter's shape."""
 
     logit_bias: Tensor
-    """Of the shape of the parameter."""
+    """d(loss)/d(logit_bias), of the parameter's shape."""
 
 
 class Labels:
-    """Which images and texts match: +1 yes, -1 no, 0 neither, left out of the loss."""
+    """Labels of images and texts: +1 match, -1 no match, 0 left out of the loss."""
 
     def __init__(self, input_ids: Tensor, group_ids: Tensor, positives: str) -> None:
         """Compare texts by their tokens.
@@ -70,7 +70,7 @@ class Labels:
         self._places = torch.arange(len(input_ids), device=input_ids.device)
 
     def tile(self, images: slice = slice(None), texts: slice = slice(None)) -> Tensor:
-        """[images, texts] float32; the whole [N, N] by default."""
+        """[images, texts] float32 labels; all [N, N] by default."""
 
         def equal(keys: Tensor) -> Tensor:
             return keys[images, None] == keys[texts]
@@ -84,7 +84,7 @@ class Labels:
 
 @contextmanager
 def float32(device_type: str) -> Iterator[None]:
-    """Without autocast, and without the 10-bit mantissa of TF32 where that is switched on."""
+    """Disable autocast and TF32, whose mantissa has 10 bits, inside the block."""
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -96,7 +96,7 @@ def float32(device_type: str) -> Iterator[None]:
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Embeddings [N, D] at length 1, in float32."""
+    """Embeddings [N, D] normalized to unit L2 norm, in float32."""
     with float32(embeddings.device.type):
         return functional.normalize(embeddings.float(), dim=-1)
 
@@ -104,9 +104,9 @@ def unit(embeddings: Tensor) -> Tensor:
 def sigmoid_loss(
     images: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """Every pair is a decision of its own: match or not. Summed over texts, averaged over images.
+    """Binary cross-entropy of every pair being a match, summed over texts, averaged over images.
 
-    What `sigmoid_gradients` computes tile by tile, written down once for all pairs.
+    `sigmoid_gradients` computes the same tile by tile.
 
     Args:
         images: [N, D] embeddings, any norm.
@@ -128,8 +128,8 @@ def softmax_loss(
 ) -> Tensor:
     """Symmetric cross-entropy of each image over the texts and each text over the images.
 
-    Pairs that match but for the own one are left out of the denominators. The bias would cancel and
-    has no part in it.
+    Other pairs with label +1 or 0 are left out of the denominators. The bias would cancel and is
+    not used.
 
     Source: arXiv:2103.00020, figure 3; leaving out other matches is ours.
     """
@@ -145,10 +145,10 @@ def softmax_loss(
 def row_sigmoid_loss(
     images: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """-mean log sigmoid(t (s_ii - log sum_j exp s_ij) + b): each row normalized, then one decision.
+    """-mean log sigmoid(t (s_ii - log sum_j exp s_ij) + b): one decision per normalized row.
 
-    Some write-ups call this SigLIP's loss; it is not the published one. Pairs that match but for
-    the own one are left out of the sum.
+    Some write-ups call this SigLIP's loss; it is not the published one. Other pairs with label +1
+    or 0 are left out of the sum.
 
     Source: ours, after such write-ups.
     """
@@ -176,11 +176,11 @@ def sigmoid_gradients(
     *,
     tile: int = TILE,
 ) -> Gradients:
-    """`sigmoid_loss` and all its derivatives in one pass that never holds more than a tile.
+    """`sigmoid_loss` and its gradients in one pass that holds the similarities of one tile.
 
     Args:
-        images: [N, D] embeddings of length 1, float32.
-        texts: [N, D] embeddings of length 1, float32.
+        images: [N, D] embeddings of unit norm, float32.
+        texts: [N, D] embeddings of unit norm, float32.
         labels: of these pairs.
         logit_scale: logarithm of the factor t on the cosine.
         logit_bias: b, added to t * cosine.
@@ -212,7 +212,7 @@ def sigmoid_gradients(
 
 
 class _Tile(NamedTuple):
-    """Some images against some texts."""
+    """A tile of the similarity matrix."""
 
     rows: slice
     """Of the images."""
@@ -228,7 +228,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(images: Tensor, texts: Tensor, labels: Labels, *, tile: int = TILE) -> Iterator[_Tile]:
-    """All pairs of images and texts [N, D] of length 1, a tile at a time."""
+    """All pairs of images and texts [N, D] of unit norm, one tile at a time."""
     steps = [slice(start, start + tile) for start in range(0, len(images), tile)]
     for rows in steps:
         for columns in steps:
@@ -246,7 +246,7 @@ MATRIX_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tens
 def loss_gradients(
     name: str, pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
 ) -> Gradients:
-    """A loss of all pairs of images and texts, with its derivatives.
+    """The named loss over all pairs of images and texts, with its gradients.
 
     Args:
         name: sigmoid, softmax or row_sigmoid.
@@ -272,7 +272,7 @@ def loss_gradients(
 def loss_alone(
     name: str, pairs: Pairs, positives: str, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """The loss of `loss_gradients` without its derivatives."""
+    """The loss of `loss_gradients` without its gradients."""
     labels = Labels(pairs.input_ids, pairs.group_ids, positives)
     images, texts = unit(pairs.images), unit(pairs.texts)
     if name != "sigmoid":

@@ -1,7 +1,7 @@
-"""The base of an encoder: SigLIP at the recipe's image size, its learned scale and bias trainable.
+"""A SigLIP base at the recipe's image size, its learned scale and bias trainable.
 
 The scale and bias are bare parameters: PEFT freezes them and leaves them out of an adapter, so
-they are unfrozen here and travel in medft.json.
+they are unfrozen here and saved in medft.json.
 """
 
 import logging
@@ -56,9 +56,9 @@ def load_siglip_processor(
 ) -> ProcessorMixin:
     """The base's processor, for images of `image_size` and texts of `max_length` tokens.
 
-    Texts are in lower case and padded behind. Released SigLIP 2 models name Gemma's tokenizer,
+    Texts are lowercased and padded on the right. Released SigLIP 2 models name Gemma's tokenizer,
     which keeps upper case; they were trained on lower case (transformers#43054). transformers' own
-    Siglip2Tokenizer takes its place, here and in what is saved.
+    Siglip2Tokenizer replaces it, also in saved processors.
 
     Raises:
         BaseModelError: it cannot be read.
@@ -79,8 +79,8 @@ def load_siglip_processor(
 def load_model(model: ModelSection, lora: LoraSection | None, *, image_size: int) -> SiglipModel:
     """The base with its weights, its position embeddings interpolated to `image_size`.
 
-    Its towers are in the recipe's precision; scale and bias stay float32, since bfloat16 makes
-    115.6 of a scale of 117.3.
+    Its towers are in the recipe's precision; scale and bias stay float32, since bfloat16 turns a
+    scale of 117.3 into 115.6.
 
     Args:
         model: the recipe's section.
@@ -128,7 +128,7 @@ def bare_model(model: nn.Module) -> SiglipModel:
 
 
 def scale_and_bias(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """The learned logarithm of the logits' factor, and their bias."""
+    """The learned log scale and bias of the logits."""
     bare = bare_model(model)
     return bare.logit_scale, bare.logit_bias
 
@@ -167,14 +167,14 @@ def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
 
 
 def load_adapted(base: ModelSection, folder: Path) -> PeftModel:
-    """A base in the precision it is stored in, with a trained adapter, its image size and scale.
+    """A base in its stored precision, with a trained adapter, its image size, scale and bias.
 
     Args:
-        base: that the adapter was trained on, its files already compared.
-        folder: of the adapter.
+        base: the one that the adapter was trained on, its files already compared.
+        folder: the adapter's.
 
     Raises:
-        BaseModelError: one of the two cannot be loaded, or a tensor has no place.
+        BaseModelError: base or adapter cannot be loaded, or an adapter tensor matches no layer.
     """
     record = read_saved_record(folder)
     model = load_weights(AutoModel, base, dtype="auto")
@@ -187,11 +187,11 @@ def load_adapted(base: ModelSection, folder: Path) -> PeftModel:
 
 
 def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings of images and texts as the towers give them, not normalized.
+    """Embeddings of images and texts as the towers return them, not normalized.
 
     Args:
         model: SiglipModel, with or without adapter, or a wrapper around it.
-        input_ids: [B, S], padded to the model's length; no attention mask, as in training SigLIP.
+        input_ids: [B, S], padded to the model's length; no attention mask, as in SigLIP's training.
         pixel_values: [B, 3, height, width].
 
     Returns:
@@ -202,15 +202,15 @@ def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Te
 
 
 def embed_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Embeddings [B, D] of images [B, 3, height, width] as the tower gives them."""
+    """Embeddings [B, D] of images [B, 3, height, width] as the tower returns them."""
     return bare_model(model).vision_model(pixel_values=pixel_values).pooler_output
 
 
 def embed_texts(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Embeddings [B, D] of texts [B, S], padded as in `embed`, as the tower gives them."""
+    """Embeddings [B, D] of texts [B, S], padded as in `embed`, as the tower returns them."""
     return bare_model(model).text_model(input_ids=input_ids).pooler_output
 
 
 def exact_float(parameter: torch.Tensor) -> float:
-    """A one-element float32 parameter as a number that JSON gives back bit for bit."""
+    """A one-element float32 parameter as a number that JSON preserves bit for bit."""
     return float(parameter.detach().float().cpu().reshape(()).item())

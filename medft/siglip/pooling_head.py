@@ -1,7 +1,7 @@
-"""The attention that pools an image's patches, split so that adapters can sit on it, and put back.
+"""Splits the pooling head's attention into linear layers for adapters, and joins it again.
 
 Stock code keeps three of its layers in one parameter and never calls the fourth as a module, so
-that an adapter would sit there without effect.
+that an adapter on it would have no effect.
 """
 
 import torch
@@ -21,7 +21,7 @@ class SplitAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        """Attention of [B, Q, D] over [B, K, D]; the weights are not given."""
+        """Attention of [B, Q, D] over [B, K, D]; attention weights are not returned."""
         heads = [
             projection(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, part in (
@@ -34,7 +34,7 @@ class SplitAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
     def joined(self) -> nn.MultiheadAttention:
-        """The stock module with the weights as they are now."""
+        """The stock module with the current weights."""
         width, like = self.out_proj.in_features, self.out_proj.weight
         joined = nn.MultiheadAttention(
             width, self.num_heads, batch_first=True, device=like.device, dtype=like.dtype

@@ -1,4 +1,4 @@
-"""Everything that an encoder run can know and check before the base's weights are loaded."""
+"""Prepared data of a SigLIP run: all that is known and checked before weights are loaded."""
 
 import logging
 from collections import Counter
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
-    """How many pairs a loss compares, and what of it the labels make impossible to learn."""
+    """How many pairs a loss compares, and its lower bound under their labels."""
 
     pairs_compared: int
     pairs_dropped_an_epoch: int
-    """Others in each epoch; a smaller last batch would have fewer negatives."""
+    """Different ones in each epoch; a smaller last batch would have fewer negatives."""
 
     loss_floor: float | None
-    """The mean loss of the best embeddings there can be; None but for the sigmoid loss."""
+    """Lower bound of the mean training loss; None for losses other than sigmoid."""
 
     validation_loss_floor: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedSiglipData:
-    """What an encoder is trained on and with."""
+    """The checked data of a SigLIP run, with collator, processor and batch plan."""
 
     config: PreTrainedConfig
     processor: ProcessorMixin
@@ -51,18 +51,18 @@ class PreparedSiglipData:
     train: PairDataset
     validation: PairDataset | None
     record: dict[str, Any]
-    """Fingerprints of the files and what became of their rows, for run.json."""
+    """Fingerprints of the files and counts of their rows, for run.json."""
 
     batches: BatchPlan
-    """Which pairs are compared with each other, for run.json."""
+    """How many pairs are compared and dropped, for run.json."""
 
     @property
     def rows_per_epoch(self) -> int:
-        """Training pairs of an epoch."""
+        """Number of training pairs per epoch."""
         return len(self.train) - self.batches.pairs_dropped_an_epoch
 
     def examples(self, num_rows: int = 3) -> list[str]:
-        """The first captions, as the tokenizer gives them back."""
+        """The first captions, each with its tokens decoded again."""
         tokenizer = self.processor.tokenizer
         return [
             f"{caption!r} -> {tokenizer.decode(ids, skip_special_tokens=True)!r}"
@@ -85,7 +85,7 @@ def prepare_siglip_data(
     """Read the data and the base's small files, and check them against each other.
 
     Raises:
-        MedftError: with every problem found: data files first, then the base.
+        MedftError: with every problem found: launcher, data files, then the base.
     """
     collector = ErrorCollector()
     with collector.gather():
@@ -129,17 +129,17 @@ def prepare_siglip_data(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _MeasuredPairs:
-    """The entries of a file, and what is known of their captions."""
+    """The entries of a file, with tokens and counts of their captions."""
 
     entries: PairDataset
     tokens: list[bytes]
-    """Of each entry's caption, as the model sees them."""
+    """Tokens of each entry's caption, truncated, as int32 bytes."""
 
     counts: dict[str, Any]
     """For run.json."""
 
     def floor(self, batch: int, positives: str) -> float:
-        """The loss that no embeddings can go below, in batches of so many entries."""
+        """Lower bound of the sigmoid loss in batches of `batch` entries."""
         groups = self.entries.by_entry(self.entries.rows["group_id"])
         return sigmoid_floor(
             self.entries.image_keys, self.tokens, groups, batch=batch, positives=positives

@@ -1,9 +1,9 @@
 """A contrastive trainer on transformers.Trainer: loop, precision and checkpoints are Trainer's.
 
 With `exact_batch` every pair of the effective batch is compared with every other, whatever the
-accumulation and the number of processes. The loss is taken in float32 on normalized embeddings;
-scale and bias have their own parameter group without weight decay; validation sees the whole split
-as one batch.
+accumulation and the number of processes. The loss is computed in float32 on normalized embeddings;
+scale and bias have their own parameter group without weight decay; validation compares the entire
+split as one batch.
 """
 
 import logging
@@ -47,14 +47,14 @@ from medft.training.trainer import RowTrackingTrainer
 logger = logging.getLogger(__name__)
 
 EXACT_BATCH = "exact_batch"
-"""Key of a micro-batch's ExactBatch and of its index therein, which no model sees."""
+"""Batch key of a micro-batch's ExactBatch and index in it, never passed to the model."""
 
 METRICS = {
     "loss": False,
     **{f"{way}_recall@{k}": True for way in WAYS for k in RECALLS},
     **{f"{way}_median_rank": False for way in WAYS},
 }
-"""Figures that may choose best_model/, and whether more is better."""
+"""Metrics that may select best_model/, and whether higher is better."""
 
 
 def siglip_arguments(train: TrainSection, *, dtype: str, **owned: Any) -> TrainingArguments:
@@ -81,10 +81,10 @@ class SiglipTrainer(RowTrackingTrainer):
 
         Args:
             model: with its adapter attached, scale and bias trainable.
-            args: from `medft.training.arguments.training_arguments`.
+            args: from `siglip_arguments`.
             prepared: from `prepare_siglip_data`.
             contrastive: the recipe's section.
-            record: content of medft.json beside every saved adapter, but for scale and bias.
+            record: content of medft.json beside every saved adapter, except scale and bias.
         """
         self._locked = LockedTowers(model)
         logger.info("without backward pass: %s", ", ".join(self._locked.parts) or "nothing")
@@ -113,10 +113,10 @@ class SiglipTrainer(RowTrackingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the batch that the micro-batch belongs to, with the micro-batch's gradient.
+        """The batch loss, whose backward pass gives the micro-batch's part of the gradient.
 
         Raises:
-            RunError: its embeddings are others than when the batch's loss was taken.
+            RunError: the micro-batch's embeddings differ from those of the caching pass.
         """
         batch, index = inputs.pop(EXACT_BATCH)
         batch.run_caching_pass()
@@ -129,7 +129,7 @@ class SiglipTrainer(RowTrackingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of a step, each with the batch that it is compared in."""
+        """The micro-batches of a step, each with its ExactBatch and its index in it."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._contrastive.exact_batch:
             whole = self._exact_batch(batches, across_processes=True)
@@ -163,11 +163,11 @@ class SiglipTrainer(RowTrackingTrainer):
         return loss_gradients(chosen.loss, pairs, chosen.positives, *scale_and_bias(self.model))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        # as the library's, but for the last batch of an epoch that would be smaller
+        # as the library's, without a smaller last batch of the epoch
         return RandomSampler(self.train_dataset, num_samples=self._pairs_an_epoch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The library's optimizer, with scale and bias in a group of their own."""
+        """The library's optimizer, with scale and bias in a parameter group of their own."""
         own = [p for p in scale_and_bias(self.model if model is None else model) if p.requires_grad]
         if self.optimizer is not None:
             return self.optimizer
@@ -183,7 +183,7 @@ class SiglipTrainer(RowTrackingTrainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add how far the loss is above its floor, scale, bias and the last batch's logits."""
+        """Add the loss's floor and excess, scale, bias and the last batch's mean logits."""
         if "loss" in logs and self._compared is not None and self._compared.pairs is not None:
             logs.update(_above(self._plan.loss_floor, logs["loss"]))
             scale, bias = scale_and_bias(self.model)
@@ -198,7 +198,7 @@ class SiglipTrainer(RowTrackingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Embeddings of the batch, for `_validation_metrics` to compare across batches.
+        """Embeddings of the batch, which `_validation_metrics` compares across batches.
 
         Returns:
             None, embeddings of images and of texts [B, D], and input_ids [B, S] with groups [B].
@@ -208,7 +208,7 @@ class SiglipTrainer(RowTrackingTrainer):
         return None, (pairs.images.float(), pairs.texts.float()), (pairs.input_ids, pairs.group_ids)
 
     def _validation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The loss of all pairs as one batch, where the matches stand, and what chance would give.
+        """The loss of all pairs as one batch, retrieval metrics, and the recalls of chance.
 
         Raises:
             DataError: an embedding is NaN or infinite.
@@ -242,7 +242,7 @@ class SiglipTrainer(RowTrackingTrainer):
 
 
 def _pairs(model: nn.Module, inputs: dict[str, Tensor]) -> Pairs:
-    """The embeddings of a micro-batch, as the towers give them."""
+    """The embeddings of a micro-batch, as the towers return them."""
     images, texts = embed(model, inputs["input_ids"], inputs["pixel_values"])
     return Pairs(images, texts, inputs["input_ids"], inputs["group_ids"])
 
@@ -252,7 +252,7 @@ def _above(floor: float | None, loss: float) -> dict[str, float]:
 
 
 def _retrieval(pairs: Pairs) -> dict[str, float]:
-    """Recalls and median ranks among all pairs, texts with the same tokens being all right."""
+    """Recalls and median ranks among all pairs; texts with the same tokens all count as matches."""
     keys = torch.unique(pairs.input_ids, dim=0, return_inverse=True)[1].numpy()
     found = ranks_both_ways(unit(pairs.images).numpy(), unit(pairs.texts).numpy(), keys)
     weights = np.ones(len(keys))

@@ -1,1 +1,1 @@
-"""The training loop's surroundings: arguments, callbacks, checkpoints, the run directory."""
+"""Support for the training loop: arguments, callbacks, checkpoints, the run directory."""

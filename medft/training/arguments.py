@@ -1,4 +1,4 @@
-"""The recipe's `train` and `model.dtype` as the library's training arguments, in one precision."""
+"""TrainingArguments from the recipe's `train` section, in the one precision of `model.dtype`."""
 
 import math
 import os
@@ -31,18 +31,18 @@ def training_arguments(
     metrics: Mapping[str, bool],
     **owned: Any,
 ) -> Arguments:
-    """The arguments of a trainer.
+    """The training arguments of a run, accepted by the library and this machine.
 
     Args:
         arguments_class: SFTConfig or TrainingArguments.
         train: the resolved recipe's section.
         dtype: `model.dtype`; bfloat16 and float16 run under autocast, float16 with loss scaling.
-        metrics: names that metric_for_best_model may take, and whether more is better.
+        metrics: names that metric_for_best_model may take, and whether higher is better.
         **owned: fields that medft sets and a recipe may not.
 
     Raises:
-        RecipeError: the library refuses a value, this machine lacks the precision, the launcher
-            has another one, or a process sees several GPUs, which Trainer would use at once.
+        RecipeError: the library rejects a value, this machine lacks the precision, the launcher
+            sets another one, or the process sees several GPUs, which Trainer would use at once.
     """
     mixed = _mixed_precision(dtype)
     fields = {
@@ -65,7 +65,7 @@ def training_arguments(
                 f"{', '.join(f'eval_{known}' for known in metrics)}, got {name!r}: correct it"
             )
         fields["greater_is_better"] = metrics[name]
-    # the name that every supported version reads; newer ones announce another
+    # every supported version reads these names; newer ones deprecate them
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing", category=FutureWarning)
     try:
@@ -86,7 +86,7 @@ def training_arguments(
 
 
 def _mixed_precision(dtype: str) -> str:
-    """Accelerate's name for a dtype, if this machine has it and the launcher says nothing else."""
+    """Accelerate's name for a dtype; raises if the launcher sets another or float16 has no GPU."""
     mixed = _MIXED_PRECISION[dtype]
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", mixed):
@@ -103,7 +103,7 @@ def _mixed_precision(dtype: str) -> str:
 
 
 def _try_out(arguments: TrainingArguments) -> None:
-    """Make what Trainer makes only after the model is loaded: optimizer, scheduler, reporters."""
+    """Check optimizer, scheduler and reporters, which Trainer makes after the model is loaded."""
     Trainer.get_optimizer_cls_and_kwargs(arguments)
     get_scheduler(
         arguments.lr_scheduler_type,
@@ -118,10 +118,10 @@ def _try_out(arguments: TrainingArguments) -> None:
 
 
 def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
-    """How rows become optimizer steps, as Trainer counts them.
+    """Batch sizes and step counts for so many rows, as Trainer computes them.
 
     Returns:
-        per_device, accumulation, world, effective (rows an optimizer step), steps_per_epoch,
+        per_device, accumulation, world, effective (rows per optimizer step), steps_per_epoch,
         steps and warmup_steps.
     """
     per_device = arguments.per_device_train_batch_size

@@ -1,7 +1,7 @@
-"""What medft adds to Trainer's loop: what stops a run, and what is written while it goes on.
+"""Callbacks that medft adds to Trainer: what stops a run, and what is written during it.
 
-One callback for each: non-finite numbers, parameters without gradient, signals; the epoch of
-samplers, the log, manifests of checkpoints, and best_model/.
+One class each for non-finite values, parameters without gradient, signals, the epoch of samplers,
+the log history, checkpoint manifests and best_model/.
 """
 
 import functools
@@ -23,19 +23,19 @@ from medft.training.process import wait_for_everyone
 logger = logging.getLogger(__name__)
 
 SHOWN_ROWS = 8
-"""Ids of a broken step's rows that are named at the most."""
+"""Maximum number of row ids in the error."""
 
 
 class NonFiniteCallback(TrainerCallback):
     """Raises before a NaN or infinite gradient, weight or loss reaches a checkpoint.
 
-    A step's gradients are looked at before the optimizer uses them and its weights afterwards, so
-    that no checkpoint holds what is broken. Under loss scaling an infinite gradient only skips the
-    step; DeepSpeed keeps gradients to itself, and only the weights are looked at.
+    Checks the gradients before an optimizer step and the weights after it, so that no checkpoint
+    holds a non-finite weight. Gradients are not checked under float16, where loss scaling skips
+    such a step, nor under DeepSpeed, which does not expose them.
     """
 
     def __init__(self, row_ids: Callable[[], list[str]]) -> None:
-        """Make the guard; `row_ids` gives the ids of the step's rows."""
+        """Create the callback; `row_ids` returns the ids of the step's rows."""
         self._row_ids = row_ids
 
     def on_pre_optimizer_step(
@@ -46,7 +46,7 @@ class NonFiniteCallback(TrainerCallback):
         model: torch.nn.Module,
         **kwargs: Any,
     ) -> None:
-        """Look at the gradients before they are used."""
+        """Check the gradients before the optimizer uses them."""
         if not args.fp16:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self._check(gradients, "gradient", state.global_step + 1)
@@ -59,7 +59,7 @@ class NonFiniteCallback(TrainerCallback):
         model: torch.nn.Module,
         **kwargs: Any,
     ) -> None:
-        """Look at the weights that the step left."""
+        """Check the weights after the step."""
         trained = [p.data for p in model.parameters() if p.requires_grad]
         self._check(trained, "trained weight", state.global_step)
 
@@ -71,7 +71,7 @@ class NonFiniteCallback(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Look at what is logged."""
+        """Check the logged training and validation loss."""
         values = [torch.tensor(logs[name]) for name in ("loss", "eval_loss") if name in logs]
         self._check(values, "loss", state.global_step)
 
@@ -88,10 +88,10 @@ class NonFiniteCallback(TrainerCallback):
 
 
 class UntrainedParameterCallback(TrainerCallback):
-    """Raises after the first complete epoch if a tensor of the adapter got no gradient in it.
+    """Raises at the end of the first complete epoch if an adapter tensor has had no gradient.
 
-    Such a tensor sits on a layer that no row runs, or whose adapter is never called; the adapter
-    would hold it untrained. A part of an epoch shows nothing, its rows may be of one modality.
+    Such a tensor sits on a layer that no row runs, or whose adapter is never called, and would be
+    saved untrained. A partial epoch proves nothing: its rows may be of one modality.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class UntrainedParameterCallback(TrainerCallback):
         model: torch.nn.Module,
         **kwargs: Any,
     ) -> None:
-        """Wait for the first gradient of each tensor."""
+        """Register a gradient hook on each adapter tensor."""
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_" in name:
                 self._without.add(name)
@@ -117,7 +117,7 @@ class UntrainedParameterCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note whether the epoch begins here or goes on from a checkpoint."""
+        """Record whether the epoch starts here or continues from a checkpoint."""
         self._is_whole = float(state.epoch or 0).is_integer()
 
     def _seen(self, name: str, gradient: torch.Tensor) -> None:
@@ -130,7 +130,7 @@ class UntrainedParameterCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Look which tensors are still without; Trainer comes here in mid-epoch when it stops."""
+        """Check for tensors without gradient; Trainer calls this mid-epoch, too, when it stops."""
         if not (self._is_whole and float(state.epoch).is_integer()):
             return
         for handle in self._handles:
@@ -146,7 +146,7 @@ class UntrainedParameterCallback(TrainerCallback):
 
 
 class SetEpochCallback(TrainerCallback):
-    """Sets the epoch of a sampler or dataset, also of one that Accelerate's wrappers hide."""
+    """Sets the epoch of a sampler or dataset, even one that Accelerate's wrappers hide."""
 
     def __init__(self, set_epoch: Callable[[int], None]) -> None:
         self._set_epoch = set_epoch
@@ -154,12 +154,12 @@ class SetEpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch, counted from 0, that begins or goes on."""
+        """Set the epoch, counted from 0, that starts or continues."""
         self._set_epoch(int(state.epoch or 0))
 
 
 class LogHistoryCallback(TrainerCallback):
-    """Writes the history at every save."""
+    """Writes the log history at every save."""
 
     def __init__(self, write: Callable[[TrainerState], None]) -> None:
         self.write = write
@@ -171,19 +171,19 @@ class LogHistoryCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Write the history beside the checkpoint."""
+        """Write the log history beside the checkpoint."""
         self.write(state)
 
 
 class SignalCallback(TrainerCallback):
-    """Saves a checkpoint and ends training after the step in which SIGTERM came."""
+    """Saves a checkpoint and ends training after the step in which SIGTERM arrived."""
 
     def __init__(self) -> None:
         self.terminated = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM while the block runs."""
+        """Handle SIGTERM while the block runs."""
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         try:
             yield
@@ -216,9 +216,9 @@ class SignalCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave out the evaluation of an epoch that did not end."""
-        # Trainer comes here also in the middle of an epoch, where no evaluation is due; after a
-        # real one the checkpoint is written again, so that it knows the evaluation
+        """Skip the evaluation of an epoch that was cut short."""
+        # Trainer also calls this in the middle of an epoch, where no evaluation is due; at a real
+        # end the checkpoint is saved again, so that it includes the evaluation
         if self.terminated and state.global_step < state.max_steps:
             is_real_end = float(state.epoch).is_integer()
             control.should_evaluate = control.should_evaluate and is_real_end
@@ -226,9 +226,9 @@ class SignalCallback(TrainerCallback):
 
 
 class CheckpointManifestCallback(TrainerCallback):
-    """Writes each checkpoint's manifest once every process has saved, then deletes the oldest.
+    """Writes a checkpoint's manifest once every process has saved, then deletes old checkpoints.
 
-    Trainer deletes old checkpoints before the new one is known to be complete; this one after.
+    Trainer would delete old checkpoints before the new one is known to be complete.
     """
 
     def __init__(self, save_total_limit: int | None) -> None:
@@ -266,11 +266,11 @@ class BestModelCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Compare with the best so far, which Trainer updates after this call."""
+        """Compare with the best value so far, which Trainer updates after this call."""
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         value, best = metrics[name], state.best_metric
         if best is None or (value > best if args.greater_is_better else value < best):
             try:
                 self.save(Path(args.output_dir) / "best_model")
-            except BaseModelError as error:  # before the first step that moves anything
+            except BaseModelError as error:  # no step has changed every layer yet
                 logger.warning("step %s: no best_model/: %s", state.global_step, error)

@@ -1,8 +1,8 @@
-"""Complete and corrupt checkpoints.
+"""Manifests that separate complete checkpoints from corrupt ones.
 
-A checkpoint is complete once its manifest lies in it: the size and hash of every file that
-the save wrote, and the number of processes that wrote them. The manifest comes last, so a save
-that was killed, a disk that filled up and a file that was lost or cut afterwards all show.
+A checkpoint is complete once it holds its manifest: the size and hash of every saved file, and the
+number of processes that saved them. The manifest is written last, so that a killed save, a full
+disk, and a file that was lost or truncated afterwards are all detected.
 """
 
 import json
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_manifest(checkpoint: Path, *, world_size: int) -> None:
-    """Declare a checkpoint complete; call it when every process has written its part."""
+    """Write the manifest of a complete checkpoint; call it when every process has saved."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     entries = {
         path.relative_to(checkpoint).as_posix(): [path.stat().st_size, file_sha256(path)]
@@ -29,7 +29,7 @@ def write_manifest(checkpoint: Path, *, world_size: int) -> None:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None where it is complete."""
+    """The reason why a checkpoint cannot be resumed from, or None if it is complete."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
@@ -65,7 +65,7 @@ def checkpoint_to_resume(run: Path, resume: bool | str | None) -> Path | None:
         resume: true for the newest complete checkpoint of the run, or the path of one.
 
     Raises:
-        RunError: no complete checkpoint is there, or the given one is not complete.
+        RunError: there is no complete checkpoint, or the given one is not complete.
     """
     if not resume:
         return None
@@ -90,5 +90,5 @@ def checkpoint_to_resume(run: Path, resume: bool | str | None) -> Path | None:
 
 
 def world_size_of(checkpoint: Path) -> int:
-    """How many processes wrote a complete checkpoint."""
+    """The number of processes that wrote a complete checkpoint."""
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["world_size"]

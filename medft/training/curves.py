@@ -1,4 +1,4 @@
-"""The curves of a training as a PNG."""
+"""Training curves as a PNG."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A training started under accelerate, as `medft train` does it."""
+"""Training launched under accelerate, as `medft train` does."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from medft.files import packaged_file
 def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
     """Launch the recipe's script under accelerate; returns its exit code.
 
-    Without a configuration file the one for a single device is taken, never the user's own
-    default, which may hold a precision or hyper-parameters. SIGTERM is passed on to the training
-    processes, which save first; then the exit code is 143.
+    Without a configuration file it uses the one for a single device, never the user's own default,
+    which may set a precision or hyperparameters. SIGTERM is forwarded to the training processes,
+    which save a checkpoint first; the exit code is then 143.
 
     Args:
         file: the recipe, already checked.
-        overrides: as given.
-        config_file: of accelerate; None for one GPU where there is one, else the CPU.
+        overrides: `section.key=value`, as given.
+        config_file: accelerate's; None for one GPU if there is one, else the CPU.
     """
     import psutil
     import torch
@@ -53,7 +53,7 @@ def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
     try:
         while process.poll() is None:
             if terminated.is_set():
-                # the launcher itself would leave a single training process behind
+                # on SIGTERM the launcher leaves a single training process running
                 for child in psutil.Process(process.pid).children():
                     if child.pid not in passed_on:
                         child.terminate()

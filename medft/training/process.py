@@ -1,4 +1,4 @@
-"""The process that a command runs in: logging, seeds, and an orderly end."""
+"""Setup of a command's process: logging, seeds and a clean shutdown."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[None]:
-    """Logging, seeds, and an orderly end of the process group around a command's work.
+    """Set up logging and seeds for the block, and destroy the process group after it.
 
     Args:
-        seed: of all random numbers of the process; None leaves them alone.
+        seed: for all random number generators of the process; None leaves them unchanged.
         quiet: show warnings only.
     """
     import datasets
@@ -24,7 +24,7 @@ def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[N
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     level = logging.WARNING if quiet else logging.INFO
     logging.getLogger("medft").setLevel(level if is_first else logging.ERROR)
-    # one library's words to another, not to the user
+    # meant for other libraries, not for the user
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -39,7 +39,7 @@ def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[N
 
 
 def wait_for_everyone() -> None:
-    """Return when all processes of the run have come here."""
+    """Return once all processes of the run have called this."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()

@@ -1,4 +1,4 @@
-"""What must hold before a run begins in its folder or goes on from a checkpoint."""
+"""Checks before a run starts in its folder or resumes from a checkpoint."""
 
 import math
 import re
@@ -21,7 +21,7 @@ FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
     r"|model\.vision_cache(_gb)?"
 )
-"""Recipe keys that may differ when a run goes on, since they do not change what is trained."""
+"""Recipe keys that may differ on resume, since they do not change what is trained."""
 
 
 def check_output_dir(train: TrainSection) -> Path | None:
@@ -31,8 +31,8 @@ def check_output_dir(train: TrainSection) -> Path | None:
         train: the recipe's section.
 
     Raises:
-        RunError: the folder is not empty and the run does not resume, or there is no complete
-            checkpoint.
+        RunError: the folder is not empty and the run does not resume, or holds no complete
+            checkpoint to resume from.
     """
     output_dir, resume = Path(train.output_dir), train.resume_from_checkpoint
     check_folder_for_output(output_dir, allow_content=True)
@@ -57,18 +57,18 @@ def check_same_run(
     checkpoint: Path,
     world_size: int | None,
 ) -> None:
-    """Refuse to continue a run with anything changed that decides what is trained.
+    """Refuse to resume a run if anything that decides what is trained has changed.
 
     Args:
         recipe: as resolved now.
         base: what identifies the base now.
-        data: the inputs' record, as read now.
+        data: the record of the prepared data, as read now.
         checkpoint: the one to continue from, in the run's directory.
-        world_size: processes now; None where it is not known yet.
+        world_size: number of processes now; None if not known yet.
 
     Raises:
-        RunError: a recipe key, the base, the data or the number of processes differs, or nothing is
-            left to do.
+        RunError: a recipe key, the base, the data or the number of processes differs, or the run is
+            already finished.
     """
     run = checkpoint.parent
     earlier = read_run_record(run)
@@ -104,7 +104,7 @@ def check_same_run(
 
 
 def state_of(checkpoint: Path) -> TrainerState:
-    """Trainer's state as a checkpoint holds it."""
+    """The Trainer state saved in a checkpoint."""
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 

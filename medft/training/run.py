@@ -1,7 +1,7 @@
-"""The run directory: what was asked, on what it ran, how it went.
+"""The run directory: recipe, record, log history, checkpoints and results of a run.
 
 `recipe.yaml` is the resolved recipe, `run.json` the record, `log_history.json` Trainer's list and
-`curves.png` its image. Only the first process writes.
+`curves.png` its plot. Only rank 0 writes them.
 """
 
 import math
@@ -68,12 +68,13 @@ class Run:
         """Train, keep complete checkpoints and the best model, and write adapter/ or model/.
 
         Args:
-            trainer: its dataset and model in place.
+            trainer: with dataset and model.
             checkpoint: a complete checkpoint to continue from.
 
         Raises:
-            Terminated: SIGTERM came; a checkpoint was saved and can be resumed from.
-            RunError: the loss, a gradient or a weight is NaN or infinite.
+            Terminated: SIGTERM arrived; a checkpoint to resume from was saved.
+            RunError: the loss, a gradient or a weight is NaN or infinite, or an adapter tensor had
+                no gradient in an epoch.
         """
         signals = SignalCallback()
         self._add_callbacks(trainer, signals)
@@ -119,7 +120,7 @@ class Run:
             trainer.add_callback(EarlyStoppingCallback(**self._early_stopping))
 
     def _best_metric(self, state: TrainerState) -> float | None:
-        """The metric of best_model/; None where the untouched base was best."""
+        """The metric of best_model/; None if there is none, as when the untrained base was best."""
         return state.best_metric if (self.directory / "best_model").is_dir() else None
 
     def write_history(self, state: TrainerState) -> None:
@@ -135,10 +136,10 @@ class Run:
 
 @contextmanager
 def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) -> Iterator[Run]:
-    """The run of a recipe, its directory made and its record begun.
+    """Create a run's directory and record, and yield the run.
 
-    Everything must have been checked before: this is where writing begins. An exception inside
-    the block leaves `status` as failed (or interrupted, for Ctrl-C) in run.json.
+    Call it after all checks: this writes the first files. An exception inside the block sets
+    `status` in run.json to failed (interrupted for Ctrl-C).
 
     Args:
         recipe: the resolved recipe.
@@ -147,7 +148,7 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
         **record: further entries of run.json: base, data, batch.
     """
     directory = Path(recipe.train.output_dir)
-    wait_for_everyone()  # every process has seen the folder empty before the first one writes
+    wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
     writes = os.environ.get("RANK", "0") == "0"
     entries = {
         "status": "running",
@@ -197,7 +198,7 @@ def save_result(trainer: Trainer, folder: Path) -> None:
 
 
 def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
-    """The last logged training loss and the figures of the last evaluation."""
+    """The last logged training loss and the metrics of the last evaluation."""
     losses = [entry["loss"] for entry in log_history if "loss" in entry]
     evaluations = [entry for entry in log_history if "eval_loss" in entry]
     metrics = {"loss": losses[-1]} if losses else {}
@@ -207,7 +208,7 @@ def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _count(parameters: Any) -> int:
-    # a 4-bit parameter packs two weights a byte; a ZeRO-3 one is empty here and knows its size
+    # a 4-bit parameter packs two weights per byte; a ZeRO-3 one is empty here but has ds_numel
     return sum(
         getattr(p, "ds_numel", p.numel()) * (2 if type(p).__name__ == "Params4bit" else 1)
         for p in parameters

@@ -1,4 +1,4 @@
-"""A Trainer that knows the rows of each step, how fast they come and how long it waits for them."""
+"""A Trainer that tracks the row ids of each step, its throughput and its wait for data."""
 
 import time
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from transformers import Trainer
 from medft.provenance import peak_memory
 
 ROW_IDS = "row_ids"
-"""Key of a batch's ids, which no model sees."""
+"""Batch key of the row ids, which are never passed to the model."""
 
 
 class RowTrackingTrainer(Trainer):
-    """A trainer whose collator puts ids beside its tensors, under ROW_IDS."""
+    """A Trainer whose collator puts row ids beside its tensors, under ROW_IDS."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,7 +30,7 @@ class RowTrackingTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
-        """The batches of a step, their ids kept in `row_ids`."""
+        """The micro-batches of a step; their row ids are stored in `row_ids`."""
         started = time.perf_counter()
         self._since = self._since or started
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -41,7 +41,7 @@ class RowTrackingTrainer(Trainer):
         return batches, items
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The figures of an evaluation, whose time is not counted as training."""
+        """The metrics of an evaluation, whose time is not counted as training time."""
         started = time.perf_counter()
         try:
             return super().evaluate(*args, **kwargs)
@@ -50,7 +50,7 @@ class RowTrackingTrainer(Trainer):
                 self._since += time.perf_counter() - started
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this process's rows and supervised tokens a second, waiting and memory."""
+        """Add this process's rows and supervised tokens per second, data wait and peak memory."""
         if "loss" in logs and self._since is not None:
             now = time.perf_counter()
             seconds = now - self._since
@@ -68,7 +68,7 @@ class RowTrackingTrainer(Trainer):
         return super()._prepare_inputs({k: v for k, v in inputs.items() if k != ROW_IDS})
 
     def _prepare_input(self, data: Any) -> Any:
-        """Move what lies in a dataclass to the device as well, which the library leaves."""
+        """Move the fields of a dataclass to the device, too, which the library does not do."""
         if not is_dataclass(data) or isinstance(data, type):
             return super()._prepare_input(data)
         moved = {part.name: self._prepare_input(getattr(data, part.name)) for part in fields(data)}

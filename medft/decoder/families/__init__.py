@@ -1,4 +1,4 @@
-"""What differs between the families of image-text decoders, a file each."""
+"""What differs between the families of image-text decoders, one file each."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -9,7 +9,7 @@ Shape letters in this file:
     I  images of the row that has most
     N  images of all its rows
     T  tiles of an image, padding included (4 in the release)
-    P  tokens that the tower makes of a tile, or of an image without tiles
+    P  features of a tile, or of an image without tiles
     D  width of the language model
 """
 
@@ -26,25 +26,25 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageInputs:
-    """What the base takes of one image: its pixels, or the features that were made of them."""
+    """One image as the base takes it: its pixels, or the features computed from them."""
 
     pixel_values: Tensor | None = None
     """[3, height, width], or [T, 3, height, width] for a family with tiles."""
 
     aspect_ratio_id: int | None = None
-    """Of the arrangement of tiles, for a family with tiles."""
+    """Id of the tile arrangement, for a family with tiles."""
 
     num_tiles: int = 1
-    """Tiles that hold something; they are the first."""
+    """Number of tiles that are not padding; they come first."""
 
     features: Tensor | None = None
-    """What tower and projector made of the image, [P, D] or [T, P, D]; then no pixels."""
+    """[P, D] or [T, P, D] output of tower and projector; pixel_values is then None."""
 
     cache_entry: str | None = None
-    """The name under which a vision cache keeps its features; None: they are not kept."""
+    """Name of the vision cache entry for its features; None if they are not cached."""
 
     def pin_memory(self) -> "ImageInputs":
-        """The same in pinned memory, as torch's DataLoader asks for it."""
+        """A copy in pinned memory, for torch's DataLoader."""
         pixels, features = (
             None if tensor is None else tensor.pin_memory()
             for tensor in (self.pixel_values, self.features)
@@ -53,14 +53,14 @@ class ImageInputs:
 
     @property
     def pixels(self) -> Tensor:
-        """pixel_values, which are there."""
+        """pixel_values; raises ValueError if there are none."""
         if self.pixel_values is None:
             raise ValueError("expected an image with pixels, it has features")
         return self.pixel_values
 
 
 class Family:
-    """Names and rules of one architecture, as transformers 5 builds it; each family is one."""
+    """Names and rules of one architecture, as transformers 5 builds it; subclassed by family."""
 
     model_type: ClassVar[str]
     """As in config.json."""
@@ -72,13 +72,13 @@ class Family:
     """Regular expressions over whole module names, by the name of a `lora.targets` preset."""
 
     end_of_turn: ClassVar[str]
-    """The token that ends what the assistant says."""
+    """The token that ends an assistant turn."""
 
     chat_template: ClassVar[str | None] = None
-    """How a conversation is written, for bases that ship no template."""
+    """Chat template for bases that ship none."""
 
     template_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Values that the chat template would otherwise take from the clock."""
+    """Template variables that would otherwise come from the clock."""
 
     has_tiles: ClassVar[bool] = False
     """Whether an image is cut into tiles, whose number `data.max_image_tiles` limits."""
@@ -87,49 +87,49 @@ class Family:
     """Whether reentrant checkpointing can train the tower, or the projector behind it."""
 
     leaks_across_batch: ClassVar[bool] = False
-    """Whether the stock code lets a row depend on the images of its neighbours."""
+    """Whether the stock code lets a row depend on the images of other rows in the batch."""
 
     def check_processor(self, processor: ProcessorMixin) -> None:
-        """Refuse settings of a base that `attention_inputs` does not follow.
+        """Refuse processor settings that `attention_inputs` does not support.
 
         Raises:
-            BaseModelError: there is one.
+            BaseModelError: there is such a setting.
         """
 
     def runs_without_images(self, name: str, config: PreTrainedConfig) -> bool:
         """Whether a row without images runs the module of this name.
 
         Args:
-            name: in the base.
-            config: of the base.
+            name: the module's name in the base.
+            config: the base's.
         """
         return not name.startswith((self.parts["vision"], self.parts["projector"]))
 
     def image_token_id(self, processor: ProcessorMixin) -> int:
-        """The token that stands for what the tower sees."""
+        """Id of the image placeholder token."""
         return processor.image_token_id
 
     def tokens_per_image(self, processor: ProcessorMixin) -> int:
-        """How often `image_token_id` stands in the text for one image."""
+        """Number of `image_token_id` tokens per image in the text."""
         return processor.image_seq_length
 
     def non_answer_token_ids(self, processor: ProcessorMixin) -> frozenset[int]:
-        """Tokens that are no part of an answer."""
+        """Ids of tokens that never belong to an answer."""
         return frozenset({self.image_token_id(processor)})
 
     def expand(self, text: str, processor: ProcessorMixin) -> str:
-        """The text of a chat template with room for each image's features."""
+        """The rendered text, each image's placeholder expanded to all its tokens."""
         return text
 
     def image_inputs(
         self, processor: ProcessorMixin, image: Image.Image, *, max_image_tiles: int
     ) -> ImageInputs:
-        """One image for the tower; pixel_values [3, height, width].
+        """The tower's inputs for one image; pixel_values [3, height, width].
 
         Args:
-            processor: of the base.
+            processor: the base's.
             image: in RGB.
-            max_image_tiles: for families that cut images into tiles.
+            max_image_tiles: maximum, for families that cut images into tiles.
         """
         pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"]
         return ImageInputs(pixel_values=pixels[0])
@@ -141,25 +141,25 @@ class Family:
         input_ids: Tensor,
         answers: Tensor,
     ) -> dict[str, Tensor]:
-        """What decides which tokens of a batch see each other and the images.
+        """Model inputs that decide which tokens of a batch see each other and the images.
 
         Args:
-            processor: of the base.
+            processor: the base's.
             images: of each row, in the order of their tokens.
             input_ids: [B, S].
-            answers: [B, S], whether a token stands behind the first prompt of its row.
+            answers: [B, S], whether a token comes after the first prompt of its row.
         """
         raise NotImplementedError
 
     def stack_images(self, images: Sequence[Sequence[ImageInputs]]) -> dict[str, Tensor]:
-        """Images as the stock forward takes them: pixel_values [N, 3, height, width]."""
+        """The stock forward's inputs for images: pixel_values [N, 3, height, width]."""
         flat = [image.pixels for row in images for image in row]
         return {"pixel_values": torch.stack(flat)} if flat else {}
 
     def features(
         self, model: PreTrainedModel, image: ImageInputs, *, drops_padding_tiles: bool
     ) -> Tensor:
-        """What tower and projector make of one image.
+        """Features of one image, the output of tower and projector.
 
         Args:
             model: the base without its head.
@@ -176,16 +176,16 @@ class Family:
         """P and D of a base's features.
 
         Args:
-            config: of the base.
+            config: the base's.
         """
         raise NotImplementedError
 
     def merge_image_features(self, model_inputs: dict[str, Any], features: list[Tensor]) -> None:
-        """Put the features of a batch's images, in order, among the inputs of the base.
+        """Add the features of a batch's images, in order, to the inputs of the base.
 
         Args:
-            model_inputs: keywords of the base's forward; changed.
-            features: of all images.
+            model_inputs: keyword arguments of the base's forward; modified in place.
+            features: one tensor per image.
         """
         model_inputs["pixel_values"] = torch.stack(features)
 

@@ -21,7 +21,7 @@ from medft.errors import BaseModelError
 
 
 class Gemma3(Family):
-    """Gemma 3 and MedGemma: an image is 256 tokens between two marks, which see each other."""
+    """Gemma 3 and MedGemma: an image is 256 tokens, which see each other, between two markers."""
 
     model_type = "gemma3"
     parts = GEMMA_PARTS
@@ -36,10 +36,10 @@ class Gemma3(Family):
     end_of_turn = "<end_of_turn>"
 
     def check_processor(self, processor: ProcessorMixin) -> None:
-        """Refuse crops of an image beside it, which would change its number of tokens.
+        """Refuse pan-and-scan crops, which would change the number of tokens per image.
 
         Raises:
-            BaseModelError: the base asks for them.
+            BaseModelError: do_pan_and_scan is on.
         """
         if processor.image_processor.do_pan_and_scan:
             raise BaseModelError(
@@ -48,17 +48,17 @@ class Gemma3(Family):
             )
 
     def image_token_id(self, processor: ProcessorMixin) -> int:
-        """The token that stands for a feature; the processor's own name means the mark before."""
+        """Id of the token for one feature; the processor's image_token_id is the marker before."""
         return processor.tokenizer.image_token_id
 
     def non_answer_token_ids(self, processor: ProcessorMixin) -> frozenset[int]:
-        """Tokens that are no part of an answer, among them the marks around an image."""
+        """Ids of tokens that never belong to an answer, the markers around an image included."""
         tokenizer = processor.tokenizer
         marks = {tokenizer.boi_token_id, tokenizer.eoi_token_id}
         return super().non_answer_token_ids(processor) | marks
 
     def expand(self, text: str, processor: ProcessorMixin) -> str:
-        """The text with an image's tokens and marks in the place of its first mark."""
+        """The text, each image's first marker replaced by its full token sequence."""
         return text.replace(processor.boi_token, processor.full_image_sequence)
 
     def attention_inputs(
@@ -68,7 +68,7 @@ class Gemma3(Family):
         input_ids: Tensor,
         answers: Tensor,
     ) -> dict[str, Tensor]:
-        """Which tokens stand for images.
+        """Model inputs that mark the tokens of images.
 
         Returns:
             token_type_ids [B, S], 1 for the tokens of an image.

@@ -35,7 +35,7 @@ _MLLAMA_VISION = (
 
 
 class Mllama(Family):
-    """Llama 3.2 Vision: tiles of the images enter the text by cross-attention."""
+    """Llama 3.2 Vision: the text attends to image tiles by cross-attention."""
 
     model_type = "mllama"
     parts = MappingProxyType(
@@ -57,27 +57,27 @@ class Mllama(Family):
         }
     )
     end_of_turn = "<|eot_id|>"
-    # The release writes today's date into conversations without image; it is frozen to the
-    # template's own fallback, so that a row has the same tokens tomorrow.
+    # The release's template writes today's date into conversations without image; its own
+    # fallback is used instead, so that a row has the same tokens every day.
     template_arguments = MappingProxyType({"date_string": "26 Jul 2024"})
     has_tiles = True
     recomputes_tower = False
     leaks_across_batch = True
 
     def runs_without_images(self, name: str, config: PreTrainedConfig) -> bool:
-        """Not in layers of cross-attention either, which such a row leaves out whole."""
+        """Whether a row without images runs the module; it also skips cross-attention layers."""
         layer = re.match(r"model\.language_model\.layers\.(\d+)\.", name)
         crossed = layer and int(layer[1]) in config.text_config.cross_attention_layers
         return not crossed and super().runs_without_images(name, config)
 
     def tokens_per_image(self, processor: ProcessorMixin) -> int:
-        """One: the features are not in the text."""
+        """1: the features are not in the text."""
         return 1
 
     def image_inputs(
         self, processor: ProcessorMixin, image: Image.Image, *, max_image_tiles: int
     ) -> ImageInputs:
-        """One image in tiles.
+        """The tower's inputs for one image, cut into tiles.
 
         Returns:
             pixel_values [T, 3, height, width], aspect_ratio_id and num_tiles.
@@ -98,7 +98,7 @@ class Mllama(Family):
         input_ids: Tensor,
         answers: Tensor,
     ) -> dict[str, Tensor]:
-        """Which token sees which tile; nothing for a batch without images.
+        """The mask of which token sees which tile; empty for a batch without images.
 
         Returns:
             cross_attention_mask [B, S, I, T].
@@ -118,7 +118,7 @@ class Mllama(Family):
         return {"cross_attention_mask": torch.from_numpy(mask)}
 
     def stack_images(self, images: Sequence[Sequence[ImageInputs]]) -> dict[str, Tensor]:
-        """Images of rows with equally many, as the stock forward takes them.
+        """The stock forward's inputs for images, of rows with equally many.
 
         Returns:
             pixel_values [B, I, T, 3, height, width], aspect_ratio_ids [B, I] and aspect_ratio_mask
@@ -145,32 +145,31 @@ class Mllama(Family):
         return model.multi_modal_projector(kept)
 
     def feature_shape(self, config: PreTrainedConfig) -> tuple[int, int]:
-        """P and D of a base's features, for each tile."""
+        """P and D of a base's features, per tile."""
         vision = config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         return patches + 1, config.text_config.hidden_size
 
     def merge_image_features(self, model_inputs: dict[str, Any], features: list[Tensor]) -> None:
-        """Hand the states to cross-attention, tiles beyond the batch's largest number left out.
+        """Add the states for cross-attention, cut to the largest number of tiles in the batch.
 
-        Rows with fewer images, and images with fewer tiles, are filled with zeros, which the mask
-        hides.
+        Missing images of a row and missing tiles of an image are zeros, which the mask hides.
         """
         mask = model_inputs["cross_attention_mask"]
         num_tiles = max(len(states) for states in features)
         model_inputs["cross_attention_mask"] = mask[..., :num_tiles]
         states = features[0].new_zeros(*mask.shape[::2], num_tiles, *features[0].shape[1:])
-        seen = mask.amax(dim=(1, 3)).nonzero().tolist()  # rows and images that are there
+        seen = mask.amax(dim=(1, 3)).nonzero().tolist()  # (row, image) pairs that exist
         for (row, image), of_image in zip(seen, features, strict=True):
             states[row, image, : len(of_image)] = of_image
         model_inputs["cross_attention_states"] = states.flatten(0, 2)
 
     def isolate_rows(self, model: nn.Module) -> None:
-        """Make tokens that may see no image get nothing from cross-attention.
+        """Zero the cross-attention output of tokens that may see no image.
 
         Stock code gives such tokens (all of a row without image, and those before its first image)
-        the same small weight on every vision token, also on those that pad the row to the number
-        of images of its neighbours and to four tiles; only the feed-forward part is masked
+        the same small weight on every vision token, including those that pad the row to the
+        batch's number of images and to four tiles; it masks only the feed-forward part
         (transformers#39379).
         """
         for layer in model.modules():
@@ -182,7 +181,7 @@ class Mllama(Family):
 def _note_which_tokens_see(
     layer: MllamaCrossAttentionDecoderLayer, arguments: tuple, keywords: dict[str, Any]
 ) -> None:
-    # the layer's own forward does not hand this on; a recomputed layer comes by here again
+    # the layer does not pass this on to its attention; a recomputed layer runs this hook again
     attention: Any = layer.cross_attn
     attention.tokens_that_see = keywords["full_text_row_masked_out_mask"]
 
@@ -195,10 +194,10 @@ def _mask_output(attention: Any, arguments: tuple, output: tuple) -> tuple:
 def _limit_tiles(
     image: Image.Image, processor: BaseImageProcessor, max_image_tiles: int
 ) -> Image.Image:
-    """The image, shrunk so that the processor lays it on at most max_image_tiles tiles.
+    """The image, shrunk so that the processor cuts it into at most max_image_tiles tiles.
 
-    The processor keeps its own limit of tiles, since the base's ids of tile arrangements and its
-    padding are counted with it.
+    The processor keeps its own limit of tiles, since the base's aspect ratio ids and its padding
+    depend on it.
     """
     tile = processor.size["height"]
     canvas = get_optimal_tiled_canvas(image.height, image.width, processor.max_image_tiles, tile)

@@ -22,8 +22,8 @@ from medft.decoder.families.gemma import (
 class PaliGemma(Family):
     """PaliGemma 1 and 2: patches of the images before the text; images and prompt see each other.
 
-    What follows the first answer is read causally, later prompts too, or an answer would be seen
-    by the prompt before it.
+    Everything from the first answer on is causal, later prompts included; otherwise the prompt
+    before an answer would see it.
     """
 
     model_type = "paligemma"
@@ -54,7 +54,7 @@ class PaliGemma(Family):
 """
 
     def expand(self, text: str, processor: ProcessorMixin) -> str:
-        """The text with one token for each patch of an image."""
+        """The text with one image token per patch."""
         return text.replace(
             processor.image_token, processor.image_token * self.tokens_per_image(processor)
         )
@@ -66,10 +66,10 @@ class PaliGemma(Family):
         input_ids: Tensor,
         answers: Tensor,
     ) -> dict[str, Tensor]:
-        """Which tokens are read causally.
+        """Model inputs that mark the tokens with causal attention.
 
         Returns:
-            token_type_ids [B, S], 0 in image and first prompt and 1 behind them.
+            token_type_ids [B, S], 0 in image and first prompt and 1 after them.
         """
         return {"token_type_ids": answers.long()}
 
