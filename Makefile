@@ -17,7 +17,7 @@ test-slow: $(STAMP)
 	$(BIN)/pytest -m "slow and not gpu and not proof and not upstream"
 
 proof: $(STAMP)
-	$(BIN)/pytest -m "proof and not gpu"
+	$(BIN)/pytest -m "proof and not gpu" --proof-table benchmarks/results/proof.json
 
 upstream: $(STAMP)
 	$(BIN)/pytest -m "upstream and not gpu"

@@ -50,31 +50,56 @@ def contents(out):
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name in FILES}
 
 
-def test_killed_at_any_moment_and_repeated(tmp_path):
-    sources = write_exports(tmp_path / "raw", pairs=400, seed=4)
-    undisturbed = prepare(sources, tmp_path / "whole")
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    things, moves = map(int, undisturbed.stdout.splitlines()[-1].split())
-    whole = contents(tmp_path / "whole")
-    assert whole.keys() == set(FILES)
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return write_exports(tmp_path_factory.mktemp("raw") / "raw", pairs=400, seed=4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sources, tmp_path_factory):
+    """The files of a preparation, how many things it did, and how often it moved a file."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = prepare(sources, out)
+    assert done.returncode == 0, done.stderr
+    things, moves = map(int, done.stdout.splitlines()[-1].split())
+    assert contents(out).keys() == set(FILES)
+    return contents(out), things, moves
+
+
+def killed_and_repeated(sources, out, complete, moment, *, over_earlier):
+    """How many files were new after the kill; what was there must be old or new, not between."""
+    if over_earlier:
+        out.mkdir()
+        for name in FILES:
+            (out / name).write_text("earlier")
+    assert prepare(sources, out, *moment).returncode == -9, moment
+    left = contents(out) if out.exists() else {}
+    earlier = dict.fromkeys(FILES, b"earlier") if over_earlier else {}
+    for name, content in left.items():
+        assert content in (complete[name], earlier.get(name)), (moment, name)
+    assert prepare(sources, out).returncode == 0
+    assert contents(out) == complete
+    assert {path.name for path in out.iterdir()} == set(FILES)
+    return sum(content == complete[name] for name, content in left.items())
+
+
+def test_killed_between_two_renames_and_repeated(sources, undisturbed, tmp_path):
+    complete, _, moves = undisturbed
+    new = killed_and_repeated(
+        sources, tmp_path / "out", complete, ("move", moves - 1), over_earlier=True
+    )
+    assert new > 0
+
+
+@pytest.mark.proof
+def test_killed_at_any_moment_and_repeated(sources, undisturbed, tmp_path):
+    complete, things, moves = undisturbed
     early = [("any", 1 + things * i // 12) for i in range(11)]
     late = [("move", 1 + i) for i in range(moves)]
     assert len(early) + len(late) >= 20
     seen = set()
     for number, moment in enumerate([*early, *late]):
         out = tmp_path / f"out{number}"
-        if number % 2:  # an earlier output of other data, which must stay whole
-            out.mkdir()
-            for name in FILES:
-                (out / name).write_text("earlier")
-        assert prepare(sources, out, *moment).returncode == -9, moment
-        left = contents(out) if out.exists() else {}
-        earlier = dict.fromkeys(FILES, b"earlier") if number % 2 else {}
-        for name, content in left.items():
-            assert content in (whole[name], earlier.get(name)), (moment, name)
-        seen.add(sum(content == whole[name] for name, content in left.items()))
-        assert prepare(sources, out).returncode == 0
-        assert contents(out) == whole
-        assert {path.name for path in out.iterdir()} == set(FILES)
+        seen.add(killed_and_repeated(sources, out, complete, moment, over_earlier=number % 2 == 1))
         shutil.rmtree(out)
     assert seen == {0, 1, 2, 3, 4}  # killed between the renames too

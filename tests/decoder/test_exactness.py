@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from families import BASES, FAMILY
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.nn import functional
@@ -13,9 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medft.decoder.families import FAMILIES
-
-BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
-FAMILY = pytest.mark.parametrize("family", BASES)
 
 # Three rows of two images: one turn, two turns, two turns; what is trained stands apart.
 CONVERSATIONS = [
@@ -204,8 +202,14 @@ def trajectory(made):
     return np.array([[entry["loss"], entry["grad_norm"]] for entry in log])
 
 
-@pytest.mark.slow
-@FAMILY
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("mllama", marks=pytest.mark.slow),
+        pytest.param("paligemma", marks=pytest.mark.proof),
+        pytest.param("gemma3", marks=pytest.mark.proof),
+    ],
+)
 def test_accumulation_and_checkpointing_change_nothing_in_20_steps(trainer, data, family):
     # 31 rows: the fourth step of an epoch has seven
     train = {"rows": data / "chat" / "train.jsonl", "max_steps": 20, "learning_rate": 1e-3}

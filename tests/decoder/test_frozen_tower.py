@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import BASES, FAMILY
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForImageTextToText
@@ -10,8 +11,6 @@ from medft.decoder.families import FAMILIES
 from medft.decoder.frozen_tower import run_frozen_parts_without_grad
 from medft.errors import BaseModelError
 
-BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
-FAMILY = pytest.mark.parametrize("family", BASES)
 REENTRANT = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": True},

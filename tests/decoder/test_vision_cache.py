@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import BASES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,8 +16,6 @@ from medft.decoder import vision_cache
 from medft.decoder.families import FAMILIES
 from medft.decoder.vision_cache import VisionCache
 from medft.errors import MedftError
-
-BASES = {"mllama": "decoder", "paligemma": "paligemma", "gemma3": "gemma3"}
 
 
 @pytest.fixture
@@ -52,9 +51,9 @@ def same(left, right):
     ("family", "changes"),
     [
         pytest.param("mllama", [], marks=pytest.mark.slow),
-        pytest.param("mllama", ["model.cross_attention_fix=true"], marks=pytest.mark.slow),
-        pytest.param("paligemma", [], marks=pytest.mark.slow),
-        pytest.param("gemma3", [], marks=pytest.mark.slow),
+        pytest.param("mllama", ["model.cross_attention_fix=true"], marks=pytest.mark.proof),
+        pytest.param("paligemma", [], marks=pytest.mark.proof),
+        pytest.param("gemma3", [], marks=pytest.mark.proof),
     ],
 )
 def test_two_epochs_with_the_cache_are_two_without_bit_for_bit(trainer, tmp_path, family, changes):

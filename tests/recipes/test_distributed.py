@@ -51,7 +51,7 @@ def losses(file):
     return [entry["loss"] for entry in history if "loss" in entry], run
 
 
-@pytest.mark.parametrize("rows", ["one image", "mixed"])
+@pytest.mark.parametrize("rows", [pytest.param("one image", marks=pytest.mark.proof), "mixed"])
 def test_two_processes_train_as_one_with_twice_the_batch(recipe, rows, mixed_rows):
     words = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     two = recipe("decoder", per_device_train_batch_size=3)
@@ -138,8 +138,15 @@ def test_siglip_has_exact_batches_under_zero2_and_is_refused_under_zero3(recipe,
         assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+@pytest.mark.parametrize(
+    ("kind", "processes"),
+    [
+        pytest.param("decoder", 1, marks=pytest.mark.proof),
+        ("decoder", 2),
+        pytest.param("siglip", 1, marks=pytest.mark.proof),
+        pytest.param("siglip", 2, marks=pytest.mark.proof),
+    ],
+)
 def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kind, processes):
     # 31 rows: 11 or 6 rounds an epoch of the decoder, 5 or 2 exact batches of SigLIP
     middle, end = {
@@ -170,8 +177,15 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kin
     assert json.loads((run / "adapter" / "medft.json").read_text()) == notes  # scale and bias
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-@pytest.mark.parametrize("quantization", ["null", "{bits: 4}"])
+@pytest.mark.parametrize(
+    ("quantization", "stage"),
+    [
+        pytest.param("null", "zero2", marks=pytest.mark.proof),
+        pytest.param("null", "zero3", marks=pytest.mark.proof),
+        pytest.param("{bits: 4}", "zero2", marks=pytest.mark.proof),
+        ("{bits: 4}", "zero3"),
+    ],
+)
 def test_deepspeed_trains_and_writes_a_plain_adapter(recipe, tmp_path, stage, quantization):
     # PEFT, ZeRO-3 and checkpointing together fail in stock code
     file = recipe("decoder", gradient_checkpointing=True)
