@@ -18,9 +18,9 @@ HOUSE = """
     data/ messages rows chat tokens
     models/ base saved lora frozen
     training/ process arguments trainer checkpoints callbacks curves resume run launch
-    decoder/families/ base mllama gemma paligemma gemma3 __init__
-    decoder/ vision_cache frozen_tower conversation sampler checks collator prepared
-    decoder/ model generator trainer
+    decoder/families/ base mllama gemma_names paligemma gemma3 __init__
+    decoder/ vision_cache frozen_tower conversation sampler checks collator
+    decoder/ measured_rows prepared model generator trainer
     siglip/ pooling_head model locked_towers loss floor distributed exact_batch
     siglip/ augmentation collator checks prepared embedder trainer
     check

@@ -4,10 +4,9 @@ import hashlib
 import logging
 import math
 import shutil
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -26,14 +25,12 @@ from medft.config.recipe import (
     QuantizationSection,
 )
 from medft.data.rows import (
-    SHOWN_PROBLEMS,
     Row,
     describe_counts,
     fingerprint,
     image_source,
     load_rows,
 )
-from medft.data.tokens import length_percentiles
 from medft.decoder.checks import (
     check_cached_tower,
     check_flags,
@@ -44,13 +41,14 @@ from medft.decoder.checks import (
     plan_targets,
     shards_weights,
 )
-from medft.decoder.collator import DecoderCollator, check_labels
-from medft.decoder.conversation import IGNORED, ConversationEncoder, EncodedRow, mark_trained
+from medft.decoder.collator import DecoderCollator
+from medft.decoder.conversation import ConversationEncoder, mark_trained
 from medft.decoder.families import family_of
 from medft.decoder.families.base import Family
+from medft.decoder.measured_rows import MeasuredRows, measure_rows
 from medft.decoder.sampler import GlobalBatchSampler
 from medft.decoder.vision_cache import VisionCache, weights_sha256
-from medft.errors import DataError, ErrorCollector
+from medft.errors import ErrorCollector
 from medft.models.base import empty_model, load_config, load_processor
 from medft.models.lora import ALL_WEIGHTS
 from medft.provenance import package_versions
@@ -164,10 +162,12 @@ def prepare_decoder_data(
         base = _checked_base(model, data, lora, arguments)
     collector.raise_any()
     isolates_rows = model.cross_attention_fix or not base.family.leaks_across_batch
-    measured: dict[str, _MeasuredRows] = {}
+    measured: dict[str, MeasuredRows] = {}
     for split, rows in files.items():
         with collector.gather():
-            measured[split] = _measure(rows, base, data)
+            measured[split] = measure_rows(
+                rows, base.conversation, data, vocab_size=base.vocab_size
+            )
             if split == "validation":
                 check_validation_batches(measured[split].images_a_row, isolates_rows, arguments)
     if lora and "train" in measured and measured["train"].images_a_row.keys() == {"0"}:
@@ -263,121 +263,8 @@ def inference_record(
     }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _MeasuredRows:
-    """The rows of a file that fit, and counts over all rows."""
-
-    kept: Dataset
-    lengths: list[int]
-    """Tokens of each kept row before truncation."""
-
-    counts: dict[str, Any]
-    """For run.json."""
-
-    @property
-    def images_a_row(self) -> dict[str, int]:
-        """Number of images, as a string -> number of rows."""
-        return self.counts["images_a_row"]
-
-
-def _measure(rows: Dataset, base: _CheckedBase, data: DecoderDataSection) -> _MeasuredRows:
-    """Encode every row; count images, and tokens and rows that are truncated or dropped.
-
-    Raises:
-        DataError: a row cannot be encoded, or its prompt is too long and `too_long` is error.
-    """
-    lengths: list[int] = []
-    kept: list[_KeptRow] = []
-    problems: list[str] = []
-    for place, record in enumerate(rows.select_columns(["id", "messages", "images"])):
-        row = Row.of(record)
-        try:
-            encoded = _encode(row, base)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        lengths.append(len(encoded.input_ids))
-        needed = _tokens_needed(encoded, base.conversation.image_token_id)
-        if needed <= data.max_length:
-            trained = sum(label != IGNORED for label in encoded.labels[: data.max_length])
-            kept.append(_KeptRow(place, len(encoded.input_ids), trained, len(row.images)))
-        elif data.too_long == "error":
-            problems.append(
-                f"row {row.id}: expected a prompt below data.max_length ({data.max_length}), it "
-                f"has {needed - 1} tokens: raise it, or write data.too_long: drop"
-            )
-    _raise_first(problems)
-    if not kept:
-        raise DataError(
-            f"expected rows whose prompt is below data.max_length ({data.max_length}), all "
-            f"{len(rows)} are longer: raise it"
-        )
-    cut = [max(row.tokens - data.max_length, 0) for row in kept]
-    image_counts = Counter(row.images for row in kept)
-    return _MeasuredRows(
-        kept=rows if len(kept) == len(rows) else rows.select([row.place for row in kept]),
-        lengths=[row.tokens for row in kept],
-        counts={
-            "rows_kept": len(kept),
-            "rows_dropped": len(rows) - len(kept),
-            "answers_cut": sum(map(bool, cut)),
-            "tokens_cut": sum(cut),
-            "tokens_trained": sum(row.trained for row in kept),
-            "tokens_a_row": length_percentiles(lengths),
-            "images_a_row": {str(count): image_counts[count] for count in sorted(image_counts)},
-        },
-    )
-
-
-class _KeptRow(NamedTuple):
-    """Position and sizes of a row that fits."""
-
-    place: int
-    """Row index in the file, from 0."""
-
-    tokens: int
-    """Number of tokens before truncation."""
-
-    trained: int
-    """Number of trained tokens."""
-
-    images: int
-
-
-def _encode(row: Row, base: _CheckedBase) -> EncodedRow:
-    conversation = base.conversation
-    encoded = conversation.encode(row.messages, row.id)
-    _check_image_tokens(row, encoded.input_ids, conversation)
-    never = base.family.non_answer_token_ids(conversation.processor)
-    check_labels(torch.tensor([encoded.labels]), base.vocab_size, never, [row.id])
-    return encoded
-
-
-def _tokens_needed(row: EncodedRow, image_token_id: int) -> int:
-    """Number of tokens up to the first trained one and the last image token, both included."""
-    images = (i for i, token in enumerate(row.input_ids) if token == image_token_id)
-    return max(row.prompt_length, *images, 0) + 1
-
-
-def _raise_first(problems: list[str]) -> None:
-    more = len(problems) - SHOWN_PROBLEMS
-    rest = [f"{more} more rows are bad: correct them too"] if more > 0 else []
-    if problems:
-        raise DataError(*problems[:SHOWN_PROBLEMS], *rest)
-
-
-def _check_image_tokens(row: Row, input_ids: list[int], conversation: ConversationEncoder) -> None:
-    wanted = len(row.images) * conversation.family.tokens_per_image(conversation.processor)
-    found = input_ids.count(conversation.image_token_id)
-    if found != wanted:
-        raise DataError(
-            f"row {row.id}: expected {wanted} image tokens for its {len(row.images)} images, "
-            f"the chat template wrote {found}: put the base's own template back"
-        )
-
-
 def _sampler(
-    train: _MeasuredRows, isolates_rows: bool, arguments: TrainingArguments
+    train: MeasuredRows, isolates_rows: bool, arguments: TrainingArguments
 ) -> GlobalBatchSampler:
     image_counts = [len(images) for images in train.kept["images"]]
     mixes = isolates_rows and not shards_weights(arguments)

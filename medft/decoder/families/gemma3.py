@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from medft.decoder.families.base import Family, ImageInputs
-from medft.decoder.families.gemma import (
+from medft.decoder.families.gemma_names import (
     GEMMA_ATTENTION,
     GEMMA_LANGUAGE,
     GEMMA_LAYERS,
