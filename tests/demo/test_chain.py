@@ -48,6 +48,7 @@ def test_the_demo_learns_and_ends_with_the_path_of_its_page(demo):
     assert len(predictions) == 12
 
 
+@pytest.mark.proof
 def test_images_that_belong_to_other_texts_make_the_check_fail(demo, tmp_path):
     out, _ = demo
     chat = tmp_path / "chat"
