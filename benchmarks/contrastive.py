@@ -51,10 +51,10 @@ from transformers import (
     Trainer,
 )
 
-from medft.config.recipe import SiglipRecipe
+from medft.config.recipe import LoraSection, ModelSection, SiglipRecipe
 from medft.demo.bases import siglip_tokenizer, tokenizer_corpus
-from medft.models.lora import attach_adapter
-from medft.siglip.model import PRESETS, scale_and_bias, train_scale_and_bias
+from medft.siglip.build import build_trainer
+from medft.siglip.model import scale_and_bias
 from medft.siglip.prepared import prepare_siglip_data
 from medft.siglip.trainer import SiglipTrainer, siglip_arguments
 
@@ -147,13 +147,20 @@ def exact_trainer(folder: Path, config: SiglipConfig, pairs: int, micro: int) ->
     prepared = prepare_siglip_data(
         recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
     )
+    sections = recipe.model, recipe.data, recipe.lora, recipe.contrastive
+    base = {"base": recipe.model.base, "revision": None}
+    return build_trainer(
+        *sections, arguments=arguments, prepared=prepared, base=base, load=random_model
+    )
+
+
+def random_model(model: ModelSection, lora: LoraSection | None, *, image_size: int) -> SiglipModel:
+    """A SigLIP of the base's configuration, with the scale and bias of released models."""
     torch.manual_seed(7)
-    model = SiglipModel(config)
-    nn.init.constant_(model.logit_scale, LOGIT_SCALE)
-    nn.init.constant_(model.logit_bias, LOGIT_BIAS)
-    adapted = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
-    train_scale_and_bias(adapted)
-    return SiglipTrainer(adapted, arguments, prepared, recipe.contrastive, {})
+    drawn = SiglipModel(SiglipConfig.from_pretrained(model.base))
+    nn.init.constant_(drawn.logit_scale, LOGIT_SCALE)
+    nn.init.constant_(drawn.logit_bias, LOGIT_BIAS)
+    return drawn
 
 
 def accumulate(trainer: Trainer, batches: Sequence[Batch]) -> float:

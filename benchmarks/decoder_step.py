@@ -53,9 +53,10 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medft.config.recipe import DecoderRecipe
+from medft.decoder.build import build_trainer
 from medft.decoder.families.mllama import MLLAMA
 from medft.decoder.prepared import prepare_decoder_data
-from medft.decoder.trainer import DecoderTrainer, decoder_arguments
+from medft.decoder.trainer import decoder_arguments
 from medft.demo.bases import decoder_tokenizer, tokenizer_corpus
 from medft.models.lora import attach_adapter
 
@@ -250,29 +251,35 @@ class Variant:
         (base / "recipe.yaml").write_text("{}\n")
         recipe = DecoderRecipe.load(base / "recipe.yaml", sections)
         arguments = decoder_arguments(recipe.train, dtype=dtype)
-        inputs = prepare_decoder_data(recipe.model, recipe.data, recipe.lora, arguments)
-        device = "cuda" if is_real else "cpu"
-        weights = getattr(torch, dtype)
-        model = random_model(config, dtype=weights, is_4bit=is_real, device=device)
-        if recipe.model.cross_attention_fix:
-            MLLAMA.isolate_rows(model)
-        model = attach_adapter(model, recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
-        for parameter_name, parameter in model.named_parameters():
+        prepared = prepare_decoder_data(recipe.model, recipe.data, recipe.lora, arguments)
+        self.rows = [prepared.train[0]]
+
+        def load(*_: Any, **__: Any) -> nn.Module:
+            device = "cuda" if is_real else "cpu"
+            weights = getattr(torch, dtype)
+            return random_model(config, dtype=weights, is_4bit=is_real, device=device)
+
+        if name[0] == "a":
+            model = attach_adapter(load(), recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM")
+            self.trainer = self._stock(model, prepared, arguments)
+        else:
+            sections = recipe.model, recipe.data, recipe.quantization, recipe.lora
+            known = {"base": str(base), "revision": None}
+            self.trainer = build_trainer(
+                *sections, arguments=arguments, prepared=prepared, base=known, load=load
+            )
+        self.model: PeftModel = self.trainer.model
+        torch.manual_seed(2)  # what a Trainer draws before differs between the variants
+        for parameter_name, parameter in self.model.named_parameters():
             if "lora_B" in parameter_name:
                 nn.init.normal_(parameter, std=0.01)
-        self.rows = [inputs.train[0]]
-        if name[0] == "a":
-            self.trainer = self._stock(model, inputs, arguments)
-        else:
-            self.trainer = DecoderTrainer(model, arguments, inputs, {})
-        self.model: PeftModel = self.trainer.model
         if arguments.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
         self.trainer.create_optimizer()
         self.model.train()
         self.tokens = int((self.collate()["labels"] >= 0).sum())
 
-    def _stock(self, model: nn.Module, inputs: Any, arguments: Any) -> SFTTrainer:
+    def _stock(self, model: nn.Module, prepared: Any, arguments: Any) -> SFTTrainer:
         stock = SFTConfig(
             arguments.output_dir,
             max_length=None,
@@ -283,8 +290,8 @@ class Variant:
             bf16=arguments.bf16,
             use_cpu=arguments.use_cpu,
         )
-        collator = DataCollatorForVisionLanguageModeling(inputs.processor, max_length=None)
-        encoded = inputs.collator.conversation.encode(json.loads(self.rows[0]["messages"]), "row")
+        collator = DataCollatorForVisionLanguageModeling(prepared.processor, max_length=None)
+        encoded = prepared.collator.conversation.encode(json.loads(self.rows[0]["messages"]), "row")
         labels = torch.tensor([encoded.labels])
 
         def repaired(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -296,9 +303,9 @@ class Variant:
         return SFTTrainer(
             model,
             args=stock,
-            train_dataset=inputs.train,
+            train_dataset=prepared.train,
             data_collator=repaired,
-            processing_class=inputs.processor,
+            processing_class=prepared.processor,
         )
 
     def collate(self) -> dict[str, Any]:

@@ -11,12 +11,10 @@ from medft.data.rows import describe_counts
 from medft.decoder.prepared import PreparedDecoderData, prepare_decoder_data
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import ErrorCollector
-from medft.models.base import identify_base
-from medft.models.lora import initial_adapter
 from medft.siglip.prepared import PreparedSiglipData, prepare_siglip_data
 from medft.siglip.trainer import siglip_arguments
 from medft.training.arguments import batch_arithmetic
-from medft.training.resume import check_output_dir, check_same_run
+from medft.training.resume import check_output_dir, identify_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +37,12 @@ def check(file: Path, overrides: list[str]) -> Checked:
     checkpoint = None
     with collector.gather():
         checkpoint = check_output_dir(recipe.train)
-    lora = recipe.lora.resumed() if checkpoint and recipe.lora else recipe.lora
+    lora = recipe.initial_lora(resumes=checkpoint is not None)
     with collector.gather():
         prepared, arguments = _prepare(recipe, lora)
     collector.raise_any()
     if checkpoint or (lora and lora.init_from):
-        base = identify_base(recipe.model, prepared.config)
-        initial_adapter(lora, base)
-    if checkpoint:
-        check_same_run(recipe, base, prepared.record, checkpoint, None)
+        identify_run(recipe, lora, prepared, checkpoint, world_size=None)
     return Checked(recipe, prepared, batch_arithmetic(prepared.rows_per_epoch, arguments))
 
 

@@ -76,3 +76,10 @@ def packaged_file(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise RecipeError(f"expected {name} beside the installed medft, it is missing: reinstall medft")
+
+
+def cache_folder() -> Path:
+    """Where medft keeps what it would compute again: `$MEDFT_CACHE`, or `~/.cache/medft`."""
+    given = os.environ.get("MEDFT_CACHE")
+    standard = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medft"
+    return Path(given).expanduser() if given else standard

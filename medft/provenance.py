@@ -4,13 +4,16 @@ Secrets are masked at any depth; paths below the user's home are written with `~
 never read.
 """
 
+import contextlib
 import datetime
 import hashlib
+import json
 import os
 import platform
 import re
 import resource
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 
 import medft
-from medft.files import file_sha256
+from medft.files import cache_folder, file_sha256, write_json
 
 PACKAGES = [
     "torch",
@@ -68,12 +71,41 @@ def masked_words(words: list[str]) -> list[str]:
     ]
 
 
-def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the relative paths and contents of all files of a folder, in hexadecimal."""
-    whole = hashlib.sha256()
+def folder_sha256(folder: Path, *, hash_of: Callable[[Path], str] = file_sha256) -> str:
+    """One hash over the names and contents of all files of a folder.
+
+    Args:
+        folder: searched at any depth.
+        hash_of: hashes a file's content.
+    """
+    digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def remembered_sha256(path: Path) -> str:
+    """SHA-256 of a file, computed once for its path, size and modification time.
+
+    The hash is kept in the folder hashes of `cache_folder`; where that cannot be written, it is
+    computed each time.
+    """
+    state = path.stat()
+    place = str(path.absolute())
+    known = {"path": place, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    name = hashlib.sha256(place.encode()).hexdigest()[:32]
+    memory = cache_folder() / "hashes" / f"{name}.json"
+    try:
+        content = json.loads(memory.read_text(encoding="utf-8"))
+        if {key: content[key] for key in known} == known:
+            return content["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not hashed yet, or damaged
+    digest = file_sha256(path)
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, {**known, "sha256": digest})
+    return digest
 
 
 def peak_memory() -> dict[str, int]:

@@ -18,13 +18,19 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"decoder": "decoder_qlora.py", "siglip": "siglip_lora.py"}
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """What medft would keep in the home folder of its user."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def fresh_process():
+def fresh_process(cache):
     """Undo what a test before left in the process: Accelerate's state, variables Trainer sets."""
     from fresh import reset_accelerator
 
     reset_accelerator()
-    with mock.patch.dict(os.environ):
+    with mock.patch.dict(os.environ, {"MEDFT_CACHE": str(cache)}):
         yield
 
 
@@ -165,13 +171,13 @@ def write_recipe(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def run_script():
+def run_script(cache):
     """Run a recipe script in this process, as `python recipes/x.py WORDS` does; may raise."""
     from fresh import reset_accelerator
 
     def run(kind: str, *words: object) -> None:
         reset_accelerator()
-        with mock.patch.dict(os.environ):
+        with mock.patch.dict(os.environ, {"MEDFT_CACHE": str(cache)}):
             main = runpy.run_path(str(ROOT / "recipes" / SCRIPTS[kind]))["main"]
             main([str(word) for word in words])
 

@@ -11,26 +11,22 @@ from fresh import reset_accelerator
 from transformers import TrainerCallback, set_seed
 
 from medft.config.recipe import SiglipRecipe
-from medft.models.lora import attach_adapter
-from medft.siglip.model import PRESETS, load_model, train_scale_and_bias
+from medft.models.base import identify_base
+from medft.siglip.build import build_trainer as build
 from medft.siglip.prepared import prepare_siglip_data
-from medft.siglip.trainer import SiglipTrainer, siglip_arguments
+from medft.siglip.trainer import siglip_arguments
 
 
-def build_trainer(file, changes=(), trainer_class=SiglipTrainer):
+def build_trainer(file, changes=(), **options):
     """A trainer as the script makes it, its adapter drawn from a seed."""
     reset_accelerator()
     recipe = SiglipRecipe.load(file, changes)
     set_seed(3)
     arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
-    inputs = prepare_siglip_data(
-        recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
-    )
-    model = load_model(recipe.model, recipe.lora, image_size=recipe.data.image_size)
-    if recipe.lora:
-        model = attach_adapter(model, recipe.lora, PRESETS, task_type=None)
-        train_scale_and_bias(model)
-    return trainer_class(model, arguments, inputs, recipe.contrastive, {})
+    sections = recipe.model, recipe.data, recipe.lora, recipe.contrastive
+    prepared = prepare_siglip_data(*sections, arguments)
+    base = identify_base(recipe.model, prepared.config)
+    return build(*sections, arguments=arguments, prepared=prepared, base=base, **options)
 
 
 class Gradients(TrainerCallback):
@@ -49,10 +45,15 @@ class Gradients(TrainerCallback):
             }
 
 
-def first_step(file, changes=(), trainer_class=SiglipTrainer):
-    """The trainer after one step, the gradient of that step and what was logged."""
+def first_step(file, changes=(), prepare=None):
+    """The trainer after one step, the gradient of that step and what was logged.
+
+    `prepare` is called with the trainer before.
+    """
     fixed = ("train.max_steps=1", "train.save_strategy=no", "train.max_grad_norm=0")
-    trainer = build_trainer(file, (*fixed, *changes), trainer_class)
+    trainer = build_trainer(file, (*fixed, *changes))
+    if prepare is not None:
+        prepare(trainer)
     callback = Gradients()
     trainer.add_callback(callback)
     trainer.train()

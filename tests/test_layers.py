@@ -20,9 +20,9 @@ HOUSE = """
     training/ process arguments trainer checkpoints callbacks curves resume run launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
-    decoder/ measured_rows prepared model generator trainer
+    decoder/ measured_rows prepared model generator trainer build
     siglip/ pooling_head model locked_towers loss floor distributed exact_batch
-    siglip/ augmentation collator checks prepared embedder trainer
+    siglip/ augmentation collator checks prepared embedder trainer build
     check
     evaluation/ items controls predictions report evaluate
     inference/ cases predictor __init__ files

@@ -197,6 +197,10 @@ class Recipe(Section):
             raise RecipeError(*problems)
         return recipe
 
+    def initial_lora(self, *, resumes: bool) -> LoraSection | None:
+        """The section `lora`; without `init_from` if the run resumes, from its own weights."""
+        return self.lora.resumed() if self.lora and resumes else self.lora
+
     def dump(self) -> str:
         """The resolved recipe as YAML; loading it gives an equal recipe."""
         return dump_sections(self.model_dump())

@@ -10,7 +10,7 @@ from medft.decoder.families.base import Family
 from medft.errors import BaseModelError, DataError, RecipeError
 from medft.files import check_folder_for_output
 from medft.models.lora import plan_adapter, target_modules
-from medft.models.saved import RECORD_FILE, find_adapter, read_saved_record
+from medft.models.saved import RECORD_FILE, SavedRecord, find_adapter
 
 
 def check_flags(
@@ -39,7 +39,7 @@ def check_flags(
     if lora and lora.init_from:
         earlier.append(find_adapter(Path(lora.init_from)))
     for folder in earlier:
-        trained = read_saved_record(folder).get("cross_attention_fix", False)
+        trained = SavedRecord.read(folder).cross_attention_fix
         if trained != model.cross_attention_fix:
             raise BaseModelError(
                 f"expected model.cross_attention_fix: {str(trained).lower()}, with which "

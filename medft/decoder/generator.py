@@ -4,20 +4,19 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from medft.config.recipe import DecoderDataSection, ModelSection, QuantizationSection
+from medft.config.recipe import DecoderDataSection, ModelSection
 from medft.data.messages import Message
 from medft.decoder.conversation import ConversationEncoder
 from medft.decoder.families import family_of
-from medft.decoder.model import load_model as load_decoder
-from medft.models.base import check_local_base, default_device, load_config, load_processor
-from medft.models.lora import load_adapter, without_adapter
-from medft.models.saved import check_same_base, find_saved_model
+from medft.decoder.model import load_saved
+from medft.models.base import default_device, load_processor
+from medft.models.lora import without_adapter
+from medft.models.saved import SavedModel, SavedRecord, find_saved_model
 
 BATCH_SIZE = 8
 """Maximum number of conversations in a batch."""
@@ -38,24 +37,23 @@ class Generator:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        *,
-        record: dict[str, Any],
-        family: str,
+        record: SavedRecord,
     ) -> None:
         """Wrap a loaded model.
 
         Args:
             model: on its device, with or without adapter.
-            processor: the one used in training.
-            record: content of medft.json, which limits image tiles and new tokens.
-            family: model_type of the base.
+            processor: the one it was trained with.
+            record: what training did to images, and how long rows could be.
         """
         self.model = model.eval()
-        limit = record.get(
-            "max_image_tiles", DecoderDataSection.model_fields["max_image_tiles"].default
+        standard = DecoderDataSection.model_fields["max_image_tiles"].default
+        self.conversation = ConversationEncoder(
+            processor,
+            family_of(record.family),
+            max_image_tiles=record.max_image_tiles or standard,
         )
-        self.conversation = ConversationEncoder(processor, family_of(family), max_image_tiles=limit)
-        self.max_new_tokens = record.get("max_length", 512)
+        self.max_new_tokens = record.max_length or 512
         for name in ("temperature", "top_p", "top_k"):  # sampling is off
             setattr(model.generation_config, name, None)
         ends = model.generation_config.eos_token_id
@@ -64,33 +62,23 @@ class Generator:
 
     @classmethod
     def load(cls, source: Path) -> "Generator":
-        """Load the decoder of a run, an adapter folder or a model folder.
-
-        An adapter's base is loaded in the precision and quantization of its training.
+        """The decoder of a run, an adapter folder or a model folder.
 
         Raises:
-            RunError: the path holds no finished model.
-            BaseModelError: the model cannot be loaded, or its family is unknown.
+            RunError: the path is none of these.
+            BaseModelError: as from `of`.
         """
-        trained = find_saved_model(source)
-        check_local_base(trained.base)
-        family = family_of(load_config(trained.base).model_type)
-        quantization = trained.record.get("quantization") if trained.is_adapter else None
-        if trained.is_adapter:
-            check_same_base(trained.base, trained.record)
-        model = load_decoder(
-            trained.base,
-            family,
-            QuantizationSection(**quantization) if quantization else None,
-            dtype=trained.base.dtype if trained.is_adapter else "auto",
-            cross_attention_fix=trained.record.get("cross_attention_fix", False),
-        )
-        if trained.is_adapter:
-            model = load_adapter(model, trained.folder)
-        processor = load_processor(ModelSection(base=str(trained.folder)))
-        return cls(
-            model.to(default_device()), processor, record=trained.record, family=family.model_type
-        )
+        return cls.of(find_saved_model(source))
+
+    @classmethod
+    def of(cls, saved: SavedModel) -> "Generator":
+        """A saved decoder; an adapter sits on its base in the precision it was trained on.
+
+        Raises:
+            BaseModelError: it cannot be loaded, or is not a decoder that medft knows.
+        """
+        model = load_saved(saved).to(default_device())
+        return cls(model, load_processor(ModelSection(base=str(saved.folder))), saved.record)
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """A block in which the base answers, its adapter disabled.

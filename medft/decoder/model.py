@@ -6,13 +6,17 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from medft.config.recipe import ModelSection, QuantizationSection
+from medft.decoder.families import family_of
 from medft.decoder.families.base import Family
 from medft.errors import BaseModelError
-from medft.models.base import load_weights
+from medft.models.base import check_local_base, load_config, load_weights
+from medft.models.lora import load_adapter
+from medft.models.saved import SavedModel
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,6 @@ def load_model(
     quantization: QuantizationSection | None,
     *,
     dtype: str,
-    cross_attention_fix: bool = False,
 ) -> PreTrainedModel:
     """The base with its weights.
 
@@ -32,7 +35,6 @@ def load_model(
         family: the base's.
         quantization: the recipe's section; None for no quantization.
         dtype: of the weights, and of computation with 4-bit weights; "auto" keeps the stored one.
-        cross_attention_fix: whether to make the rows of a batch independent of each other.
 
     Raises:
         BaseModelError: it cannot be loaded, or the 4-bit layers are not those asked for.
@@ -44,9 +46,32 @@ def load_model(
     if quantization:
         check_quantized(loaded, family, quantization)
     _keep_caps_of_attention(loaded)
-    if cross_attention_fix:
-        family.isolate_rows(loaded)
     return loaded
+
+
+def load_saved(saved: SavedModel, *, as_stored: bool = False) -> PeftModel | PreTrainedModel:
+    """A trained decoder; an adapter sits on its base as it was trained.
+
+    Args:
+        saved: a run's, an adapter's, or a complete model.
+        as_stored: load an adapter's base unquantized, in the precision its files have.
+
+    Raises:
+        BaseModelError: it cannot be loaded, or the base is not the one that was trained on.
+    """
+    check_local_base(saved.base)
+    family = family_of(load_config(saved.base).model_type)
+    saved.check()
+    as_trained = saved.is_adapter and not as_stored
+    model = load_model(
+        saved.base,
+        family,
+        saved.record.quantization if as_trained else None,
+        dtype=saved.base.dtype if as_trained else "auto",
+    )
+    if saved.record.cross_attention_fix and not as_stored:
+        family.isolate_rows(model)
+    return load_adapter(model, saved.folder) if saved.is_adapter else model
 
 
 def _keep_caps_of_attention(model: PreTrainedModel) -> None:

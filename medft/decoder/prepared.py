@@ -22,7 +22,6 @@ from medft.config.recipe import (
     DecoderDataSection,
     DecoderModelSection,
     LoraSection,
-    QuantizationSection,
 )
 from medft.data.rows import (
     Row,
@@ -84,6 +83,11 @@ class PreparedDecoderData:
 
     record: dict[str, Any]
     """Fingerprints of the files and counts of their rows, for run.json."""
+
+    @property
+    def batch_record(self) -> dict[str, Any]:
+        """Nothing beyond the arithmetic."""
+        return {}
 
     @property
     def rows_per_epoch(self) -> int:
@@ -248,19 +252,6 @@ def _checked_base(
         vocab_size=vocab_size,
         adapter_plan=plan,
     )
-
-
-def inference_record(
-    model: DecoderModelSection, data: DecoderDataSection, quantization: QuantizationSection | None
-) -> dict[str, Any]:
-    """Settings of training that inference must repeat, for medft.json."""
-    return {
-        "dtype": model.dtype,
-        "cross_attention_fix": model.cross_attention_fix,
-        "quantization": quantization and quantization.model_dump(),
-        "max_length": data.max_length,
-        "max_image_tiles": data.max_image_tiles,
-    }
 
 
 def _sampler(

@@ -5,7 +5,6 @@ collator, and the validation loss is total negative log-likelihood over total su
 whatever the batch size and the number of processes.
 """
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-)
+from transformers import EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from medft.config.train_keys import TrainSection
-from medft.decoder.frozen_tower import install_image_hook, run_frozen_parts_without_grad
 from medft.decoder.prepared import PreparedDecoderData
-from medft.models.saved import write_saved_record
+from medft.models.saved import SavedRecord
 from medft.training.arguments import training_arguments
 from medft.training.callbacks import SetEpochCallback
 from medft.training.trainer import RowTrackingTrainer
-
-logger = logging.getLogger(__name__)
 
 METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
 """Metrics that may select best_model/, and whether higher is better."""
@@ -55,24 +47,17 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         model: PreTrainedModel,
         args: SFTConfig,
         prepared: PreparedDecoderData,
-        record: dict[str, Any],
+        record: SavedRecord,
     ) -> None:
         """Make the trainer.
 
         Args:
-            model: with its adapter attached.
+            model: from `medft.decoder.build`, its adapter attached and its tower installed.
             args: from `decoder_arguments`.
             prepared: from `prepare_decoder_data`.
-            record: content of medft.json beside every saved adapter.
+            record: written beside every saved adapter or model.
         """
-        args.train_sampling_strategy = "random"  # the sampler groups, Trainer's has no lengths
         float32 = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        frozen = run_frozen_parts_without_grad(base, prepared.family)
-        logger.info("without backward pass: %s", ", ".join(frozen) or "nothing")
-        cache = prepared.collator.cache = prepared.open_cache(base)
-        fixed = prepared.model.cross_attention_fix
-        install_image_hook(base, prepared.family, drops_padding_tiles=fixed, cache=cache)
         super().__init__(
             model=model,
             args=args,
@@ -123,7 +108,7 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_saved_record(Path(output_dir or self.args.output_dir), self._record)
+            self._record.write(Path(output_dir or self.args.output_dir))
 
 
 def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -11,7 +11,6 @@ import importlib.metadata
 import logging
 import math
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +30,7 @@ from transformers import (
 from medft.decoder.conversation import IGNORED
 from medft.demo.bases import build_decoder, build_siglip
 from medft.demo.phantoms import MODALITIES, caption, draw_phantom, render, report
-from medft.files import complete_folder
+from medft.files import cache_folder, complete_folder
 from medft.siglip.loss import Labels, sigmoid_loss
 from medft.siglip.model import embed
 from medft.training.process import process_setup
@@ -59,11 +58,6 @@ def pretrained_bases(folder: Path, *, seed: int) -> None:
         tasks = {name: pool.submit(_cached, name, seed) for name in ("decoder", "siglip")}
         for name, task in tasks.items():
             shutil.copytree(task.result(), folder / name)
-
-
-def cache_folder() -> Path:
-    """The folder of cached bases: `$XDG_CACHE_HOME/medft` or `~/.cache/medft`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medft"
 
 
 def content_key(seed: int) -> str:

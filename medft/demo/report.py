@@ -11,6 +11,7 @@ from medft.data.pairs import read_rows
 from medft.data.rows import load_rows
 from medft.evaluation.evaluate import read_predictions, shown_images
 from medft.evaluation.report import evaluation_sections, run_sections
+from medft.models.saved import RunLayout
 from medft.pages import figure, inline, page, table, thumbnail_of
 
 SHOWN_PAIRS = 4
@@ -48,7 +49,7 @@ def write_demo_report(
         sections += evaluation_sections(found, metrics[kind], shown_images(rows, found))
     sections += [_new_images(out), _data(out, summary), _steps(seconds)]
     for kind in TITLES:
-        sections += run_sections(out / kind)
+        sections += run_sections(RunLayout(out / kind))
     report = out / "report.html"
     report.write_text(page("medft demo", note, sections), encoding="utf-8")
     return report

@@ -68,25 +68,26 @@ def evaluate(
             f"expected an adapter for --against base, {source} is a whole model: give the run that "
             f"trained it"
         )
-    path, rows = rows_to_evaluate(source, data, split)
+    path, rows = rows_to_evaluate(trained.run, data, split)
     notes: list[str] = []
     found: Iterator[Prediction]
     with complete_folder(out) as draft:
         if trained.is_encoder:
-            found = retrieval_predictions(Embedder.load(source), rows, against_base=against_base)
+            found = retrieval_predictions(Embedder.of(trained), rows, against_base=against_base)
         else:
-            train = training_rows(source)
+            train = training_rows(trained.run)
             notes += [_NO_NEAREST] if train is None else []
             found = answer_predictions(
-                Generator.load(source), rows, against_base=against_base, train=train
+                Generator.of(trained), rows, against_base=against_base, train=train
             )
         write_predictions(draft / "predictions.jsonl", found)
         predictions = read_predictions(draft / "predictions.jsonl")
         metrics: dict[str, Any] = {"model": str(source), "data": str(path), "split": split}
         metrics |= {**score(predictions), "notes": notes}
         write_json(draft / "metrics.json", metrics)
-        files = ("run.json", "log_history.json", "curves.png")
-        run = source if all((source / name).is_file() for name in files) else None
+        run = trained.run
+        if run and not (run.history.is_file() and run.curves.is_file()):
+            run = None
         images = shown_images(rows, predictions)
         write_evaluation_report(draft / "report.html", predictions, metrics, images, run=run)
     return metrics

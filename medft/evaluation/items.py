@@ -12,7 +12,7 @@ from medft.data.messages import Message, text_of_message
 from medft.data.rows import Row, image_source, load_rows
 from medft.errors import DataError, RunError
 from medft.files import file_sha256
-from medft.models.saved import read_run_record
+from medft.models.saved import RunLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,17 +37,22 @@ class Item:
         return text_of_message(self.prompt[-1])
 
 
-def rows_to_evaluate(source: Path, data: Path | None, split: str) -> tuple[Path, Dataset]:
-    """The file and its rows: the one given, or that of the run's split.
+def rows_to_evaluate(run: RunLayout | None, data: Path | None, split: str) -> tuple[Path, Dataset]:
+    """The data file and its rows: the given file, or that of the run's split.
+
+    Args:
+        run: whose rows are taken without a file.
+        data: chat JSONL or pairs.parquet.
+        split: which rows of pairs.parquet, or of the run.
 
     Raises:
-        RunError: no file is given and the source is not a run.
-        DataError: the file cannot be read, lacks the split, or has changed since the run.
+        RunError: neither a file nor a run is given.
+        DataError: the file is missing, cannot be read, or is no longer what the run saw.
     """
     if data is None:
-        if not (source / "run.json").is_file():
-            raise RunError(f"expected --data for {source}, which is no run: give a file of rows")
-        known = read_run_record(source)["data"]
+        if run is None:
+            raise RunError("expected --data for a model that is no run: give a file of rows")
+        known = run.read_record()["data"]
         train = Path(known["train"]["path"]).expanduser()
         data = train if train.suffix == ".parquet" else train.with_name(f"{split}.jsonl")
         if split in known:
@@ -129,10 +134,10 @@ def open_item_images(rows: Dataset, item: Item) -> list[Image.Image]:
         raise DataError(f"row {item.id}: {error}") from error
 
 
-def training_rows(source: Path) -> Dataset | None:
-    """The rows that a run was trained on; None if they are unknown or have changed."""
-    if (source / "run.json").is_file():
-        known = read_run_record(source)["data"]["train"]
+def training_rows(run: RunLayout | None) -> Dataset | None:
+    """The rows that a run was trained on; None if they are not known or have changed."""
+    if run is not None:
+        known = run.read_record()["data"]["train"]
         path = Path(known["path"]).expanduser()
         if path.is_file() and file_sha256(path) == known["sha256"]:
             return load_rows(path, split="train")

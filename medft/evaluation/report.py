@@ -15,7 +15,7 @@ from typing import Any
 
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
-from medft.models.saved import read_run_record
+from medft.models.saved import RunLayout
 from medft.pages import inline, page, table
 
 SHOWN_CASES = 12
@@ -44,7 +44,7 @@ def write_evaluation_report(
     metrics: Mapping[str, Any],
     images: Mapping[str, bytes],
     *,
-    run: Path | None,
+    run: RunLayout | None,
 ) -> None:
     """Write the page.
 
@@ -300,10 +300,10 @@ def _marked(text: str, reference: str) -> str:
     return " ".join(parts)
 
 
-def run_sections(run: Path) -> list[str]:
+def run_sections(run: RunLayout) -> list[str]:
     """The curves and the record of a run."""
-    record = read_run_record(run)
-    history = json.loads((run / "log_history.json").read_text(encoding="utf-8"))
+    record = run.read_record()
+    history = json.loads(run.history.read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
     batch = record["batch"]
     rows = [
@@ -316,10 +316,10 @@ def run_sections(run: Path) -> list[str]:
         *([["first and last loss", f"{losses[0]:.3f}, {losses[-1]:.3f}"]] if losses else []),
         *([label(name), _shown(value)] for name, value in record.get("metrics", {}).items()),
     ]
-    curves = inline((run / "curves.png").read_bytes())
+    curves = inline(run.curves.read_bytes())
     whole = html.escape(json.dumps(record, indent=2))
     return [
-        f'<h2>Training of {html.escape(run.name)}</h2><img class="curves" src="{curves}" '
+        f'<h2>Training of {html.escape(run.directory.name)}</h2><img class="curves" src="{curves}" '
         f'alt="loss, learning rate and gradient norm">{table(["", "value"], rows)}'
         f"<details><summary>run.json</summary><pre>{whole}</pre></details>"
     ]

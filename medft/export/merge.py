@@ -6,14 +6,12 @@ on a 4-bit base the merged model differs a little from the trained one, which sa
 
 from pathlib import Path
 
-from transformers import AutoModelForImageTextToText
-
 from medft.config.recipe import ModelSection
+from medft.decoder.model import load_saved as load_saved_decoder
 from medft.files import check_folder_for_output, complete_folder
-from medft.models.base import check_local_base, load_processor, load_weights
-from medft.models.lora import load_adapter
-from medft.models.saved import check_same_base, find_adapter, read_saved_record, write_saved_record
-from medft.siglip.model import load_adapted
+from medft.models.base import load_processor
+from medft.models.saved import find_saved_adapter
+from medft.siglip.model import load_saved as load_saved_siglip
 from medft.siglip.pooling_head import join_pooling_head
 
 
@@ -31,23 +29,18 @@ def merge(source: Path, out: Path) -> Path:
         RunError: the run has no finished adapter, or `out` is not empty.
         BaseModelError: the base is missing or not the one that was trained.
     """
-    adapter = find_adapter(source)
+    saved = find_saved_adapter(source)
     check_folder_for_output(out)
-    record = read_saved_record(adapter)
-    base = ModelSection(base=str(Path(record["base"]).expanduser()), revision=record["revision"])
-    check_local_base(base)
-    check_same_base(base, record)
-    processor = load_processor(ModelSection(base=str(adapter)))
-    if record["family"] == "siglip":
-        adapted = load_adapted(base, adapter)
+    processor = load_processor(ModelSection(base=str(saved.folder)))
+    if saved.is_encoder:
+        adapted = load_saved_siglip(saved)
     else:
-        model = load_weights(AutoModelForImageTextToText, base, dtype="auto")
-        adapted = load_adapter(model, adapter)
+        adapted = load_saved_decoder(saved, as_stored=True)
     merged = adapted.merge_and_unload(safe_merge=True)
-    if record.get("splits_head"):
+    if saved.record.splits_head:
         join_pooling_head(merged)
     with complete_folder(out) as draft:
         merged.save_pretrained(draft)
         processor.save_pretrained(draft)
-        write_saved_record(draft, {**record, "merged_onto": "original"})
-    return adapter
+        saved.record.model_copy(update={"merged_onto": "original"}).write(draft)
+    return saved.folder

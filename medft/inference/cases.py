@@ -14,7 +14,7 @@ from medft.data.images import open_image
 from medft.data.rows import Row, load_rows
 from medft.errors import RunError
 from medft.files import file_sha256
-from medft.models.saved import find_saved_model, read_run_record
+from medft.models.saved import SavedModel
 from medft.siglip.embedder import Embedder
 
 NEAREST = 5
@@ -40,28 +40,34 @@ class CaseIndex:
         self.ids, self.texts, self.embeddings = ids, texts, embeddings
 
     @classmethod
-    def of_run(cls, run: Path, embedder: Embedder) -> "CaseIndex":
-        """The index of a run, from RUN/index.npz if it matches data and weights, else computed.
+    def of_run(cls, saved: SavedModel, embedder: Embedder) -> "CaseIndex":
+        """The index of a run, from its index.npz if that matches its data and weights.
+
+        Args:
+            saved: the SigLIP of a run.
+            embedder: the same, loaded.
 
         Raises:
             RunError: the run's training data is gone or has changed.
         """
-        data = read_run_record(run)["data"]["train"]
+        assert saved.run is not None
+        run = saved.run
+        data = run.read_record()["data"]["train"]
         path = Path(data["path"]).expanduser()
         if not path.is_file() or file_sha256(path) != data["sha256"]:
             raise RunError(
-                f"expected the training data of {run} unchanged at {path}, to look up its nearest "
-                f"cases: restore it, or predict without --siglip"
+                f"expected the training data of {run.directory} unchanged at {path}, to look up "
+                f"its nearest cases: restore it, or predict without --siglip"
             )
-        key = f"{data['sha256']} {find_saved_model(run).weights}"
-        stored = _stored_index(run / "index.npz", key)
+        key = f"{data['sha256']} {saved.weights}"
+        stored = _stored_index(run.index, key)
         if stored is None:
-            logger.info("embedding the training images of %s", run)
+            logger.info("embedding the training images of %s", run.directory)
             stored = _embedded(path, embedder)
-            draft = run / ".index.npz"
+            draft = run.index.with_name(f".{run.index.name}")
             with draft.open("wb") as file:
                 np.savez(file, allow_pickle=False, key=np.array(key), **stored)
-            draft.replace(run / "index.npz")
+            draft.replace(run.index)
         ids, texts = (json.loads(stored[name].tobytes()) for name in ("ids", "texts"))
         return cls(ids, texts, stored["embeddings"])
 

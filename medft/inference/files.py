@@ -123,8 +123,9 @@ def predict_files(
     if out.suffix not in (".jsonl", ".csv"):
         raise RunError(f"expected --out to end in .jsonl or .csv, got {out}: rename it")
     entries = entries_of(inputs, prompt)
-    models = [source] if siglip is None else [source, siglip]
-    weights = " ".join(find_saved_model(model).weights for model in models)
+    saved = find_saved_model(source)
+    beside = None if siglip is None else find_saved_model(siglip)
+    weights = " ".join(model.weights for model in (saved, beside) if model)
     head = {"model": str(source), "siglip": str(siglip or ""), "weights": weights}
     kept = _kept_rows(out, weights)
     done = {(row["image"], row["prompt"]) for row in kept}
@@ -132,7 +133,7 @@ def predict_files(
     counts = {"written": 0, "kept": len(kept), "failed": 0}
     if not left:
         return counts
-    predictor = Predictor.load(source, siglip=siglip)
+    predictor = Predictor.of(saved, siglip=beside)
     out.parent.mkdir(parents=True, exist_ok=True)
     _rewrite(out, kept)
     progress = tqdm(total=len(left), desc="images", disable=not sys.stderr.isatty())

@@ -18,7 +18,7 @@ from medft.data.tables import Rejected
 from medft.decoder.generator import Generator, Request
 from medft.errors import BaseModelError, DataError
 from medft.inference.cases import Case, CaseIndex
-from medft.models.saved import find_saved_model
+from medft.models.saved import SavedModel, find_saved_model
 from medft.siglip.embedder import Embedder
 
 DEFAULT_PROMPT = "Describe this medical image."
@@ -48,27 +48,36 @@ class Predictor:
 
     @classmethod
     def load(cls, source: str | Path, *, siglip: str | Path | None = None) -> "Predictor":
-        """Load a decoder or a SigLIP, or a decoder and a SigLIP beside it.
+        """A run or model of either type, and a SigLIP run beside a decoder.
 
         Raises:
-            RunError: a path holds no finished model, or the SigLIP run's training data has changed.
+            RunError: a path holds no finished model, or the training data of the SigLIP changed.
             BaseModelError: a model cannot be loaded, or both are SigLIPs.
         """
-        source = Path(source)
-        if not find_saved_model(source).is_encoder:
-            generator: Generator | None = Generator.load(source)
+        beside = None if siglip is None else find_saved_model(Path(siglip))
+        return cls.of(find_saved_model(Path(source)), siglip=beside)
+
+    @classmethod
+    def of(cls, saved: SavedModel, *, siglip: SavedModel | None = None) -> "Predictor":
+        """Saved models, as `load` finds them.
+
+        Raises:
+            RunError: the training data of the SigLIP run changed.
+            BaseModelError: a model cannot be loaded, or both are SigLIPs.
+        """
+        if not saved.is_encoder:
+            generator: Generator | None = Generator.of(saved)
         elif siglip is not None:
             raise BaseModelError(
-                f"expected a decoder beside the SigLIP {siglip}, {source} is a SigLIP as well: "
-                f"leave --siglip out"
+                f"expected a decoder beside the SigLIP {siglip.folder}, {saved.folder} is a SigLIP "
+                f"as well: leave --siglip out"
             )
         else:
-            generator, siglip = None, source
+            generator, siglip = None, saved
         if siglip is None:
             return cls(generator, None, None)
-        embedder = Embedder.load(Path(siglip))
-        has_cases = (Path(siglip) / "run.json").is_file()
-        index = CaseIndex.of_run(Path(siglip), embedder) if has_cases else None
+        embedder = Embedder.of(siglip)
+        index = CaseIndex.of_run(siglip, embedder) if siglip.run else None
         return cls(generator, embedder, index)
 
     def predict(

@@ -24,7 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
-from medft.provenance import folder_sha256
+from medft.provenance import folder_sha256, remembered_sha256
 
 
 @contextmanager
@@ -179,9 +179,14 @@ def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, An
     """Identity of the base for run.json: its commit on the hub, or the hash of its folder."""
     record: dict[str, Any] = {"base": model.base, "revision": getattr(config, "_commit_hash", None)}
     if Path(model.base).is_dir():
-        hashes = [folder_sha256(Path(model.base)) if PartialState().is_main_process else None]
+        hashes = [base_sha256(Path(model.base)) if PartialState().is_main_process else None]
         record["sha256"] = broadcast_object_list(hashes)[0]
     return record
+
+
+def base_sha256(folder: Path) -> str:
+    """Content hash of a base in a local folder; unchanged files are hashed once."""
+    return folder_sha256(folder, hash_of=remembered_sha256)
 
 
 def default_device() -> torch.device:

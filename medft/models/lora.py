@@ -25,7 +25,13 @@ from torch import nn
 
 from medft.config.recipe import LoraSection
 from medft.errors import BaseModelError, RunError
-from medft.models.saved import WEIGHTS_FILE, find_adapter, read_saved_record
+from medft.models.saved import (
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    SavedRecord,
+    check_weights,
+    find_adapter,
+)
 from medft.provenance import folder_sha256, masked
 
 ALL_WEIGHTS = "none, every weight is trained"
@@ -157,6 +163,8 @@ def attach_adapter(
 def _initial_weights(adapted: PeftModel, init_from: str) -> dict[str, torch.Tensor]:
     """The weights of a trained adapter, which must have the same shapes and scale."""
     folder = find_adapter(Path(init_from))
+    if (folder / RECORD_FILE).is_file():
+        check_weights(folder, SavedRecord.read(folder))
     saved = _read_weights(folder)
     own = get_peft_model_state_dict(adapted)
     other = [name for name in own.keys() | saved if _shape(own, name) != _shape(saved, name)]
@@ -204,13 +212,14 @@ def initial_adapter(lora: LoraSection | None, base: Mapping[str, Any]) -> dict[s
     if lora is None or lora.init_from is None:
         return {}
     folder = find_adapter(Path(lora.init_from))
-    record = read_saved_record(folder)
-    keys = ["sha256"] if "sha256" in record.keys() & base.keys() else ["base", "revision"]
+    record = SavedRecord.read(folder)
+    has_hashes = record.sha256 is not None and "sha256" in base
     given = masked(base)
-    for key in keys:
-        if record[key] != given[key]:
+    for key in ["sha256"] if has_hashes else ["base", "revision"]:
+        trained_on = getattr(record, key)
+        if trained_on != given[key]:
             raise BaseModelError(
-                f"expected model.base with {key} {record[key]}, on which the adapter of "
+                f"expected model.base with {key} {trained_on}, on which the adapter of "
                 f"lora.init_from was trained, {base['base']} has {given[key]}: correct one of the "
                 f"two"
             )

@@ -1,37 +1,281 @@
-"""Resolves a path to a trained model (run, adapter folder or full model) and its record."""
+"""What a path to a trained model means: the layout of a run directory, and the record medft.json.
+
+A path is resolved once per command, by `find_saved_model`, and handed down as a SavedModel.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 import medft
-from medft.config.recipe import ModelSection
+from medft.config.recipe import ModelSection, QuantizationSection
+from medft.config.strict_yaml import Section
 from medft.errors import BaseModelError, RunError
-from medft.files import file_sha256, write_json
-from medft.models.base import load_config
-from medft.provenance import folder_sha256, masked
+from medft.files import write_json
+from medft.models.base import base_sha256, load_config
+from medft.provenance import masked, remembered_sha256
 
 RECORD_FILE = "medft.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+FORMAT: Literal[1] = 1
+"""Version of the record; a newer one is refused. Records without a version are older ones."""
 
-def find_adapter(source: Path) -> Path:
-    """The adapter folder of a run, or the path itself.
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """Names in a run directory."""
+
+    directory: Path
+
+    @property
+    def record(self) -> Path:
+        """run.json: what was run, on what, and how it ended."""
+        return self.directory / "run.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.directory / "recipe.yaml"
+
+    @property
+    def history(self) -> Path:
+        """Trainer's log history."""
+        return self.directory / "log_history.json"
+
+    @property
+    def curves(self) -> Path:
+        """The plot of the log history."""
+        return self.directory / "curves.png"
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter."""
+        return self.directory / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The final model of full fine-tuning."""
+        return self.directory / "model"
+
+    @property
+    def best_model(self) -> Path:
+        """The adapter or model of the best evaluation."""
+        return self.directory / "best_model"
+
+    @property
+    def index(self) -> Path:
+        """Embeddings of the training images of a SigLIP run, once they were asked for."""
+        return self.directory / "index.npz"
+
+    @property
+    def results(self) -> list[Path]:
+        """The final adapter or model, if it was written."""
+        return [path for path in (self.adapter, self.model) if path.is_dir()]
+
+    def read_record(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises:
+            RunError: it is missing or cannot be read.
+        """
+        try:
+            return json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"expected the record of a run at {self.record}, could not read it: "
+                f"give the output_dir of a run of medft"
+            ) from error
+
+
+class SavedRecord(Section):
+    """medft.json: what inference must know beyond plain PEFT and transformers files."""
+
+    format: Literal[1] = FORMAT
+    """Version of the record."""
+
+    medft: str | None = None
+    """Version of medft that wrote it."""
+
+    family: str
+    """model_type of the base."""
+
+    base: str
+    """Hub id or folder of the base."""
+
+    revision: str | None
+    """Commit of the base on the hub."""
+
+    sha256: str | None = None
+    """Content hash of a base in a local folder."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "float32"
+    """Precision that the base was trained in."""
+
+    quantization: QuantizationSection | None = None
+    """How the base was quantized."""
+
+    cross_attention_fix: bool = False
+    """Mllama: whether rows are independent of each other."""
+
+    max_image_tiles: int | None = None
+    """Mllama: tiles of an image at most."""
+
+    image_size: int | None = None
+    """SigLIP: side of the square input in pixels."""
+
+    max_length: int | None = None
+    """Tokens of a row, or of a SigLIP text, at most."""
+
+    caption: str | None = None
+    """SigLIP: template of captions."""
+
+    splits_head: bool = False
+    """SigLIP: whether the pooling head is split into layers, which carry adapters."""
+
+    logit_scale: float | None = None
+    """SigLIP: learned log scale of the logits."""
+
+    logit_bias: float | None = None
+    """SigLIP: learned bias of the logits."""
+
+    prompts: list[str] | None = None
+    """Declared prompts of the training rows, as templates; null if rows had their own questions."""
+
+    system: str | None = None
+    """The system turn that every training row had."""
+
+    longest_answer: int | None = None
+    """Tokens of the longest trained answer, its end included."""
+
+    merged_onto: Literal["original"] | None = None
+    """The weights that an adapter was merged into."""
+
+    weights: str | None = None
+    """SHA-256 of the safetensors files beside it."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "SavedRecord":
+        """The record of a folder that medft wrote.
+
+        Raises:
+            BaseModelError: it is missing, unreadable, of a newer format, or has other keys.
+        """
+        path = folder / RECORD_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.get("format", FORMAT)
+        except (OSError, ValueError, AttributeError) as error:
+            raise BaseModelError(
+                f"expected {RECORD_FILE} in {folder}, could not read it: give a folder that medft "
+                f"wrote"
+            ) from error
+        if isinstance(version, int) and version > FORMAT:
+            raise BaseModelError(
+                f"expected {path} of format {FORMAT} or older, it has {version}: upgrade medft"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            found = error.errors()[0]
+            key = ".".join(map(str, found["loc"]))
+            raise BaseModelError(
+                f"expected the keys that medft writes in {path}, {key}: {found['msg']}: restore "
+                f"the file"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write the record beside the weights in a folder, their hash with it."""
+        own = {"medft": medft.__version__, "weights": weights_sha256(folder)}
+        content = self.model_copy(update=own).model_dump(mode="json", exclude_none=True)
+        write_json(folder / RECORD_FILE, masked({**content, "revision": self.revision}))
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """One hash of the safetensors files of a folder; None if there are none."""
+    digests = [remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedModel:
+    """A trained model on disk and its record."""
+
+    folder: Path
+    """Of the adapter, or of the complete model."""
+
+    record: SavedRecord
+    """Of a model that medft did not write: its family, and defaults."""
+
+    is_adapter: bool
+    run: RunLayout | None
+    """The run that it is the result of, if the path named one."""
+
+    @property
+    def base(self) -> ModelSection:
+        """The model to load: an adapter's base, or the folder itself."""
+        if not self.is_adapter:
+            return ModelSection(base=str(self.folder))
+        base = str(Path(self.record.base).expanduser())
+        return ModelSection(base=base, revision=self.record.revision, dtype=self.record.dtype)
+
+    @property
+    def weights(self) -> str:
+        """What identifies its weights: a hash of the adapter or model files."""
+        return (weights_sha256(self.folder) or "")[:16]
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is a SigLIP."""
+        return self.record.family in ("siglip", "siglip2")
+
+    def check(self) -> None:
+        """Refuse weights that are not those the record was written beside, or another base.
+
+        Raises:
+            BaseModelError: a hash differs.
+        """
+        check_weights(self.folder, self.record)
+        expected = self.record.sha256 if self.is_adapter else None
+        if expected and base_sha256(Path(self.base.base)) != expected:
+            raise BaseModelError(
+                f"expected the base that the adapter was trained on in {self.base.base}, its files "
+                f"have changed: restore them"
+            )
+
+
+def check_weights(folder: Path, record: SavedRecord) -> None:
+    """Refuse weights that are not those a record was written beside.
 
     Raises:
-        RunError: the path is neither a completed run nor an adapter.
+        BaseModelError: they differ.
     """
-    if (source / "run.json").is_file():
-        status = read_run_record(source).get("status")
+    if record.weights and weights_sha256(folder) != record.weights:
+        raise BaseModelError(
+            f"expected the weights in {folder} that its {RECORD_FILE} was written beside, they "
+            f"have changed: restore them"
+        )
+
+
+def find_adapter(source: Path) -> Path:
+    """The adapter folder that a path means.
+
+    Raises:
+        RunError: the path is neither a finished run nor an adapter.
+    """
+    run = RunLayout(source)
+    if run.record.is_file():
+        status = run.read_record().get("status")
         if status != "completed":
             raise RunError(
                 f"expected a completed run in {source}, its status is {status}: resume it, or "
                 f"give its best_model/ or a checkpoint"
             )
-        source = source / "adapter"
+        source = run.adapter
     if not (source / "adapter_config.json").is_file():
         raise RunError(
             f"expected a run or an adapter folder, {source} holds no adapter_config.json: "
@@ -40,99 +284,15 @@ def find_adapter(source: Path) -> Path:
     return source
 
 
-def check_same_base(base: ModelSection, record: dict[str, Any]) -> None:
-    """Raise if the files of a base folder are not those that the adapter was trained on.
+def find_saved_adapter(source: Path) -> SavedModel:
+    """The adapter of a run or an adapter folder.
 
     Raises:
-        BaseModelError: the content hash differs.
+        RunError: the path is neither a finished run nor an adapter.
+        BaseModelError: its record cannot be read.
     """
-    if "sha256" in record and folder_sha256(Path(base.base)) != record["sha256"]:
-        raise BaseModelError(
-            f"expected the base that the adapter was trained on in {base.base}, its files "
-            f"have changed: restore them"
-        )
-
-
-def write_saved_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write medft.json: what plain PEFT files cannot hold of a trained model."""
-    write_json(folder / RECORD_FILE, masked({"medft": medft.__version__, **record}))
-
-
-def read_saved_record(folder: Path) -> dict[str, Any]:
-    """The content of medft.json in the folder of a trained model.
-
-    Raises:
-        BaseModelError: it cannot be read, or lacks family, base or revision.
-    """
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if {"family", "base", "revision"} <= record.keys():
-            return record
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseModelError(
-            f"expected {RECORD_FILE} in {folder}, could not read it: give a folder that medft wrote"
-        ) from error
-    raise BaseModelError(
-        f"expected family, base and revision in {folder / RECORD_FILE}, it lacks some: "
-        f"give a folder that medft wrote"
-    )
-
-
-def read_run_record(run: Path) -> dict[str, Any]:
-    """The content of a run's run.json.
-
-    Raises:
-        RunError: it cannot be read.
-    """
-    try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"expected the record of a run at {run / 'run.json'}, could not read it: "
-            f"give the output_dir of a run of medft"
-        ) from error
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavedModel:
-    """Folder and record of a trained model."""
-
-    folder: Path
-    """Folder of the adapter, or of the full model."""
-
-    record: dict[str, Any]
-    """Content of medft.json; empty for a model that medft did not write."""
-
-    is_adapter: bool
-
-    @property
-    def base(self) -> ModelSection:
-        """The model to load: an adapter's base, or the folder itself."""
-        if not self.is_adapter:
-            return ModelSection(base=str(self.folder))
-        base = str(Path(self.record["base"]).expanduser())
-        dtype = self.record.get("dtype", "float32")
-        return ModelSection(base=base, revision=self.record["revision"], dtype=dtype)
-
-    @property
-    def weights(self) -> str:
-        """Identifier of the weights: 16 hexadecimal digits of a hash.
-
-        It covers the content of an adapter; of a full model, which is large, the names, sizes and
-        modification times of its weight files.
-        """
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            state = path.stat()
-            known = f"{path.name} {state.st_size} {state.st_mtime_ns}"
-            digest.update((file_sha256(path) if self.is_adapter else known).encode())
-        return digest.hexdigest()[:16]
-
-    @property
-    def is_encoder(self) -> bool:
-        """Whether the model is SigLIP or SigLIP 2."""
-        family = self.record.get("family") or load_config(self.base).model_type
-        return family in ("siglip", "siglip2")
+    folder = find_adapter(source)
+    return _saved(source, folder, SavedRecord.read(folder), is_adapter=True)
 
 
 def find_saved_model(source: Path) -> SavedModel:
@@ -140,13 +300,28 @@ def find_saved_model(source: Path) -> SavedModel:
 
     Raises:
         RunError: the run of an adapter is not completed, or the path is none of the three.
+        BaseModelError: the record or the configuration cannot be read.
     """
+    run = RunLayout(source)
     if (source / "config.json").is_file():
-        folder, is_adapter = source, False
-    elif (source / "run.json").is_file() and (source / "model").is_dir():
-        folder, is_adapter = source / "model", False
+        folder = source
+    elif run.record.is_file() and run.model.is_dir():
+        folder = run.model
     else:
-        folder, is_adapter = find_adapter(source), True
-    has_record = is_adapter or (folder / RECORD_FILE).is_file()
-    record = read_saved_record(folder) if has_record else {}
-    return SavedModel(folder=folder, record=record, is_adapter=is_adapter)
+        return find_saved_adapter(source)
+    if (folder / RECORD_FILE).is_file():
+        record = SavedRecord.read(folder)
+    else:
+        family = load_config(ModelSection(base=str(folder))).model_type
+        record = SavedRecord(family=family, base=str(folder), revision=None)
+    return _saved(source, folder, record, is_adapter=False)
+
+
+def _saved(source: Path, folder: Path, record: SavedRecord, *, is_adapter: bool) -> SavedModel:
+    run = RunLayout(source)
+    return SavedModel(
+        folder=folder,
+        record=record,
+        is_adapter=is_adapter,
+        run=run if run.record.is_file() else None,
+    )

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModel, ProcessorMixin
+from transformers import ProcessorMixin
 
 from medft.config.recipe import ModelSection
 from medft.data.pairs import batched
 from medft.data.rows import Row
-from medft.models.base import check_local_base, default_device, load_config, load_weights
+from medft.models.base import check_local_base, default_device, load_config
 from medft.models.lora import without_adapter
-from medft.models.saved import check_same_base, find_saved_model
+from medft.models.saved import SavedModel, find_saved_model
 from medft.siglip.checks import check_family
 from medft.siglip.collator import caption_of
-from medft.siglip.model import embed_images, embed_texts, load_adapted, load_siglip_processor
+from medft.siglip.model import embed_images, embed_texts, load_saved, load_siglip_processor
 
 BATCH_SIZE = 8
 """Maximum number of images or texts in a batch."""
@@ -50,35 +50,32 @@ class Embedder:
 
     @classmethod
     def load(cls, source: Path) -> "Embedder":
-        """Load the SigLIP of a run, an adapter folder or a model folder.
+        """The SigLIP of a run, an adapter folder or a model folder.
 
         Raises:
-            RunError: the path holds no finished model.
+            RunError: the path is none of these.
+            BaseModelError: as from `of`.
+        """
+        return cls.of(find_saved_model(source))
+
+    @classmethod
+    def of(cls, saved: SavedModel) -> "Embedder":
+        """A saved SigLIP, with its image size, scale and bias.
+
+        Raises:
             BaseModelError: it cannot be loaded, or is not a SigLIP of fixed resolution.
         """
-        trained = find_saved_model(source)
-        check_local_base(trained.base)
-        config = load_config(trained.base)
+        check_local_base(saved.base)
+        config = load_config(saved.base)
         check_family(config)
-        model: nn.Module
-        if trained.is_adapter:
-            check_same_base(trained.base, trained.record)
-            model = load_adapted(trained.base, trained.folder)
-        else:
-            model = load_weights(AutoModel, trained.base, dtype="auto")
-        positions = config.text_config.max_position_embeddings
-        max_length = trained.record.get("max_length", positions)
+        model = load_saved(saved).to(default_device())
+        max_length = saved.record.max_length or config.text_config.max_position_embeddings
         processor = load_siglip_processor(
-            ModelSection(base=str(trained.folder)),
-            image_size=trained.record.get("image_size", config.vision_config.image_size),
+            ModelSection(base=str(saved.folder)),
+            image_size=saved.record.image_size or config.vision_config.image_size,
             max_length=max_length,
         )
-        return cls(
-            model.to(default_device()),
-            processor,
-            max_length=max_length,
-            caption=trained.record.get("caption"),
-        )
+        return cls(model, processor, max_length=max_length, caption=saved.record.caption)
 
     def caption_of(self, row: Row) -> str:
         """The caption of a row, made as in training."""

@@ -6,9 +6,7 @@ they are unfrozen here and saved in medft.json.
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,9 +16,9 @@ from transformers import AutoModel, ProcessorMixin, Siglip2Tokenizer, SiglipMode
 
 from medft.config.recipe import LoraSection, ModelSection
 from medft.errors import BaseModelError
-from medft.models.base import load_processor, load_weights, readable_base
+from medft.models.base import check_local_base, load_processor, load_weights, readable_base
 from medft.models.lora import cast_trainable_to_float32, load_adapter
-from medft.models.saved import read_saved_record
+from medft.models.saved import SavedModel, SavedRecord
 from medft.siglip.pooling_head import split_pooling_head
 
 logger = logging.getLogger(__name__)
@@ -146,43 +144,43 @@ def scale_and_bias_record(model: nn.Module) -> dict[str, float]:
     return {"logit_scale": exact_float(scale), "logit_bias": exact_float(bias)}
 
 
-def restore_scale_and_bias(model: nn.Module, folder: Path) -> None:
-    """Set scale and bias, in float32, from the medft.json beside an adapter.
+def restore_scale_and_bias(model: nn.Module, record: SavedRecord) -> None:
+    """Set scale and bias, in float32, from the record of an adapter.
 
     Raises:
-        BaseModelError: the file is missing or lacks them.
+        BaseModelError: it lacks them.
     """
-    record: dict[str, Any] = read_saved_record(folder)
-    if not {"logit_scale", "logit_bias"} <= record.keys():
+    if record.logit_scale is None or record.logit_bias is None:
         raise BaseModelError(
-            f"expected logit_scale and logit_bias in {folder / 'medft.json'}, they are missing: "
-            f"give an adapter that siglip_lora.py trained"
+            "expected logit_scale and logit_bias in the record of an adapter, they are missing: "
+            "give an adapter that siglip_lora.py trained"
         )
     with torch.no_grad():
-        for name, parameter in zip(
-            ("logit_scale", "logit_bias"), scale_and_bias(model), strict=True
-        ):
+        values = (record.logit_scale, record.logit_bias)
+        for value, parameter in zip(values, scale_and_bias(model), strict=True):
             parameter.data = parameter.data.float()
-            parameter.fill_(record[name])
+            parameter.fill_(value)
 
 
-def load_adapted(base: ModelSection, folder: Path) -> PeftModel:
-    """A base in its stored precision, with a trained adapter, its image size, scale and bias.
+def load_saved(saved: SavedModel) -> PeftModel | SiglipModel:
+    """A trained SigLIP in the precision its base is stored in, image size and scale restored.
 
     Args:
-        base: the one that the adapter was trained on, its files already compared.
-        folder: the adapter's.
+        saved: a run's, an adapter's, or a complete model.
 
     Raises:
-        BaseModelError: base or adapter cannot be loaded, or an adapter tensor matches no layer.
+        BaseModelError: it cannot be loaded, or the base is not the one that was trained on.
     """
-    record = read_saved_record(folder)
-    model = load_weights(AutoModel, base, dtype="auto")
-    resize_positions(model, record["image_size"])
-    if record.get("splits_head"):
+    check_local_base(saved.base)
+    saved.check()
+    model = load_weights(AutoModel, saved.base, dtype="auto")
+    if not saved.is_adapter:
+        return model
+    resize_positions(model, saved.record.image_size or model.config.vision_config.image_size)
+    if saved.record.splits_head:
         split_pooling_head(model)
-    adapted = load_adapter(model, folder)
-    restore_scale_and_bias(adapted, folder)
+    adapted = load_adapter(model, saved.folder)
+    restore_scale_and_bias(adapted, saved.record)
     return adapted
 
 

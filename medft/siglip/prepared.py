@@ -57,6 +57,11 @@ class PreparedSiglipData:
     """How many pairs are compared and dropped, for run.json."""
 
     @property
+    def batch_record(self) -> dict[str, Any]:
+        """Which pairs are compared, and the floor of the loss."""
+        return asdict(self.batches)
+
+    @property
     def rows_per_epoch(self) -> int:
         """Number of training pairs per epoch."""
         return len(self.train) - self.batches.pairs_dropped_an_epoch

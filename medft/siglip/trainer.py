@@ -27,7 +27,7 @@ from medft.metrics.retrieval import (
     ranks_both_ways,
     retrieval_scorers,
 )
-from medft.models.saved import write_saved_record
+from medft.models.saved import SavedRecord
 from medft.siglip.exact_batch import ExactBatch, MicroBatch, replay_rng
 from medft.siglip.locked_towers import LockedTowers
 from medft.siglip.loss import (
@@ -75,7 +75,7 @@ class SiglipTrainer(RowTrackingTrainer):
         args: TrainingArguments,
         prepared: PreparedSiglipData,
         contrastive: ContrastiveSection,
-        record: dict[str, Any],
+        record: SavedRecord,
     ) -> None:
         """Make the trainer.
 
@@ -84,7 +84,7 @@ class SiglipTrainer(RowTrackingTrainer):
             args: from `siglip_arguments`.
             prepared: from `prepare_siglip_data`.
             contrastive: the recipe's section.
-            record: content of medft.json beside every saved adapter, except scale and bias.
+            record: written beside every saved adapter or model, scale and bias added.
         """
         self._locked = LockedTowers(model)
         logger.info("without backward pass: %s", ", ".join(self._locked.parts) or "nothing")
@@ -231,14 +231,15 @@ class SiglipTrainer(RowTrackingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            record = {**self._record, **scale_and_bias_record(self.model)}
-            write_saved_record(Path(output_dir or self.args.output_dir), record)
+            record = self._record.model_copy(update=scale_and_bias_record(self.model))
+            record.write(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore_scale_and_bias(self.model if model is None else model, Path(resume_from_checkpoint))
+        record = SavedRecord.read(Path(resume_from_checkpoint))
+        restore_scale_and_bias(self.model if model is None else model, record)
 
 
 def _pairs(model: nn.Module, inputs: dict[str, Tensor]) -> Pairs:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medft.errors import BaseModelError, RunError
+from medft.models.saved import RunLayout
 from medft.training.checkpoints import checkpoints_of, write_manifest
 from medft.training.process import wait_for_everyone
 
@@ -271,6 +272,6 @@ class BestModelCallback(TrainerCallback):
         value, best = metrics[name], state.best_metric
         if best is None or (value > best if args.greater_is_better else value < best):
             try:
-                self.save(Path(args.output_dir) / "best_model")
+                self.save(RunLayout(Path(args.output_dir)).best_model)
             except BaseModelError as error:  # no step has changed every layer yet
                 logger.warning("step %s: no best_model/: %s", state.global_step, error)

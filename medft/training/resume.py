@@ -3,15 +3,17 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import TrainerState
+from transformers import PreTrainedConfig, TrainerState
 
-from medft.config.recipe import Recipe
+from medft.config.recipe import LoraSection, Recipe
 from medft.config.train_keys import TrainSection
 from medft.errors import RunError
 from medft.files import check_folder_for_output
-from medft.models.saved import read_run_record
+from medft.models.base import identify_base
+from medft.models.lora import initial_adapter
+from medft.models.saved import RunLayout
 from medft.provenance import (
     masked,
 )
@@ -50,6 +52,57 @@ def check_output_dir(train: TrainSection) -> Path | None:
     return checkpoint
 
 
+class PreparedData(Protocol):
+    """What a run can know before weights are loaded, as both kinds of trainers prepare it."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The base's configuration."""
+        ...
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Fingerprints and counts of the data, for run.json."""
+        ...
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Training rows of an epoch."""
+        ...
+
+    @property
+    def batch_record(self) -> dict[str, Any]:
+        """What is known of batches beyond their arithmetic, for run.json."""
+        ...
+
+
+def identify_run(
+    recipe: Recipe,
+    lora: LoraSection | None,
+    prepared: PreparedData,
+    checkpoint: Path | None,
+    *,
+    world_size: int | None,
+) -> dict[str, Any]:
+    """The entries of run.json that say what a run starts from: base, data, init_from.
+
+    Args:
+        recipe: as resolved now.
+        lora: its section, of a resumed run without `init_from`.
+        prepared: the data, and the base's configuration.
+        checkpoint: to continue from; None for a new run.
+        world_size: number of processes; None if not known yet.
+
+    Raises:
+        RunError: the run cannot continue from the checkpoint, or `lora.init_from` is no adapter.
+        BaseModelError: the adapter of `lora.init_from` was trained on another base.
+    """
+    base = identify_base(recipe.model, prepared.config)
+    if checkpoint:
+        check_same_run(recipe, base, prepared.record, checkpoint, world_size)
+    return {"base": base, "data": prepared.record, **initial_adapter(lora, base)}
+
+
 def check_same_run(
     recipe: Recipe,
     base: dict[str, Any],
@@ -71,7 +124,7 @@ def check_same_run(
             already finished.
     """
     run = checkpoint.parent
-    earlier = read_run_record(run)
+    earlier = RunLayout(run).read_record()
     current, then = (_flat(content) for content in (masked(recipe.model_dump()), earlier["recipe"]))
     changed = sorted(
         key
@@ -90,7 +143,7 @@ def check_same_run(
                 f"expected the {name} of the interrupted run in {run}, its files have changed: "
                 f"restore them, or start a new run in another folder"
             )
-    results = [run / name for name in ("adapter", "model") if (run / name).is_dir()]
+    results = RunLayout(run).results
     if results and state_of(checkpoint).global_step >= earlier.get("steps_done", math.inf):
         raise RunError(
             f"expected an unfinished run to resume in {run}, {checkpoint.name} is its last step: "

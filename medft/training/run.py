@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 
-from medft.config.recipe import Recipe, dump_sections
+from medft.config.recipe import LoraSection, Recipe, dump_sections
 from medft.errors import Terminated
 from medft.files import complete_folder, write_json
 from medft.models.lora import refuse_inert
-from medft.models.saved import WEIGHTS_FILE, read_run_record
+from medft.models.saved import WEIGHTS_FILE, RunLayout
 from medft.provenance import (
     hardware,
     masked,
@@ -28,6 +28,7 @@ from medft.provenance import (
     package_versions,
     peak_memory,
 )
+from medft.training.arguments import batch_arithmetic
 from medft.training.callbacks import (
     BestModelCallback,
     CheckpointManifestCallback,
@@ -38,7 +39,7 @@ from medft.training.callbacks import (
 )
 from medft.training.curves import draw_curves
 from medft.training.process import wait_for_everyone
-from medft.training.resume import state_of
+from medft.training.resume import PreparedData, identify_run, state_of
 from medft.training.trainer import RowTrackingTrainer
 
 
@@ -47,22 +48,27 @@ class Run:
 
     def __init__(
         self,
-        directory: Path,
+        layout: RunLayout,
         record: dict[str, Any],
         *,
         early_stopping: dict[str, Any],
         writes: bool,
     ) -> None:
-        self.directory = directory
+        self.layout = layout
         self.record = record
         self._early_stopping = early_stopping
         self._writes = writes
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What identifies the base, as from `identify_base`."""
+        return self.record["base"]
 
     def update(self, **entries: Any) -> None:
         """Add entries to run.json."""
         self.record.update(entries)
         if self._writes:
-            write_json(self.directory / "run.json", masked(self.record))
+            write_json(self.layout.record, masked(self.record))
 
     def train(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
         """Train, keep complete checkpoints and the best model, and write adapter/ or model/.
@@ -96,7 +102,7 @@ class Run:
             self.update(status="interrupted", steps_done=trainer.state.global_step)
             raise Terminated
         is_adapter = hasattr(trainer.model, "peft_config")
-        save_result(trainer, self.directory / ("adapter" if is_adapter else "model"))
+        save_result(trainer, self.layout.adapter if is_adapter else self.layout.model)
         self.update(
             status="completed",
             steps_done=trainer.state.global_step,
@@ -121,7 +127,7 @@ class Run:
 
     def _best_metric(self, state: TrainerState) -> float | None:
         """The metric of best_model/; None if there is none, as when the untrained base was best."""
-        return state.best_metric if (self.directory / "best_model").is_dir() else None
+        return state.best_metric if self.layout.best_model.is_dir() else None
 
     def write_history(self, state: TrainerState) -> None:
         """Write log_history.json and curves.png."""
@@ -130,24 +136,40 @@ class Run:
                 {k: v if math.isfinite(v) else None for k, v in entry.items()}
                 for entry in state.log_history
             ]
-            write_json(self.directory / "log_history.json", history)
-            draw_curves(history, self.directory / "curves.png")
+            write_json(self.layout.history, history)
+            draw_curves(history, self.layout.curves)
 
 
 @contextmanager
-def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) -> Iterator[Run]:
-    """Create a run's directory and record, and yield the run.
+def open_run(
+    recipe: Recipe,
+    argv: list[str],
+    *,
+    arguments: TrainingArguments,
+    lora: LoraSection | None,
+    prepared: PreparedData,
+    checkpoint: Path | None,
+) -> Iterator[Run]:
+    """The run of a recipe, with its directory created and its record begun.
 
-    Call it after all checks: this writes the first files. An exception inside the block sets
-    `status` in run.json to failed (interrupted for Ctrl-C).
+    Everything must have been checked before, but what identifies the run, which is checked here:
+    after that writing begins. An exception inside the block sets `status` in run.json to failed
+    (interrupted for Ctrl-C).
 
     Args:
         recipe: the resolved recipe.
         argv: the command line.
-        resuming: whether the directory holds an earlier part of this run.
-        **record: further entries of run.json: base, data, batch.
+        arguments: the trainer's.
+        lora: the recipe's section, of a resumed run without `init_from`.
+        prepared: the data, and the base's configuration.
+        checkpoint: to continue from; None for a new run.
+
+    Raises:
+        RunError: the run cannot continue from the checkpoint, or `lora.init_from` is no adapter.
+        BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
-    directory = Path(recipe.train.output_dir)
+    identity = identify_run(recipe, lora, prepared, checkpoint, world_size=arguments.world_size)
+    layout = RunLayout(Path(recipe.train.output_dir))
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
     writes = os.environ.get("RANK", "0") == "0"
     entries = {
@@ -159,19 +181,20 @@ def open_run(recipe: Recipe, argv: list[str], *, resuming: bool, **record: Any) 
         "seed": recipe.train.seed,
         "packages": package_versions(),
         "hardware": hardware(),
-        **record,
+        "batch": batch_arithmetic(prepared.rows_per_epoch, arguments) | prepared.batch_record,
+        **identity,
     }
-    run = Run(directory, entries, early_stopping=recipe.train.early_stopping(), writes=writes)
+    run = Run(layout, entries, early_stopping=recipe.train.early_stopping(), writes=writes)
     if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        if resuming:
-            earlier = read_run_record(directory)
+        layout.directory.mkdir(parents=True, exist_ok=True)
+        if checkpoint:
+            earlier = layout.read_record()
             entries |= {k: earlier[k] for k in ("started", "init_from") if k in earlier}
             entries["resumed"] = [*earlier.get("resumed", []), now()]
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
         recipe_text = dump_sections(sections)
-        (directory / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        layout.recipe.write_text(recipe_text, encoding="utf-8")
     run.update()
     try:
         yield run

@@ -20,7 +20,10 @@ def model(bases):
 
     def load(fix):
         section = ModelSection(base=str(bases / "decoder"), dtype="float32")
-        return load_model(section, MLLAMA, None, dtype="float32", cross_attention_fix=fix).eval()
+        loaded = load_model(section, MLLAMA, None, dtype="float32").eval()
+        if fix:
+            MLLAMA.isolate_rows(loaded)
+        return loaded
 
     return load
 

@@ -84,7 +84,7 @@ def pieces(family, turns):
         elif family == "paligemma":
             prompt = ("<image>" * 32 + "<bos>" if first else "") + f"{question}\n"
             end = "<eos>"
-        else:
+        elif family == "gemma3":
             image = "\n\n<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>\n\n"
             prompt = (
                 ("<bos>" if first else "\n")
@@ -92,6 +92,8 @@ def pieces(family, turns):
                 "<start_of_turn>model\n"
             )
             end = "<end_of_turn>"
+        else:
+            raise NotImplementedError(family)
         made += [(prompt, False), (answer + end, True)]
     return [*made, ("\n", False)] if family == "gemma3" else made
 
@@ -130,7 +132,7 @@ def by_hand(family, bases):
         batch["pixel_values"] = processor.image_processor(flat, return_tensors="pt")["pixel_values"]
         if family == "paligemma":
             batch["token_type_ids"] = (positions >= torch.tensor(first_answer)[:, None]).long()
-        else:
+        elif family == "gemma3":
             image_token = processor.tokenizer.convert_tokens_to_ids("<image_soft_token>")
             batch["token_type_ids"] = (ids == image_token).long()
     return batch, pad_sequence(labels, batch_first=True, padding_value=-100)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from families import BASES
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -76,6 +77,10 @@ def collate(encoder, *rows, max_length=200):
         encoder, max_length=max_length, vocab_size=vocab_size, isolates_rows=True
     )(rows)
     return batch | encoder.family.stack_images([batch.pop("images")])
+
+
+def test_every_family_has_a_tiny_base_that_the_tests_read():
+    assert BASES.keys() == FAMILIES.keys()
 
 
 ONE = [turn("user", "What is seen?", images=1), turn("assistant", "A disc.")]

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from medft.decoder.families import FAMILIES
 from medft.decoder.generator import Generator, Request
 from medft.export.merge import merge
+from medft.models.saved import SavedRecord
 
 NAMES = ("paligemma", "gemma3")
 
@@ -124,5 +125,6 @@ def test_an_answer_ends_where_training_ended_it_whatever_the_base_says(tuned):
     end = generator.conversation.end_of_turn
     assert end in generator.model.generation_config.eos_token_id
     generator.model.generation_config.eos_token_id = 1
-    again = Generator(generator.model, generator.conversation.processor, record={}, family="gemma3")
+    record = SavedRecord(family="gemma3", base="x", revision=None)
+    again = Generator(generator.model, generator.conversation.processor, record)
     assert again.model.generation_config.eos_token_id == [1, end]

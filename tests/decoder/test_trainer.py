@@ -10,13 +10,9 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from medft.config.recipe import DecoderRecipe
 from medft.data.images import open_image
 from medft.data.rows import image_source
 from medft.decoder.families.mllama import MLLAMA
-from medft.decoder.model import load_model
-from medft.decoder.prepared import prepare_decoder_data
-from medft.decoder.trainer import DecoderTrainer, decoder_arguments
 from medft.errors import MedftError, RecipeError
 from medft.training import trainer as training_trainer
 
@@ -205,21 +201,6 @@ def test_what_would_fail_after_loading_fails_before(trainer, change):
 def test_a_value_that_the_trainer_refuses_is_one_sentence(trainer):
     with pytest.raises(RecipeError, match="expected values that the trainer accepts in train"):
         trainer(lr_scheduler_type="linearr")
-
-
-def test_without_lora_every_weight_is_trained_in_float32(sections, write_recipe):
-    recipe = sections("decoder")
-    recipe["train"] |= {"max_steps": 2, "save_strategy": "no"}
-    recipe = DecoderRecipe.load(write_recipe(recipe), ["lora=null", "model.dtype=bfloat16"])
-    arguments = decoder_arguments(recipe.train, dtype="bfloat16")
-    inputs = prepare_decoder_data(recipe.model, recipe.data, recipe.lora, arguments)
-    model = load_model(recipe.model, MLLAMA, None, dtype="float32")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trained = DecoderTrainer(model, arguments, inputs, {})
-    trained.train()
-    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert all("embedding" in name for name in still), still  # of tile arrangements unseen here
 
 
 def orders(made, **options):

@@ -1,6 +1,7 @@
 """The demo end to end, by its command; and its check fails where images tell nothing."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,18 +16,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
 def demo(cache, tmp_path_factory):
     """The folder of a demo and what its command printed."""
     out = tmp_path_factory.mktemp("runs") / "demo"
     command = [sys.executable, "-m", "medft.cli", "demo", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=out.parent,
+        env={**os.environ, "MEDFT_CACHE": str(cache)},
+    )
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

@@ -9,6 +9,7 @@ from medft.data.rows import load_rows
 from medft.errors import DataError, RunError
 from medft.evaluation.evaluate import evaluate
 from medft.evaluation.items import items_of, rows_to_evaluate
+from medft.models.saved import RunLayout
 
 
 def test_every_assistant_turn_is_an_item_with_the_turns_before_it(tmp_path):
@@ -31,7 +32,7 @@ def test_validation_rows_that_changed_since_the_run_are_refused(runs, tmp_path):
     record["data"]["validation"]["sha256"] = "0" * 64
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(DataError, match="has changed"):
-        rows_to_evaluate(run, None, "validation")
+        rows_to_evaluate(RunLayout(run), None, "validation")
     with pytest.raises(RunError, match="expected an adapter for --against base"):
         evaluate(
             _whole(tmp_path), tmp_path / "out", data=None, split="validation", against_base=True

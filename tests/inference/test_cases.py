@@ -11,10 +11,11 @@ from medft.data.rows import load_rows
 from medft.errors import RunError
 from medft.files import file_sha256
 from medft.inference.cases import CaseIndex
+from medft.models.saved import find_saved_model
 
 
 def test_nearest_cases_are_those_of_comparing_all(embedder, runs, data):
-    index = CaseIndex.of_run(runs / "siglip", embedder)
+    index = CaseIndex.of_run(find_saved_model(runs / "siglip"), embedder)
     rows = load_rows(data / "chat" / "train.jsonl", split="train")
     images = [open_image(data / "chat" / row["images"][0]["path"]) for row in rows]
     own = embedder.embed_images(images)
@@ -29,16 +30,16 @@ def test_nearest_cases_are_those_of_comparing_all(embedder, runs, data):
 def test_the_index_is_kept_and_made_anew_for_other_weights(embedder, runs, tmp_path):
     run = tmp_path / "siglip"
     shutil.copytree(runs / "siglip", run)
-    CaseIndex.of_run(run, embedder)
+    CaseIndex.of_run(find_saved_model(run), embedder)
     first = (run / "index.npz").read_bytes()
-    CaseIndex.of_run(run, embedder)
+    CaseIndex.of_run(find_saved_model(run), embedder)
     assert (run / "index.npz").read_bytes() == first
-    (run / "index.npz").write_bytes(first[:500])  # torn
-    CaseIndex.of_run(run, embedder)
+    (run / "index.npz").write_bytes(first[:500])  # truncated
+    CaseIndex.of_run(find_saved_model(run), embedder)
     assert (run / "index.npz").read_bytes() == first
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    CaseIndex.of_run(run, embedder)
+    CaseIndex.of_run(find_saved_model(run), embedder)
     assert (run / "index.npz").read_bytes() != first
 
 
@@ -49,7 +50,7 @@ def test_changed_training_data_is_an_error(embedder, runs, tmp_path):
     record["data"]["train"]["sha256"] = "0" * 64
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="training data"):
-        CaseIndex.of_run(run, embedder)
+        CaseIndex.of_run(find_saved_model(run), embedder)
 
 
 def test_rows_with_the_same_id_keep_their_texts(embedder, runs, data, tmp_path):
@@ -65,7 +66,7 @@ def test_rows_with_the_same_id_keep_their_texts(embedder, runs, data, tmp_path):
     record = json.loads((run / "run.json").read_text())
     record["data"]["train"] = {"path": str(file), "sha256": file_sha256(file)}
     (run / "run.json").write_text(json.dumps(record))
-    index = CaseIndex.of_run(run, embedder)
+    index = CaseIndex.of_run(find_saved_model(run), embedder)
     for number, row in enumerate(rows):
         [own] = embedder.embed_images([open_image(row["images"][0])])
         assert index.nearest(own)[0].text == f"text {number}"

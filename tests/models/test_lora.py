@@ -1,7 +1,5 @@
 """Adapters sit on exactly what was named; what would not run or not load is an error."""
 
-import json
-
 import pytest
 import torch
 from peft import PeftModel
@@ -20,10 +18,7 @@ from medft.models.lora import (
     plan_adapter,
     target_modules,
 )
-from medft.models.saved import read_saved_record, write_saved_record
 from medft.siglip import model as siglip_model
-
-NOTES = {"family": "mllama", "base": "x", "revision": None}
 
 
 @pytest.fixture(scope="module")
@@ -227,15 +222,3 @@ def test_excluding_everything_is_an_error_before_loading(bases):
 def test_a_folder_without_adapter_is_an_error(bases, tmp_path):
     with pytest.raises(BaseModelError, match="found none"):
         load(bases, tmp_path)
-
-
-def test_notes_are_read_back_bit_for_bit(tmp_path):
-    value = torch.rand(1, generator=torch.Generator().manual_seed(3)).item() * 3
-    write_saved_record(tmp_path, {**NOTES, "logit_scale": value})
-    assert read_saved_record(tmp_path)["logit_scale"] == value
-    assert "medft" in json.loads((tmp_path / "medft.json").read_text())
-    with pytest.raises(BaseModelError, match=r"medft\.json"):
-        read_saved_record(tmp_path / "none")
-    write_saved_record(tmp_path, {"family": "mllama"})
-    with pytest.raises(BaseModelError, match="it lacks some"):
-        read_saved_record(tmp_path)

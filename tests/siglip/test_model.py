@@ -7,7 +7,7 @@ from transformers import AutoModel, SiglipConfig, SiglipModel
 from medft.config.recipe import ModelSection, SiglipLoraSection
 from medft.errors import BaseModelError
 from medft.models.lora import attach_adapter
-from medft.models.saved import write_saved_record
+from medft.models.saved import SavedRecord
 from medft.siglip.model import (
     PRESETS,
     load_model,
@@ -99,14 +99,14 @@ def test_scale_and_bias_come_back_bit_for_bit(section, tmp_path):
     with torch.no_grad():
         model.logit_scale.fill_(4.7123457)
         model.logit_bias.fill_(-12.912345)
-    notes = {"family": "siglip", "base": "x", "revision": None}
-    write_saved_record(tmp_path, {**notes, **scale_and_bias_record(model)})
+    record = SavedRecord(family="siglip", base="x", revision=None)
+    record.model_copy(update=scale_and_bias_record(model)).write(tmp_path)
     other = load_model(section, LORA, image_size=56)
     assert not torch.equal(other.logit_scale, model.logit_scale)
     for dtype in (torch.float32, torch.bfloat16):  # a base may be stored in either
-        restore_scale_and_bias(other.to(dtype), tmp_path)
+        restore_scale_and_bias(other.to(dtype), SavedRecord.read(tmp_path))
         assert torch.equal(other.logit_scale, model.logit_scale)
         assert torch.equal(other.logit_bias, model.logit_bias)
-    write_saved_record(tmp_path, notes)
+    record.write(tmp_path)
     with pytest.raises(BaseModelError, match="they are missing"):
-        restore_scale_and_bias(other, tmp_path)
+        restore_scale_and_bias(other, SavedRecord.read(tmp_path))
