@@ -84,7 +84,17 @@ def parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="reports, embeddings and nearest training cases")
     predict.add_argument("source", type=Path, metavar="RUN|MODEL")
     predict.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE|FOLDER|TABLE")
-    predict.add_argument("--prompt", metavar="TEXT", help="for images without a question")
+    predict.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="for images without a question; default: one that the training rows declared",
+    )
+    predict.add_argument(
+        "--max-new-tokens",
+        type=_at_least_one,
+        metavar="N",
+        help="of an answer; default: 1.5 times the longest trained answer",
+    )
     predict.add_argument(
         "--siglip", type=Path, metavar="RUN", help="adds embeddings and nearest training cases"
     )
@@ -110,8 +120,14 @@ def parser() -> argparse.ArgumentParser:
 def _share(text: str) -> float:
     share = float(text)
     if not 0 <= share <= 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
     return share
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return int(text)
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -211,10 +227,11 @@ def _predict(arguments: argparse.Namespace) -> None:
             arguments.out,
             prompt=arguments.prompt,
             siglip=arguments.siglip,
+            max_new_tokens=arguments.max_new_tokens,
         )
     _say(
         f"{arguments.out}: {counts['written']} written ({counts['failed']} of them failed, see "
-        f"error), {counts['kept']} kept from before"
+        f"error; {counts['truncated']} truncated), {counts['kept']} kept from before"
     )
 
 

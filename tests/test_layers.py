@@ -15,7 +15,7 @@ HOUSE = """
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
     data/ template images tables dicom splits sources pairs pairing report prepare
-    data/ messages rows chat tokens
+    data/ messages rows prompts chat tokens
     models/ base saved lora frozen
     training/ process arguments trainer checkpoints callbacks curves resume run launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
@@ -25,7 +25,7 @@ HOUSE = """
     siglip/ augmentation collator checks prepared embedder trainer build
     check
     evaluation/ items controls predictions report evaluate
-    inference/ cases predictor __init__ files
+    inference/ cases prompts predictor __init__ files
     export/ merge
     demo/ bases phantoms exports pretrain report chain
     cli

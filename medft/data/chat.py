@@ -1,4 +1,4 @@
-"""pairs.parquet -> chat JSONL with its images beside it, for medft and for other tools."""
+"""pairs.parquet -> chat JSONL with images and prompts, for medft and for other tools."""
 
 import io
 import json
@@ -9,14 +9,15 @@ from typing import Any
 
 from medft.data.images import open_image
 from medft.data.messages import Message, conversation
-from medft.data.pairs import SPLITS, open_pairs, prompts_of, read_pairs
-from medft.files import check_folder_for_output, complete_folder
+from medft.data.pairs import SPLITS, declared_by_source, open_pairs, prompts_of, read_pairs
+from medft.data.prompts import PROMPTS_FILE
+from medft.files import check_folder_for_output, complete_folder, write_json
 
 
 def write_chat(
     pairs: Path, out: Path, *, format: str = "trl", join_questions: bool = False
 ) -> dict[str, int]:
-    """Write train.jsonl, validation.jsonl, test.jsonl and images/ as one complete folder.
+    """Write train.jsonl, validation.jsonl, test.jsonl, chat.json and images/ as a complete folder.
 
     Args:
         pairs: pairs.parquet.
@@ -49,6 +50,7 @@ def write_chat(
             counts[row["split"]] += 1
         for file in files.values():
             file.close()
+        write_json(draft / PROMPTS_FILE, {"prompts": declared_by_source(pairs)})
     return counts
 
 
@@ -88,7 +90,7 @@ def _is_ours(folder: Path) -> bool:
     images = folder / "images"
     return (
         folder.is_dir()
-        and {path.name for path in folder.iterdir()} == {"images", *splits}
+        and {path.name for path in folder.iterdir()} - {PROMPTS_FILE} == {"images", *splits}
         and images.is_dir()
         and all(re.fullmatch(r"[0-9a-f]{64}\.png", path.name) for path in images.iterdir())
     )

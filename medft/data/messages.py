@@ -43,6 +43,11 @@ def text_of_message(message: Message) -> str:
     return "".join(part.get("text", "") for part in message["content"])
 
 
+def system_text(messages: list[Message]) -> str | None:
+    """The text of the system turn; None without one."""
+    return text_of_message(messages[0]) if messages[0]["role"] == "system" else None
+
+
 def first_texts(messages: list[Message]) -> dict[str, str]:
     """The first user text as `question` and the first assistant text as `answer`."""
     texts: dict[str, str] = {}

@@ -85,6 +85,7 @@ def build_trainer(
         quantization=quantization,
         max_length=data.max_length,
         max_image_tiles=data.max_image_tiles,
+        **prepared.to_repeat,
     )
     return DecoderTrainer(trained, arguments, prepared, record)
 

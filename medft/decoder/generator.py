@@ -1,5 +1,6 @@
 """Text generation with a trained decoder."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ class Request:
     images: list[Image.Image]
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An assistant's turn."""
+
+    text: str
+
+    truncated: bool
+    """Whether the bound on new tokens cut it before its end."""
+
+
 class Generator:
     """A decoder that generates the assistant's next turn by greedy decoding."""
 
@@ -44,16 +55,17 @@ class Generator:
         Args:
             model: on its device, with or without adapter.
             processor: the one it was trained with.
-            record: what training did to images, and how long rows could be.
+            record: what training did to images, and how long answers and rows were.
         """
         self.model = model.eval()
+        self.record = record
         standard = DecoderDataSection.model_fields["max_image_tiles"].default
         self.conversation = ConversationEncoder(
             processor,
             family_of(record.family),
             max_image_tiles=record.max_image_tiles or standard,
         )
-        self.max_new_tokens = record.max_length or 512
+        self.max_new_tokens = _bound(record)
         for name in ("temperature", "top_p", "top_k"):  # sampling is off
             setattr(model.generation_config, name, None)
         ends = model.generation_config.eos_token_id
@@ -88,23 +100,23 @@ class Generator:
         """
         return without_adapter(self.model)
 
-    def generate(self, requests: Sequence[Request]) -> list[str]:
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """The assistant's turns, in the order of the requests.
 
         A batch holds requests with equally many images; others might see each other's.
         """
-        answers: dict[int, str] = {}
+        answers: dict[int, Answer] = {}
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].images))
         while order:
             num_images = len(requests[order[0]].images)
             chosen = [i for i in order[:BATCH_SIZE] if len(requests[i].images) == num_images]
             order = order[len(chosen) :]
-            texts = self._generate_batch([requests[i] for i in chosen])
-            answers.update(zip(chosen, texts, strict=True))
+            turns = self._generate_batch([requests[i] for i in chosen])
+            answers.update(zip(chosen, turns, strict=True))
         return [answers[index] for index in range(len(requests))]
 
     @torch.inference_mode()
-    def _generate_batch(self, requests: Sequence[Request]) -> list[str]:
+    def _generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
         encoded = [self.conversation.encode_prompt(request.messages) for request in requests]
         images = [
             [self.conversation.image_inputs(image) for image in request.images]
@@ -121,4 +133,16 @@ class Generator:
         )
         new = tokens[:, batch["input_ids"].shape[1] :]
         decoded = self.conversation.processor.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in decoded]
+        ends = torch.tensor(self.model.generation_config.eos_token_id, device=new.device)
+        ended = torch.isin(new, ends).any(dim=1).tolist()
+        return [
+            Answer(text.strip(), truncated=not end)
+            for text, end in zip(decoded, ended, strict=True)
+        ]
+
+
+def _bound(record: SavedRecord) -> int:
+    """Maximum number of new tokens: half as many again as the longest trained answer had."""
+    if record.longest_answer is None:
+        return record.max_length or 512
+    return math.ceil(1.5 * record.longest_answer)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from datasets import Dataset
 from medft.config.recipe import (
     DecoderDataSection,
 )
+from medft.data.messages import system_text
 from medft.data.rows import (
     SHOWN_PROBLEMS,
     Row,
@@ -31,6 +33,12 @@ class MeasuredRows:
     counts: dict[str, Any]
     """For run.json."""
 
+    longest_answer: int
+    """Trained tokens of the longest assistant turn, its end included."""
+
+    system: str | None
+    """The text of the system turn that every kept row has."""
+
     @property
     def images_a_row(self) -> dict[str, int]:
         """Number of images, as a string -> number of rows."""
@@ -48,6 +56,7 @@ def measure_rows(
     lengths: list[int] = []
     kept: list[_KeptRow] = []
     problems: list[str] = []
+    systems: set[str | None] = set()
     for place, record in enumerate(rows.select_columns(["id", "messages", "images"])):
         row = Row.of(record)
         try:
@@ -58,8 +67,9 @@ def measure_rows(
         lengths.append(len(encoded.input_ids))
         needed = _tokens_needed(encoded, conversation.image_token_id)
         if needed <= data.max_length:
-            trained = sum(label != IGNORED for label in encoded.labels[: data.max_length])
-            kept.append(_KeptRow(place, len(encoded.input_ids), trained, len(row.images)))
+            answers = _answer_lengths(encoded.labels[: data.max_length])
+            kept.append(_KeptRow(place, len(encoded.input_ids), answers, len(row.images)))
+            systems.add(system_text(row.messages))
         elif data.too_long == "error":
             problems.append(
                 f"row {row.id}: expected a prompt below data.max_length ({data.max_length}), it "
@@ -81,10 +91,12 @@ def measure_rows(
             "rows_dropped": len(rows) - len(kept),
             "answers_cut": sum(map(bool, cut)),
             "tokens_cut": sum(cut),
-            "tokens_trained": sum(row.trained for row in kept),
+            "tokens_trained": sum(sum(row.answers) for row in kept),
             "tokens_a_row": length_percentiles(lengths),
             "images_a_row": {str(count): image_counts[count] for count in sorted(image_counts)},
         },
+        longest_answer=max(answer for row in kept for answer in row.answers),
+        system=systems.pop() if len(systems) == 1 else None,
     )
 
 
@@ -97,8 +109,8 @@ class _KeptRow(NamedTuple):
     tokens: int
     """Number of tokens before truncation."""
 
-    trained: int
-    """Number of trained tokens."""
+    answers: list[int]
+    """Number of trained tokens by assistant turn."""
 
     images: int
 
@@ -109,6 +121,12 @@ def _encode(row: Row, conversation: ConversationEncoder, vocab_size: int) -> Enc
     never = conversation.family.non_answer_token_ids(conversation.processor)
     check_labels(torch.tensor([encoded.labels]), vocab_size, never, [row.id])
     return encoded
+
+
+def _answer_lengths(labels: list[int]) -> list[int]:
+    """Lengths of the trained spans."""
+    spans = groupby(labels, key=lambda label: label != IGNORED)
+    return [len(list(span)) for trained, span in spans if trained]
 
 
 def _tokens_needed(row: EncodedRow, image_token_id: int) -> int:

@@ -23,6 +23,7 @@ from medft.config.recipe import (
     DecoderModelSection,
     LoraSection,
 )
+from medft.data.prompts import asked_prompts
 from medft.data.rows import (
     Row,
     describe_counts,
@@ -83,6 +84,9 @@ class PreparedDecoderData:
 
     record: dict[str, Any]
     """Fingerprints of the files and counts of their rows, for run.json."""
+
+    to_repeat: dict[str, Any]
+    """What inference must repeat of the training rows, for medft.json."""
 
     @property
     def batch_record(self) -> dict[str, Any]:
@@ -203,6 +207,11 @@ def prepare_decoder_data(
         record={
             split: {**fingerprint(path, files[split]), **measured[split].counts}
             for split, path in _files(data).items()
+        },
+        to_repeat={
+            "prompts": asked_prompts(Path(data.train), measured["train"].kept) or None,
+            "system": measured["train"].system,
+            "longest_answer": measured["train"].longest_answer,
         },
     )
 

@@ -111,7 +111,6 @@ def run_demo(out: Path, *, seed: int = SEED) -> Path:
             out / "decoder_merged",
             [images],
             out / "predictions.jsonl",
-            prompt=None,
             siglip=out / "siglip",
         )
     report = write_demo_report(out, summary, metrics, steps.seconds)

@@ -71,6 +71,7 @@ def _answers(
 ) -> list[str | None]:
     """The generator's answers, each item with the images of `shown`; None where that fails."""
     answers: dict[int, str] = {}
+    truncated = 0
     asked = [(index, other) for index, other in enumerate(shown) if other is not None]
     progress = tqdm(total=len(asked), desc=name, disable=not sys.stderr.isatty())
     if progress.disable:
@@ -86,9 +87,18 @@ def _answers(
                     logger.warning("no answer to %s: %s", items[index].id, error)
                     continue
                 requests[index] = Request(messages=items[index].prompt, images=images)
-            texts = generator.generate(list(requests.values()))
-            answers.update(zip(requests, texts, strict=True))
+            turns = generator.generate(list(requests.values()))
+            answers.update({i: turn.text for i, turn in zip(requests, turns, strict=True)})
+            truncated += sum(turn.truncated for turn in turns)
             progress.update(len(chunk))
+    if truncated:
+        logger.warning(
+            "%s: %s of %s answers truncated at %s tokens",
+            name,
+            truncated,
+            len(answers),
+            generator.max_new_tokens,
+        )
     return [answers.get(index) for index in range(len(items))]
 
 

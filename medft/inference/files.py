@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,13 +21,14 @@ from medft.data.tables import Rejected, table_rows
 from medft.data.template import text_of
 from medft.errors import DataError, RunError
 from medft.inference.predictor import (
-    DEFAULT_PROMPT,
     ImagePrediction,
     Predictor,
     open_image_file,
-    question_of,
 )
-from medft.models.saved import find_saved_model
+from medft.inference.prompts import conversation_for, prompt_for
+from medft.models.saved import SavedModel, find_saved_model
+
+logger = logging.getLogger(__name__)
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".dcm")
 """Extensions of the files that are taken from a folder."""
@@ -38,10 +41,18 @@ CHUNK = 8
 
 HEAD = ("image", "prompt", "model", "siglip", "weights")
 
-COLUMNS = (*HEAD, "text", "nearest", "embedding", "error")
+COLUMNS = (*HEAD, "text", "truncated", "nearest", "embedding", "error")
 """Keys of a record of a .jsonl file."""
 
-CSV_COLUMNS = (*HEAD, "text", "nearest_id", "nearest_text", "nearest_similarity", "error")
+CSV_COLUMNS = (
+    *HEAD,
+    "text",
+    "truncated",
+    "nearest_id",
+    "nearest_text",
+    "nearest_similarity",
+    "error",
+)
 """Columns of a .csv file, which has the nearest case only and no embedding."""
 
 
@@ -58,12 +69,14 @@ class Entry:
         return str(self.image).encode("utf-8", "backslashreplace").decode()
 
 
-def entries_of(inputs: Sequence[Path], prompt: str | None) -> list[Entry]:
+def entries_of(
+    inputs: Sequence[Path], prompt_of: Callable[[Mapping[str, Any]], str]
+) -> list[Entry]:
     """The images that files, folders and tables name, each once per prompt.
 
     Args:
         inputs: in the order of the command line; the files of a folder in the order of names.
-        prompt: for images without a question of their own.
+        prompt_of: gives the prompt of an image from the columns of its row, if it has one.
 
     Raises:
         DataError: a path does not exist, a folder holds no image, a table lacks `image`.
@@ -77,17 +90,19 @@ def entries_of(inputs: Sequence[Path], prompt: str | None) -> list[Entry]:
                     f"expected images in the folder {path}, found none that ends in "
                     f"{', '.join(IMAGE_ENDINGS)}: check the path"
                 )
-            found.update(dict.fromkeys(Entry(p, prompt or DEFAULT_PROMPT) for p in inside))
+            found.update(dict.fromkeys(Entry(p, prompt_of({})) for p in inside))
         elif not path.is_file():
             raise DataError(f"expected an image, folder or table at {path}: check the path")
         elif path.suffix.lower() in TABLE_ENDINGS:
-            found.update(dict.fromkeys(_entries_of_table(path, prompt)))
+            found.update(dict.fromkeys(_entries_of_table(path, prompt_of)))
         else:
-            found[Entry(path, prompt or DEFAULT_PROMPT)] = None
+            found[Entry(path, prompt_of({}))] = None
     return list(found)
 
 
-def _entries_of_table(table: Path, prompt: str | None) -> Iterator[Entry]:
+def _entries_of_table(
+    table: Path, prompt_of: Callable[[Mapping[str, Any]], str]
+) -> Iterator[Entry]:
     for number, row in enumerate(table_rows(table.suffix.lower()[1:], table), start=1):
         if isinstance(row, Rejected):
             raise DataError(f"{table}, row {number}: {row.detail}: correct the table")
@@ -97,12 +112,17 @@ def _entries_of_table(table: Path, prompt: str | None) -> Iterator[Entry]:
                 f"expected a column image with paths in {table}, row {number} has none (columns "
                 f"{', '.join(row)}): rename the column or fill it"
             )
-        question = text_of(row.get("question"))
-        yield Entry(table.parent / name.strip(), question or prompt or DEFAULT_PROMPT)
+        yield Entry(table.parent / name.strip(), prompt_of(row))
 
 
 def predict_files(
-    source: Path, inputs: Sequence[Path], out: Path, *, prompt: str | None, siglip: Path | None
+    source: Path,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    prompt: str | None = None,
+    siglip: Path | None = None,
+    max_new_tokens: int | None = None,
 ) -> dict[str, int]:
     """Write a record for each image; those of an earlier, stopped run are kept.
 
@@ -110,30 +130,39 @@ def predict_files(
         source: a run or model, decoder or SigLIP.
         inputs: images, folders and tables.
         out: a .jsonl or .csv file.
-        prompt: for images without a question of their own.
+        prompt: for images without a question of their own; None takes a declared one of training.
         siglip: a SigLIP run beside a decoder, for embeddings and nearest training cases.
+        max_new_tokens: bound of an answer; truncated ones of an earlier run are generated again.
 
     Returns:
-        How many were `written`, `kept` from before, and `failed` among those written.
+        How many were `written`, `kept` from before, and `failed` and `truncated` among those
+        written.
 
     Raises:
         DataError: the inputs are wrong.
-        RunError: `out` is not .jsonl or .csv, or holds predictions of other models.
+        RunError: `out` is not .jsonl or .csv, or holds predictions of other models; a prompt is
+            wanted; or one is given for a SigLIP, which answers nothing.
     """
     if out.suffix not in (".jsonl", ".csv"):
         raise RunError(f"expected --out to end in .jsonl or .csv, got {out}: rename it")
-    entries = entries_of(inputs, prompt)
     saved = find_saved_model(source)
+    _check_asks(saved, prompt, max_new_tokens)
+    entries = entries_of(inputs, partial(_prompt, saved, prompt))
     beside = None if siglip is None else find_saved_model(siglip)
     weights = " ".join(model.weights for model in (saved, beside) if model)
     head = {"model": str(source), "siglip": str(siglip or ""), "weights": weights}
     kept = _kept_rows(out, weights)
+    if max_new_tokens is not None:
+        kept = [row for row in kept if str(row["truncated"]) != "True"]
     done = {(row["image"], row["prompt"]) for row in kept}
     left = [entry for entry in entries if (entry.name, entry.prompt) not in done]
-    counts = {"written": 0, "kept": len(kept), "failed": 0}
+    counts = {"written": 0, "kept": len(kept), "failed": 0, "truncated": 0}
     if not left:
         return counts
+    _log_prompts(left)
     predictor = Predictor.of(saved, siglip=beside)
+    if predictor.generator is not None and max_new_tokens is not None:
+        predictor.generator.max_new_tokens = max_new_tokens
     out.parent.mkdir(parents=True, exist_ok=True)
     _rewrite(out, kept)
     progress = tqdm(total=len(left), desc="images", disable=not sys.stderr.isatty())
@@ -144,9 +173,32 @@ def predict_files(
                 write({**row, **head})
                 counts["written"] += 1
                 counts["failed"] += row["error"] is not None
+                counts["truncated"] += row["truncated"] is True
             file.flush()
             progress.update(len(chunk))
     return counts
+
+
+def _check_asks(saved: SavedModel, prompt: str | None, max_new_tokens: int | None) -> None:
+    if saved.is_encoder and (prompt or max_new_tokens):
+        raise RunError(
+            f"expected a decoder to ask, {saved.folder} is a SigLIP: leave --prompt and "
+            f"--max-new-tokens out"
+        )
+
+
+def _prompt(saved: SavedModel, given: str | None, fields: Mapping[str, Any]) -> str:
+    """The prompt of an image; of a SigLIP, what its row says."""
+    if saved.is_encoder:
+        return text_of(fields.get("question"))
+    return prompt_for(saved.record, given=given, fields=fields)
+
+
+def _log_prompts(entries: Sequence[Entry]) -> None:
+    prompts = {entry.prompt for entry in entries}
+    shown = prompts.pop() if len(prompts) == 1 else f"{len(prompts)} different ones, see the file"
+    if shown:
+        logger.info("prompt: %s", shown)
 
 
 def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
@@ -155,9 +207,8 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
     for index, entry in enumerate(entries):
         try:
             if predictor.generator is not None:
-                predictor.generator.conversation.check_texts(
-                    [question_of(entry.prompt)], str(entry.image)
-                )
+                turns = conversation_for(entry.prompt, predictor.generator.record)
+                predictor.generator.conversation.check_texts(turns, str(entry.image))
             images[index] = open_image_file(entry.image)
         except DataError as error:
             errors[index] = str(error)
@@ -166,7 +217,7 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
         prompts = [entries[index].prompt for index in images]
         found = predictor.predict_batch(list(images.values()), prompts)
         predictions = dict(zip(images, found, strict=True))
-    nothing = ImagePrediction(text=None, embedding=None, nearest=[])
+    nothing = ImagePrediction(text=None, truncated=None, embedding=None, nearest=[])
     for index, entry in enumerate(entries):
         prediction = predictions.get(index, nothing)
         embedding = prediction.embedding
@@ -174,6 +225,7 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
             "image": entry.name,
             "prompt": entry.prompt,
             "text": prediction.text,
+            "truncated": prediction.truncated,
             "nearest": [asdict(case) for case in prediction.nearest],
             "embedding": None if embedding is None else [round(float(x), 6) for x in embedding],
             "error": errors.get(index),

@@ -13,15 +13,13 @@ from PIL import Image
 
 from medft.data.dicom import open_dicom
 from medft.data.images import MAX_PIXELS, open_image
-from medft.data.messages import Message
 from medft.data.tables import Rejected
-from medft.decoder.generator import Generator, Request
+from medft.decoder.generator import Answer, Generator, Request
 from medft.errors import BaseModelError, DataError
 from medft.inference.cases import Case, CaseIndex
+from medft.inference.prompts import conversation_for, prompt_for
 from medft.models.saved import SavedModel, find_saved_model
 from medft.siglip.embedder import Embedder
-
-DEFAULT_PROMPT = "Describe this medical image."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +28,9 @@ class ImagePrediction:
 
     text: str | None
     """The generated answer; None without decoder."""
+
+    truncated: bool | None
+    """Whether the answer was cut at the bound on new tokens; None without decoder."""
 
     embedding: np.ndarray | None
     """[D], of unit norm; None without SigLIP."""
@@ -81,14 +82,21 @@ class Predictor:
         return cls(generator, embedder, index)
 
     def predict(
-        self, image: str | Path | Image.Image, prompt: str = DEFAULT_PROMPT
+        self, image: str | Path | Image.Image, prompt: str | None = None
     ) -> ImagePrediction:
         """The outputs of the models for an image.
 
+        Args:
+            image: a file, or an opened image.
+            prompt: for the decoder; None takes one that its training rows declared.
+
         Raises:
             DataError: the image cannot be read.
+            RunError: no prompt is given and none declared.
         """
-        return self.predict_batch([image], [prompt])[0]
+        if self.generator is not None:
+            prompt = prompt_for(self.generator.record, given=prompt)
+        return self.predict_batch([image], [prompt or ""])[0]
 
     def predict_batch(
         self, images: Sequence[str | Path | Image.Image], prompts: Sequence[str]
@@ -102,11 +110,12 @@ class Predictor:
             image if isinstance(image, Image.Image) else open_image_file(Path(image))
             for image in images
         ]
-        texts: Sequence[str | None] = [None] * len(opened)
+        answers: Sequence[Answer | None] = [None] * len(opened)
         if self.generator is not None:
-            texts = self.generator.generate(
+            record = self.generator.record
+            answers = self.generator.generate(
                 [
-                    Request(messages=[question_of(prompt)], images=[image])
+                    Request(messages=conversation_for(prompt, record), images=[image])
                     for image, prompt in zip(opened, prompts, strict=True)
                 ]
             )
@@ -115,11 +124,12 @@ class Predictor:
             embeddings = list(self.embedder.embed_images(opened))
         return [
             ImagePrediction(
-                text=text,
+                text=answer.text if answer else None,
+                truncated=answer.truncated if answer else None,
                 embedding=embedding,
                 nearest=self._nearest(embedding),
             )
-            for text, embedding in zip(texts, embeddings, strict=True)
+            for answer, embedding in zip(answers, embeddings, strict=True)
         ]
 
     def _nearest(self, embedding: np.ndarray | None) -> list[Case]:
@@ -140,8 +150,3 @@ def open_image_file(path: Path) -> Image.Image:
         raise DataError(
             f"expected a DICOM file with an image, {verdict.detail}: leave it out"
         ) from verdict
-
-
-def question_of(prompt: str) -> Message:
-    """The user turn with an image and the prompt."""
-    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}

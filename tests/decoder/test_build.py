@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 
 from medft.decoder.families.mllama import MLLAMA
 from medft.decoder.model import load_model
+from medft.models.saved import SavedRecord
 
 
 @pytest.fixture
@@ -94,3 +95,36 @@ def test_another_way_to_make_the_base_is_taken(make):
         (trained.model.peft_config["default"].base_model_name_or_path, MLLAMA, None, "float32")
     ]
     assert not trained.model.get_base_model().lm_head.weight.any()
+
+
+def test_rows_own_questions_stay_and_what_every_row_shares_goes_with_the_adapter(
+    sections, write_recipe, build_trainer, tmp_path
+):
+    rows = []
+    for number in range(8):
+        system = {"role": "system", "content": "You read knees."}
+        question = {"role": "user", "content": f"How is patient Doe {number}?"}
+        answer = {"role": "assistant", "content": "No effusion."}
+        rows.append({"messages": [system, question, answer]})
+    (tmp_path / "chat.json").write_text(json.dumps({"prompts": {"a": ["So?", "How is {name}?"]}}))
+
+    def record():
+        file = tmp_path / "train.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = sections("decoder")
+        recipe["data"] |= {"train": str(file), "validation": None}
+        recipe["lora"]["targets"] = r"model\.language_model\.layers\.0\..*_proj"  # see text alone
+        build_trainer(write_recipe(recipe)).save_model(str(tmp_path / "saved"))
+        return SavedRecord.read(tmp_path / "saved")
+
+    found = record()
+    assert (found.prompts, found.system) == (["How is {name}?"], "You read knees.")
+    written = [path.read_bytes() for path in (tmp_path / "saved").glob("*.json")]
+    assert not any(b"Doe" in content for content in written)
+    for row in rows:
+        row["messages"][1]["content"] = "What is it?"
+    assert record().prompts is None
+    del rows[3]["messages"][0]  # one row alone has no system turn
+    rows[5]["messages"][1]["content"] = "So?"
+    found = record()
+    assert (found.prompts, found.system) == (["So?"], None)

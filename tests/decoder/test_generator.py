@@ -5,7 +5,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from medft.decoder.generator import Generator, Request
+from medft.decoder.generator import Answer, Generator, Request
 from medft.errors import RunError
 from medft.export.merge import merge
 
@@ -41,9 +41,9 @@ def test_an_answer_is_that_of_plain_transformers_and_peft(generator, runs, bases
     forbidden = generator.model.generation_config.suppress_tokens
     tokens = model.generate(**batch, do_sample=False, max_new_tokens=12, suppress_tokens=forbidden)
     plain = processor.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert generator.generate([asked]) == [plain.strip()]
+    assert generator.generate([asked]) == [Answer(plain.strip(), truncated=True)]
     with generator.without_adapter():
-        assert generator.generate([asked]) != [plain.strip()]
+        assert generator.generate([asked])[0].text != plain.strip()
 
 
 def test_neighbours_do_not_change_an_answer_and_the_order_is_kept(generator, images):

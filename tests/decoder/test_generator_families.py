@@ -110,7 +110,8 @@ def test_answers_are_those_of_plain_transformers_and_of_the_merged_model(
     assert notes["family"] == FAMILIES[name].model_type == name
     generator = brief(run)
     answers = generator.generate(REQUESTS)
-    assert answers == [plain_answer(name, run / "adapter", bases, given) for given in REQUESTS]
+    plain = [plain_answer(name, run / "adapter", bases, given) for given in REQUESTS]
+    assert [answer.text for answer in answers] == plain
     assert len(set(answers)) > 1
     with generator.without_adapter():
         assert generator.generate(REQUESTS) != answers

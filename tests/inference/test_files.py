@@ -8,7 +8,6 @@ import pytest
 
 from medft.errors import DataError, RunError
 from medft.inference.files import CSV_COLUMNS, entries_of, predict_files
-from medft.inference.predictor import DEFAULT_PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +22,11 @@ def read(path):
 def test_files_folders_and_tables_name_each_image_once(knees, tmp_path):
     table = tmp_path / "cases.csv"
     table.write_text(f"image,question\n{knees / '0001.png'},Left?\n{knees / '0002.png'},\n")
-    found = entries_of([knees / "0000.png", table, knees], None)
+    found = entries_of([knees / "0000.png", table, knees], lambda row: row.get("question") or "So?")
     asked = {(entry.image.name, entry.prompt) for entry in found}
     assert ("0001.png", "Left?") in asked
-    assert ("0002.png", DEFAULT_PROMPT) in asked
+    assert ("0002.png", "So?") in asked
     assert len(found) == len(asked) == len(list(knees.iterdir())) + 1
-    assert {entry.prompt for entry in entries_of([knees], "What?")} == {"What?"}
 
 
 @pytest.mark.parametrize(
@@ -43,18 +41,19 @@ def test_inputs_that_name_no_image_are_refused(make, message, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.csv").write_text("file\na.png\n")
     with pytest.raises(DataError, match=message):
-        entries_of([make(tmp_path)], None)
+        entries_of([make(tmp_path)], lambda row: "What?")
 
 
 def test_a_stopped_run_goes_on_and_ends_as_a_whole_one(runs, knees, tmp_path):
     inputs = sorted(knees.glob("000*.png"))
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    counts = predict_files(runs / "decoder", inputs, whole, prompt=None, siglip=runs / "siglip")
-    assert counts == {"written": len(inputs), "kept": 0, "failed": 0}
+    counts = predict_files(runs / "decoder", inputs, whole, siglip=runs / "siglip")
+    cut = sum(row["truncated"] for row in read(whole))
+    assert counts == {"written": len(inputs), "kept": 0, "failed": 0, "truncated": cut}
     lines = whole.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:4]) + lines[4][:50])  # killed while it wrote
-    counts = predict_files(runs / "decoder", inputs, out, prompt=None, siglip=runs / "siglip")
-    assert counts == {"written": len(inputs) - 4, "kept": 4, "failed": 0}
+    counts = predict_files(runs / "decoder", inputs, out, siglip=runs / "siglip")
+    assert (counts["written"], counts["kept"], counts["failed"]) == (len(inputs) - 4, 4, 0)
     texts = [{**row, "embedding": None} for row in read(out)]
     assert texts == [{**row, "embedding": None} for row in read(whole)]
     first = read(whole)[0]
@@ -63,15 +62,15 @@ def test_a_stopped_run_goes_on_and_ends_as_a_whole_one(runs, knees, tmp_path):
     assert len(first["embedding"]) == 64
     assert len(first["nearest"]) == 5
     with pytest.raises(RunError, match="expected predictions of the same models"):
-        predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
+        predict_files(runs / "siglip", inputs, out)
     assert len(read(out)) == len(inputs)
 
 
 def test_a_image_that_cannot_be_read_is_a_row_with_its_error(runs, knees, tmp_path):
     out = tmp_path / "out.csv"
     inputs = [knees / "0000.png", knees / "truncated.png", knees / "0001.png"]
-    counts = predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
-    assert counts == {"written": 3, "kept": 0, "failed": 1}
+    counts = predict_files(runs / "siglip", inputs, out)
+    assert counts == {"written": 3, "kept": 0, "failed": 1, "truncated": 0}
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == CSV_COLUMNS
@@ -80,16 +79,19 @@ def test_a_image_that_cannot_be_read_is_a_row_with_its_error(runs, knees, tmp_pa
     assert float(rows[0]["nearest_similarity"]) > 0
     content = out.read_bytes()
     out.write_bytes(content[: content.rfind(b"0001.png") + 20])
-    counts = predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
-    assert counts == {"written": 2, "kept": 1, "failed": 1}  # what failed is tried again
+    counts = predict_files(runs / "siglip", inputs, out)
+    assert counts == {
+        "written": 2,
+        "kept": 1,
+        "failed": 1,
+        "truncated": 0,
+    }  # what failed is tried again
     assert sorted(out.read_bytes().splitlines()) == sorted(content.splitlines())
 
 
 def test_only_truncated_images_give_only_errors(runs, knees, tmp_path):
-    counts = predict_files(
-        runs / "siglip", [knees / "truncated.png"], tmp_path / "o.jsonl", prompt=None, siglip=None
-    )
-    assert counts == {"written": 1, "kept": 0, "failed": 1}
+    counts = predict_files(runs / "siglip", [knees / "truncated.png"], tmp_path / "o.jsonl")
+    assert counts == {"written": 1, "kept": 0, "failed": 1, "truncated": 0}
 
 
 def test_wrong_input_is_one_sentence(medft, capsys, runs, knees, tmp_path):
@@ -112,9 +114,7 @@ def test_line_breaks_of_other_scripts_stay_inside_a_row(runs, knees, tmp_path):
     table.write_text(json.dumps({"image": image, "question": "Why\u2028\u0085this?"}) + "\n")
     for name in ("out.jsonl", "out.csv"):
         for kept in (0, 1):
-            counts = predict_files(
-                runs / "siglip", [table], tmp_path / name, prompt=None, siglip=None
-            )
+            counts = predict_files(runs / "siglip", [table], tmp_path / name)
             assert counts["kept"] == kept
 
 
@@ -127,25 +127,25 @@ def test_a_file_of_somebody_else_is_never_replaced(runs, knees, tmp_path):
     ):
         (tmp_path / name).write_text(content, newline="")
         with pytest.raises(RunError, match="holds something else"):
-            predict_files(runs / "siglip", [knees], tmp_path / name, prompt=None, siglip=None)
+            predict_files(runs / "siglip", [knees], tmp_path / name)
         assert (tmp_path / name).read_bytes() == content.encode()
 
 
 def test_a_table_that_a_spreadsheet_saved_is_gone_on_with(runs, knees, tmp_path):
     out = tmp_path / "out.csv"
     inputs = [knees / "0000.png", knees / "0001.png"]
-    predict_files(runs / "siglip", inputs[:1], out, prompt=None, siglip=None)
+    predict_files(runs / "siglip", inputs[:1], out)
     out.write_bytes(b"\xef\xbb\xbf" + out.read_bytes())
-    counts = predict_files(runs / "siglip", inputs, out, prompt=None, siglip=None)
-    assert counts == {"written": 1, "kept": 1, "failed": 0}
+    counts = predict_files(runs / "siglip", inputs, out)
+    assert counts == {"written": 1, "kept": 1, "failed": 0, "truncated": 0}
 
 
 def test_retrained_weights_under_the_same_name_are_other_models(runs, knees, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "siglip", run)
     out = tmp_path / "out.jsonl"
-    predict_files(run, [knees / "0000.png"], out, prompt=None, siglip=None)
+    predict_files(run, [knees / "0000.png"], out)
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(RunError, match="as they were then"):
-        predict_files(run, [knees / "0001.png"], out, prompt=None, siglip=None)
+        predict_files(run, [knees / "0001.png"], out)

@@ -8,15 +8,17 @@ import pytest
 from medft.data.images import open_image
 from medft.decoder.generator import Generator, Request
 from medft.errors import BaseModelError
-from medft.inference.predictor import Predictor, question_of
+from medft.inference.predictor import Predictor
+from medft.inference.prompts import conversation_for
 
 
 def test_three_lines_give_a_report_an_embedding_and_cases(runs, images):
     predictor = Predictor.load(runs / "decoder", siglip=runs / "siglip")
     prediction = predictor.predict(str(images[0]))
-    turn = question_of("Describe this medical image.")
-    request = Request(messages=[turn], images=[open_image(images[0])])
-    assert prediction.text == predictor.generator.generate([request])[0]
+    turns = conversation_for("Describe this medical image.", predictor.generator.record)
+    request = Request(messages=turns, images=[open_image(images[0])])
+    [answer] = predictor.generator.generate([request])
+    assert (prediction.text, prediction.truncated) == (answer.text, answer.truncated)
     assert prediction.embedding.shape == (64,)
     assert np.linalg.norm(prediction.embedding) == pytest.approx(1, abs=1e-5)
     assert len(prediction.nearest) == 5
