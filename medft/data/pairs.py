@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
@@ -207,7 +206,7 @@ def prompts_of(path: Path) -> list[str]:
 def declared_by_source(path: Path) -> dict[str, list[str]]:
     """The prompts of each source that has rows without question."""
     rows = open_pairs(path).read(columns=["source", "question"])
-    asked = rows.filter(pc.is_null(rows["question"]))["source"].unique().to_pylist()
+    asked = rows.filter(rows["question"].is_null())["source"].unique().to_pylist()
     return dict.fromkeys(asked, prompts_of(path))
 
 

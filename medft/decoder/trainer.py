@@ -21,7 +21,7 @@ from medft.config.train_keys import TrainSection
 from medft.decoder.prepared import PreparedDecoderData
 from medft.models.saved import SavedRecord
 from medft.training.arguments import training_arguments
-from medft.training.callbacks import SetEpochCallback
+from medft.training.callbacks import FirstValidationCallback, SetEpochCallback
 from medft.training.trainer import RowTrackingTrainer
 
 METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
@@ -68,6 +68,8 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
             compute_metrics=_validation_metrics,
         )
         self.add_callback(SetEpochCallback(prepared.sampler.set_epoch))
+        if prepared.validation is not None:
+            self.add_callback(FirstValidationCallback(self.compute_validation_batch))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = float32[name].to(parameter.device)
@@ -95,6 +97,14 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         nll = -outputs.log_probs.float().sum(dim=1)
         correct = outputs.is_top1.float().sum(dim=1)
         return None, torch.stack([nll, correct], dim=1), outputs.label_mask.sum(dim=1)
+
+    def compute_validation_batch(self) -> None:
+        """Compute the first validation batch as an evaluation does, and drop what comes out."""
+        size = min(self.args.per_device_eval_batch_size, len(self.eval_dataset))
+        batch = self.data_collator([self.eval_dataset[index] for index in range(size)])
+        self.model_wrapped.eval()
+        self.prediction_step(self.model_wrapped, batch, prediction_loss_only=False)
+        self.model_wrapped.train()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training perplexity."""

@@ -25,13 +25,7 @@ from torch import nn
 
 from medft.config.recipe import LoraSection
 from medft.errors import BaseModelError, RunError
-from medft.models.saved import (
-    RECORD_FILE,
-    WEIGHTS_FILE,
-    SavedRecord,
-    check_weights,
-    find_adapter,
-)
+from medft.models.saved import RECORD_FILE, WEIGHTS_FILE, SavedRecord, check_weights, find_adapter
 from medft.provenance import folder_sha256, masked
 
 ALL_WEIGHTS = "none, every weight is trained"

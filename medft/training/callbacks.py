@@ -159,6 +159,23 @@ class SetEpochCallback(TrainerCallback):
         self._set_epoch(int(state.epoch or 0))
 
 
+class FirstValidationCallback(TrainerCallback):
+    """Computes a validation batch before the first step, so that what cannot run fails at once."""
+
+    def __init__(self, compute: Callable[[], None]) -> None:
+        self._compute = compute
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Compute it."""
+        self._compute()
+
+
 class LogHistoryCallback(TrainerCallback):
     """Writes the log history at every save."""
 

@@ -248,7 +248,7 @@ def test_validation_rows_of_different_image_counts_need_batches_of_one(trainer, 
 
 
 def test_the_log_tells_rows_and_tokens_a_second_and_the_share_of_waiting(trainer, monkeypatch):
-    made = trainer(max_steps=3)
+    made = trainer(["data.validation=null"], max_steps=3)
     seconds, collate = iter(range(1000)), made.data_collator
     taken = []
 
@@ -268,3 +268,23 @@ def test_the_log_tells_rows_and_tokens_a_second_and_the_share_of_waiting(trainer
         )
         assert 0 < entry["data_wait"] < 1
     assert made.row_ids == taken[2][0]
+
+
+def test_a_validation_batch_that_cannot_be_computed_stops_before_the_first_step(trainer):
+    made = trainer(eval_strategy="epoch")
+    before = {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
+    stock, rows = made.prediction_step, []
+
+    def changed(model, inputs, *args, **options):
+        assert not model.training
+        rows.append(inputs["row_ids"])
+        stock(model, inputs, *args, **options)
+        raise TypeError("an interface that changed")
+
+    made.prediction_step = changed
+    with pytest.raises(TypeError, match="an interface that changed"):
+        made.train()
+    assert rows == [made.eval_dataset[:2]["id"]]
+    assert made.state.global_step == 0
+    after = dict(made.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
