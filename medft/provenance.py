@@ -13,6 +13,7 @@ import platform
 import re
 import resource
 import subprocess
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,9 @@ PACKAGES = [
     "tokenizers",
     "numpy",
 ]
+
+_COARSEST_TIME = 2.0
+"""Seconds between two modification times of a file system that rounds them, as FAT does."""
 
 _SECRET = re.compile(r"(?i)token(?!iz)|key|secret|password")
 
@@ -87,8 +91,8 @@ def folder_sha256(folder: Path, *, hash_of: Callable[[Path], str] = file_sha256)
 def remembered_sha256(path: Path) -> str:
     """SHA-256 of a file, computed once for its path, size and modification time.
 
-    The hash is kept in the folder hashes of `cache_folder`; where that cannot be written, it is
-    computed each time.
+    The hash is kept in the folder hashes of `cache_folder`; where that cannot be written, and for a
+    file so new that its time might not show the next change, it is computed each time.
     """
     state = path.stat()
     place = str(path.absolute())
@@ -102,6 +106,8 @@ def remembered_sha256(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not hashed yet, or damaged
     digest = file_sha256(path)
+    if time.time() - state.st_mtime < _COARSEST_TIME:
+        return digest
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, {**known, "sha256": digest})

@@ -1,7 +1,9 @@
 """What a path means, and a record that is read strictly and belongs to its weights."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -91,11 +93,18 @@ def test_a_merged_model_is_bound_to_its_weights_too(runs, tmp_path):
         find_saved_model(tmp_path / "merged").check()
 
 
+def write_aged(path, content, seconds):
+    """Write a file that seems so old."""
+    path.write_bytes(content)
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
 def test_files_of_a_base_are_hashed_once(tmp_path, monkeypatch):
     base = tmp_path / "base"
     base.mkdir()
-    (base / "a.bin").write_bytes(b"one")
-    (base / "b.bin").write_bytes(b"two")
+    write_aged(base / "a.bin", b"one", 9)
+    write_aged(base / "b.bin", b"two", 9)
     hashed = []
     plain = provenance.file_sha256
 
@@ -108,13 +117,23 @@ def test_files_of_a_base_are_hashed_once(tmp_path, monkeypatch):
     first = base_sha256(base)
     assert base_sha256(base) == first
     assert hashed == ["a.bin", "b.bin"]
-    (base / "b.bin").write_bytes(b"six")  # as long, and later
+    write_aged(base / "b.bin", b"six", 5)  # as long, and later
     assert base_sha256(base) != first
     assert hashed == ["a.bin", "b.bin", "b.bin"]
     for memory in (tmp_path / "cache" / "hashes").iterdir():
         memory.write_text("{")  # damaged: hashed again
     base_sha256(base)
     assert sorted(hashed[3:]) == ["a.bin", "b.bin"]
+
+
+def test_a_file_that_changes_within_a_coarse_time_is_hashed_again(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    then = file.stat()
+    first = remembered_sha256(file)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))  # as if the clock had not moved
+    assert remembered_sha256(file) == provenance.file_sha256(file) != first
 
 
 def test_without_a_cache_folder_files_are_hashed_each_time(tmp_path, monkeypatch):
