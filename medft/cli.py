@@ -36,7 +36,36 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.set_defaults(command=_demo)
 
-    data = commands.add_parser("data", help="prepare data")
+    _add_data_commands(commands.add_parser("data", help="prepare data"))
+
+    check = commands.add_parser("check", help="all that can be known of a recipe without weights")
+    _add_recipe(check)
+    check.set_defaults(command=_check)
+
+    train = commands.add_parser("train", help="check a recipe, then train it under accelerate")
+    _add_recipe(train)
+    train.add_argument("--config_file", type=Path, help="of accelerate; default: a single device")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="predictions of a model on held-out rows, their scores, and a page of both"
+    )
+    _add_evaluate_arguments(evaluate)
+
+    predict = commands.add_parser("predict", help="reports, embeddings and nearest training cases")
+    _add_predict_arguments(predict)
+
+    merge = commands.add_parser("merge", help="fold an adapter into its base")
+    merge.add_argument("source", type=Path, metavar="RUN|ADAPTER")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR")
+    merge.add_argument(
+        "--onto", choices=["original"], default="original", help="which weights of the base"
+    )
+    merge.set_defaults(command=_merge)
+    return medft_parser
+
+
+def _add_data_commands(data: argparse.ArgumentParser) -> None:
     data_commands = data.add_subparsers(required=True, metavar="COMMAND")
     prepare = data_commands.add_parser("prepare", help="tables and images -> pairs.parquet")
     prepare.add_argument("sources", type=Path, metavar="SOURCES.yaml")
@@ -60,61 +89,43 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.set_defaults(command=_chat)
 
-    check = commands.add_parser("check", help="all that can be known of a recipe without weights")
-    _add_recipe(check)
-    check.set_defaults(command=_check)
 
-    train = commands.add_parser("train", help="check a recipe, then train it under accelerate")
-    _add_recipe(train)
-    train.add_argument("--config_file", type=Path, help="of accelerate; default: a single device")
-    train.set_defaults(command=_train)
-
-    evaluate = commands.add_parser(
-        "evaluate", help="predictions of a model on held-out rows, their scores, and a page of both"
-    )
-    evaluate.add_argument("source", type=Path, metavar="RUN|MODEL")
-    evaluate.add_argument(
+def _add_evaluate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, metavar="RUN|MODEL")
+    command.add_argument(
         "--data", type=Path, metavar="FILE", help="chat JSONL or pairs.parquet; default: the run's"
     )
-    evaluate.add_argument("--split", choices=["train", "validation", "test"], default="validation")
-    evaluate.add_argument("--against", choices=["base"], help="score the adapter's base as well")
-    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
-    evaluate.set_defaults(command=_evaluate)
+    command.add_argument("--split", choices=["train", "validation", "test"], default="validation")
+    command.add_argument("--against", choices=["base"], help="score the adapter's base as well")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command.set_defaults(command=_evaluate)
 
-    predict = commands.add_parser("predict", help="reports, embeddings and nearest training cases")
-    predict.add_argument("source", type=Path, metavar="RUN|MODEL")
-    predict.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE|FOLDER|TABLE")
-    predict.add_argument(
+
+def _add_predict_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, metavar="RUN|MODEL")
+    command.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE|FOLDER|TABLE")
+    command.add_argument(
         "--prompt",
         metavar="TEXT",
         help="for images without a question; default: one that the training rows declared",
     )
-    predict.add_argument(
+    command.add_argument(
         "--max-new-tokens",
         type=_at_least_one,
         metavar="N",
         help="of an answer; default: 1.5 times the longest trained answer",
     )
-    predict.add_argument(
+    command.add_argument(
         "--siglip", type=Path, metavar="RUN", help="adds embeddings and nearest training cases"
     )
-    predict.add_argument(
+    command.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="FILE",
         help=".jsonl or .csv, continued if there",
     )
-    predict.set_defaults(command=_predict)
-
-    merge = commands.add_parser("merge", help="fold an adapter into its base")
-    merge.add_argument("source", type=Path, metavar="RUN|ADAPTER")
-    merge.add_argument("--out", type=Path, required=True, metavar="DIR")
-    merge.add_argument(
-        "--onto", choices=["original"], default="original", help="which weights of the base"
-    )
-    merge.set_defaults(command=_merge)
-    return medft_parser
+    command.set_defaults(command=_predict)
 
 
 def _share(text: str) -> float:
