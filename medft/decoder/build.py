@@ -85,7 +85,9 @@ def build_trainer(
         quantization=quantization,
         max_length=data.max_length,
         max_image_tiles=data.max_image_tiles,
-        **prepared.to_repeat,
+        prompts=prepared.prompts or None,
+        system=prepared.system,
+        longest_answer=prepared.longest_answer,
     )
     return DecoderTrainer(trained, arguments, prepared, record)
 

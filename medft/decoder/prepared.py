@@ -85,8 +85,14 @@ class PreparedDecoderData:
     record: dict[str, Any]
     """Fingerprints of the files and counts of their rows, for run.json."""
 
-    to_repeat: dict[str, Any]
-    """What inference must repeat of the training rows, for medft.json."""
+    prompts: list[str]
+    """Declared prompts that training rows are asked, as templates."""
+
+    system: str | None
+    """The text of the system turn that every training row has."""
+
+    longest_answer: int
+    """Tokens of the longest trained answer, its end included."""
 
     @property
     def batch_record(self) -> dict[str, Any]:
@@ -208,11 +214,9 @@ def prepare_decoder_data(
             split: {**fingerprint(path, files[split]), **measured[split].counts}
             for split, path in _files(data).items()
         },
-        to_repeat={
-            "prompts": asked_prompts(Path(data.train), measured["train"].kept) or None,
-            "system": measured["train"].system,
-            "longest_answer": measured["train"].longest_answer,
-        },
+        prompts=asked_prompts(Path(data.train), measured["train"].kept),
+        system=measured["train"].system,
+        longest_answer=measured["train"].longest_answer,
     )
 
 
