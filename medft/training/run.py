@@ -4,6 +4,7 @@
 `curves.png` its plot. Only rank 0 writes them.
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 
+from medft.compat import untested_versions
 from medft.config.recipe import LoraSection, Recipe, dump_sections
 from medft.errors import Terminated
 from medft.files import complete_folder, write_json
@@ -41,6 +43,8 @@ from medft.training.curves import draw_curves
 from medft.training.process import wait_for_everyone
 from medft.training.resume import PreparedData, identify_run, state_of
 from medft.training.trainer import RowTrackingTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -172,6 +176,7 @@ def open_run(
     layout = RunLayout(Path(recipe.train.output_dir))
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
     writes = os.environ.get("RANK", "0") == "0"
+    untested = untested_versions()
     entries = {
         "status": "running",
         "medft": medft_version(),
@@ -180,11 +185,15 @@ def open_run(
         "recipe": recipe.model_dump(),
         "seed": recipe.train.seed,
         "packages": package_versions(),
+        "untested_packages": untested,
         "hardware": hardware(),
         "batch": batch_arithmetic(prepared.rows_per_epoch, arguments) | prepared.batch_record,
         **identity,
     }
     run = Run(layout, entries, early_stopping=recipe.train.early_stopping(), writes=writes)
+    if untested:
+        named = ", ".join(f"{name} {version}" for name, version in untested.items())
+        logger.warning("not among the versions that medft was tested with: %s", named)
     if writes:
         layout.directory.mkdir(parents=True, exist_ok=True)
         if checkpoint:
