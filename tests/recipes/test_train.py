@@ -130,7 +130,10 @@ def same_best(left: Path, right: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "words"), [("decoder", [NF4]), ("siglip", [])])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("decoder", [NF4]), pytest.param("siglip", [], marks=pytest.mark.proof)],
+)
 def test_a_killed_run_goes_on_bit_for_bit_past_checkpoints_that_are_not_complete(
     undisturbed, recipe_of, run_script, caplog, kind, words
 ):

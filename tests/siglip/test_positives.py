@@ -17,7 +17,7 @@ from medft.metrics.bootstrap import difference, estimate
 from medft.metrics.retrieval import recall_at
 from medft.siglip.embedder import Embedder
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 SEED = 17
 SIDE = 56
