@@ -5,7 +5,10 @@ STAMP := $(VENV)/.installed
 
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test test-slow proof upstream check
+# an environment that is there, where nothing can be installed: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+
+.PHONY: demo test test-slow proof upstream gpu check
 
 demo: $(STAMP)
 	$(BIN)/medft demo
@@ -17,10 +20,13 @@ test-slow: $(STAMP)
 	$(BIN)/pytest -m "slow and not gpu and not proof and not upstream"
 
 proof: $(STAMP)
-	$(BIN)/pytest -m "proof and not gpu" --proof-table benchmarks/results/proof.json
+	$(BIN)/pytest -m "proof and not gpu" --result-table benchmarks/results/proof.json
 
 upstream: $(STAMP)
 	$(BIN)/pytest -m "upstream and not gpu"
+
+gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(STAMP))
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/on_gpu.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,11 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from live_memory import PeakCounter
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (
     MllamaConfig,
@@ -52,6 +51,13 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from medft.compat import (
+    HookedTrainer,
+    TorchDispatchMode,
+    cpu_attention,
+    operator_of,
+    reset_accelerator,
+)
 from medft.config.recipe import DecoderRecipe
 from medft.decoder.build import build_trainer
 from medft.decoder.families.mllama import MLLAMA
@@ -64,18 +70,20 @@ TOKENS = 128
 ROUNDS = 7
 VARIANTS = ("a", "a'", "b", "c", "d", "d'")
 CHECKPOINTED = ("a", "b", "c")
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_, out_val=None, **__: sdpa_flop_count(
-            query.shape, key.shape, value.shape
-        )
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, query, key, value, *_, out_val=None, **__: sdpa_backward_flop_count(
-            gradient.shape, query.shape, key.shape, value.shape
-        )
-    ),
-}
+CPU_ATTENTION = dict(
+    zip(
+        cpu_attention(),
+        (
+            lambda query, key, value, *_, out_val=None, **__: sdpa_flop_count(
+                query.shape, key.shape, value.shape
+            ),
+            lambda gradient, query, key, value, *_, out_val=None, **__: sdpa_backward_flop_count(
+                gradient.shape, query.shape, key.shape, value.shape
+            ),
+        ),
+        strict=True,
+    )
+)
 """FLOP formulas for the CPU's attention, which torch's registry lacks."""
 
 RESULTS = Path(__file__).parent / "results" / "decoder_step.json"
@@ -220,19 +228,21 @@ class FlopCounter(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(function._overloadpacket) or CPU_ATTENTION.get(
-            function._overloadpacket
-        )
+        formula = (flop_registry | CPU_ATTENTION).get(operator_of(function))
         if formula:
             self.total += formula(*args, **(kwargs or {}), out_val=output)
         return output
+
+
+class StockTrainer(HookedTrainer, SFTTrainer):
+    """TRL's trainer with public names for its hooks."""
 
 
 class Variant:
     """One way to train the row."""
 
     def __init__(self, name: str, base: Path, row: Path, config: MllamaConfig, size: str) -> None:
-        AcceleratorState._reset_state(True)
+        reset_accelerator()
         torch.manual_seed(1)
         self.name = name
         is_real = size == "11b"
@@ -279,7 +289,7 @@ class Variant:
         self.model.train()
         self.tokens = int((self.collate()["labels"] >= 0).sum())
 
-    def _stock(self, model: nn.Module, prepared: Any, arguments: Any) -> SFTTrainer:
+    def _stock(self, model: nn.Module, prepared: Any, arguments: Any) -> StockTrainer:
         stock = SFTConfig(
             arguments.output_dir,
             max_length=None,
@@ -300,7 +310,7 @@ class Variant:
             batch = collator([{"messages": messages, "images": images}])
             return {**batch, "labels": labels}
 
-        return SFTTrainer(
+        return StockTrainer(
             model,
             args=stock,
             train_dataset=prepared.train,
@@ -321,7 +331,7 @@ class Variant:
 
     def loss(self) -> Tensor:
         """The loss of the row, as a training step takes it."""
-        batch = self.trainer._prepare_inputs(self.collate())
+        batch = self.trainer.to_device(self.collate())
         with self.trainer.compute_loss_context_manager():
             return self.trainer.compute_loss(self.model, batch)
 
@@ -415,9 +425,8 @@ def compare_small(base: Path, row: Path, config: MllamaConfig) -> list[dict[str,
     return table
 
 
-def run_11b(base: Path, row: Path, config: MllamaConfig) -> list[dict[str, Any]]:
+def run_11b(base: Path, row: Path, config: MllamaConfig) -> Iterator[dict[str, Any]]:
     """The measurements of each variant alone on the GPU, with 24 GiB and with all its memory."""
-    table = []
     total = torch.cuda.get_device_properties(0).total_memory
     for limit in (24 * 2**30, total):
         torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0))
@@ -427,8 +436,7 @@ def run_11b(base: Path, row: Path, config: MllamaConfig) -> list[dict[str, Any]]
                 entry |= time_on_gpu(Variant(name, base, row, config, "11b"))
             torch.cuda.empty_cache()
             entry.setdefault("error", "out of memory" if "rows_per_second" not in entry else None)
-            table.append(entry)
-    return table
+            yield entry
 
 
 def time_on_gpu(variant: Variant) -> dict[str, float]:
@@ -467,7 +475,9 @@ def show(tiles: int, table: list[dict[str, Any]]) -> None:
 def main(size: str) -> None:
     tokenizer = decoder_tokenizer(tokenizer_corpus())
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    tables = {}
+    device = torch.cuda.get_device_name() if size == "11b" else platform.processor() or "CPU"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    results[size] = {"device": device, "threads": torch.get_num_threads(), **versions}
     for tiles in (4, 1):
         with tempfile.TemporaryDirectory() as scratch:
             base = Path(scratch)
@@ -475,12 +485,11 @@ def main(size: str) -> None:
             write_base(base, config, tokenizer)
             row = write_row(base, tokenizer, config.vision_config.image_size, tiles)
             compare = compare_small if size == "small" else run_11b
-            tables[f"{tiles} tiles"] = compare(base, row, config)
-            show(tiles, tables[f"{tiles} tiles"])
-    device = torch.cuda.get_device_name() if size == "11b" else platform.processor() or "CPU"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results[size] = {"device": device, "threads": torch.get_num_threads(), **versions, **tables}
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            table = results[size][f"{tiles} tiles"] = []
+            for entry in compare(base, row, config):
+                table.append(entry)
+                RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            show(tiles, table)
 
 
 if __name__ == "__main__":

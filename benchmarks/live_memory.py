@@ -3,9 +3,7 @@
 import weakref
 from typing import Any
 
-from torch import is_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from medft.compat import TorchDispatchMode, storage_key, tensors_in
 
 
 class PeakCounter(TorchDispatchMode):
@@ -19,14 +17,14 @@ class PeakCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        before = {storage_key(tensor) for tensor in tensors_in((args, kwargs))}
         output = function(*args, **(kwargs or {}))
-        for tensor in filter(is_tensor, tree_leaves(output)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in before and storage._cdata not in self._known:
-                self._known[storage._cdata] = storage.nbytes()
+        for tensor in tensors_in(output):
+            storage, key = tensor.untyped_storage(), storage_key(tensor)
+            if key not in before and key not in self._known:
+                self._known[key] = storage.nbytes()
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata)
+                weakref.finalize(storage, self._free, key)
         self.peak = max(self.peak, self.live)
         return output
 

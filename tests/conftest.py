@@ -18,6 +18,15 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"decoder": "decoder_qlora.py", "siglip": "siglip_lora.py"}
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """What medft would keep in the home folder of its user."""
@@ -27,7 +36,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fresh_process(cache):
     """Undo what a test before left in the process: Accelerate's state, variables Trainer sets."""
-    from fresh import reset_accelerator
+    from medft.compat import reset_accelerator
 
     reset_accelerator()
     with mock.patch.dict(os.environ, {"MEDFT_CACHE": str(cache)}):
@@ -173,7 +182,7 @@ def write_recipe(tmp_path):
 @pytest.fixture(scope="session")
 def run_script(cache):
     """Run a recipe script in this process, as `python recipes/x.py WORDS` does; may raise."""
-    from fresh import reset_accelerator
+    from medft.compat import reset_accelerator
 
     def run(kind: str, *words: object) -> None:
         reset_accelerator()

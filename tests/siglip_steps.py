@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from fresh import reset_accelerator
 from transformers import TrainerCallback, set_seed
 
+from medft.compat import reset_accelerator
 from medft.config.recipe import SiglipRecipe
 from medft.models.base import identify_base
 from medft.siglip.build import build_trainer as build
@@ -25,7 +25,7 @@ def build_trainer(file, changes=(), **options):
     arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
     sections = recipe.model, recipe.data, recipe.lora, recipe.contrastive
     prepared = prepare_siglip_data(*sections, arguments)
-    base = identify_base(recipe.model, prepared.config)
+    base = identify_base(recipe.model)
     return build(*sections, arguments=arguments, prepared=prepared, base=base, **options)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -10,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
+from medft.compat import keep_trainable_on_cpu
 from medft.config.recipe import ModelSection, QuantizationSection
 from medft.decoder.families import family_of
 from medft.decoder.families.base import Family
@@ -95,10 +95,7 @@ def bitsandbytes_config(
 
 
 def check_quantized(model: nn.Module, family: Family, quantization: QuantizationSection) -> None:
-    """Check that every linear layer outside `skip` is 4-bit, and none inside.
-
-    On CPUs with AVX512-BF16, bitsandbytes repacks a layer at its first forward in eval mode into
-    a format without gradient; this is disabled here.
+    """Check that every linear layer outside `skip` is 4-bit and stays trainable, and none inside.
 
     Raises:
         BaseModelError: the 4-bit layers are not those asked for.
@@ -116,7 +113,7 @@ def check_quantized(model: nn.Module, family: Family, quantization: Quantization
                 f"made it {'4-bit' if is_4bit else 'unquantized'}: report this base"
             )
         if is_4bit:
-            cast("Any", module).support_avx512bf16_for_cpu = False
+            keep_trainable_on_cpu(module)
             part = _part_of(name, family.parts)
             counts[part] = counts.get(part, 0) + 1
     listed = ", ".join(f"{count} {part}" for part, count in counts.items())

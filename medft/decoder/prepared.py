@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from medft.compat import attention_implementation
 from medft.config.recipe import (
     DecoderDataSection,
     DecoderModelSection,
@@ -115,7 +116,7 @@ class PreparedDecoderData:
         key = {
             "weights": weights_sha256(model, self.family),
             "config": self.config.vision_config.to_dict(),
-            "attention": model.config.vision_config._attn_implementation,
+            "attention": attention_implementation(model.config.vision_config),
             "processor": self.processor.image_processor.to_dict(),
             "max_image_tiles": self.collator.conversation.max_image_tiles,
             "prunes": self.model.cross_attention_fix,

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from medft.compat import score_labels
 from medft.config.train_keys import TrainSection
 from medft.decoder.prepared import PreparedDecoderData
 from medft.models.saved import SavedRecord
@@ -76,7 +76,8 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         self._record = record
         self._sampler = prepared.sampler
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def train_sampler(self) -> Sampler:
+        """The order of training rows."""
         return self._sampler
 
     def prediction_step(
@@ -91,12 +92,11 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         Returns:
             None, negative log-likelihood and correct tokens [B, 2], and supervised tokens [B].
         """
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        nll = -outputs.log_probs.float().sum(dim=1)
-        correct = outputs.is_top1.float().sum(dim=1)
-        return None, torch.stack([nll, correct], dim=1), outputs.label_mask.sum(dim=1)
+            scores = score_labels(model, self.to_device(inputs))
+        nll = -scores.log_probs.float().sum(dim=1)
+        correct = scores.is_top1.float().sum(dim=1)
+        return None, torch.stack([nll, correct], dim=1), scores.is_supervised.sum(dim=1)
 
     def compute_validation_batch(self) -> None:
         """Compute the first validation batch as an evaluation does, and drop what comes out."""
@@ -115,10 +115,9 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing; TRL would put its own model card into the run directory."""
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self._record.write(Path(output_dir or self.args.output_dir))
+    def saved(self, folder: Path) -> None:
+        """Write the record beside the weights."""
+        self._record.write(folder)
 
 
 def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -29,7 +29,8 @@ from transformers import (
     SiglipProcessor,
     SiglipTokenizer,
 )
-from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
+
+from medft.compat import mllama_aspect_ratios
 
 DECODER_VOCABULARY = 512
 """Rows of the tiny decoder's head; the image token's id is this number."""
@@ -172,9 +173,7 @@ def build_decoder(
             "image_size": tile,
             "patch_size": 14,
             "max_num_tiles": max_tiles,
-            "supported_aspect_ratios": [
-                list(r) for r in get_all_supported_aspect_ratios(max_tiles)
-            ],
+            "supported_aspect_ratios": [list(r) for r in mllama_aspect_ratios(max_tiles)],
             "intermediate_layers_indices": [1],
             "vision_output_dim": 2 * width,
             "initializer_range": 0.08,

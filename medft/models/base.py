@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import DeepSpeedPlugin, PartialState, init_empty_weights
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
@@ -20,8 +21,8 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.integrations import unset_hf_deepspeed_config
 
+from medft.compat import resizes_by_pillow, unsharded
 from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
 from medft.provenance import folder_sha256, remembered_sha256
@@ -105,6 +106,22 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model.base, revision=model.revision)
 
 
+def commit_of(model: ModelSection) -> str | None:
+    """The commit on the hub of a base whose configuration was loaded; None for a local folder.
+
+    The rest of the base is loaded from this commit, even if its branch has moved since.
+    """
+    if Path(model.base).is_dir():
+        return None
+    file = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+    if not isinstance(file, str):
+        raise BaseModelError(
+            f"expected {model.base} in the hub's cache after its configuration was loaded, it is "
+            f"not there: download it to a folder and give that as model.base"
+        )
+    return Path(file).parent.name
+
+
 def load_processor(model: ModelSection) -> ProcessorMixin:
     """The base's processor, with images resized by Pillow on every machine.
 
@@ -115,9 +132,9 @@ def load_processor(model: ModelSection) -> ProcessorMixin:
     """
     with readable_base(model):
         processor = AutoProcessor.from_pretrained(
-            model.base, revision=model.revision, backend="pil"
+            model.base, revision=commit_of(model), backend="pil"
         )
-    if not type(processor.image_processor).__name__.endswith("Pil"):
+    if not resizes_by_pillow(processor):
         raise BaseModelError(
             f"expected a Pillow image processor for model.base {model.base}, transformers gives "
             f"{type(processor.image_processor).__name__}: upgrade transformers"
@@ -138,15 +155,11 @@ def empty_model(
         config: of the base.
         deepspeed_plugin: of the training arguments; ZeRO-3 would shard weights that do not exist.
     """
-    unset_hf_deepspeed_config()
-    try:
+    with unsharded(deepspeed_plugin):
         with init_empty_weights():
             model = auto_class.from_config(config)
         model.tie_weights()  # the meta device undid the tying
         return model
-    finally:
-        if deepspeed_plugin is not None:
-            deepspeed_plugin.set_deepspeed_weakref()
 
 
 def load_weights(auto_class: type[Any], model: ModelSection, **options: Any) -> PreTrainedModel:
@@ -164,7 +177,7 @@ def load_weights(auto_class: type[Any], model: ModelSection, **options: Any) -> 
     """
     with readable_base(model):
         loaded, report = auto_class.from_pretrained(
-            model.base, revision=model.revision, output_loading_info=True, **options
+            model.base, revision=commit_of(model), output_loading_info=True, **options
         )
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
@@ -175,9 +188,9 @@ def load_weights(auto_class: type[Any], model: ModelSection, **options: Any) -> 
     return loaded
 
 
-def identify_base(model: ModelSection, config: PreTrainedConfig) -> dict[str, Any]:
+def identify_base(model: ModelSection) -> dict[str, Any]:
     """Identity of the base for run.json: its commit on the hub, or the hash of its folder."""
-    record: dict[str, Any] = {"base": model.base, "revision": getattr(config, "_commit_hash", None)}
+    record: dict[str, Any] = {"base": model.base, "revision": commit_of(model)}
     if Path(model.base).is_dir():
         hashes = [base_sha256(Path(model.base)) if PartialState().is_main_process else None]
         record["sha256"] = broadcast_object_list(hashes)[0]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from medft.compat import checkpointing_layers
 from medft.errors import BaseModelError
 
 
@@ -27,9 +28,7 @@ def run_without_grad(module: nn.Module, part: str) -> None:
         part: name of the module in the error.
     """
     forward = module.forward
-    layers: list[Any] = [
-        layer for layer in module.modules() if hasattr(layer, "gradient_checkpointing")
-    ]
+    layers = checkpointing_layers(module)
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -19,10 +19,10 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
+from medft.compat import is_lora_layer
 from medft.config.recipe import LoraSection
 from medft.errors import BaseModelError, RunError
 from medft.models.saved import RECORD_FILE, WEIGHTS_FILE, SavedRecord, check_weights, find_adapter
@@ -264,7 +264,7 @@ def plan_adapter(
     adapted = attach_adapter(empty, shapes_only, presets, task_type=None)
     if lora.init_from:
         _initial_weights(adapted, lora.init_from)
-    layers = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+    layers = [name for name, module in adapted.named_modules() if is_lora_layer(module)]
     names = [name.removeprefix("base_model.model.") for name in layers]
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in adapted.parameters())

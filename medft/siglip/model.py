@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, ProcessorMixin, Siglip2Tokenizer, SiglipModel
 
+from medft.compat import replace_position_embedding
 from medft.config.recipe import LoraSection, ModelSection
 from medft.errors import BaseModelError
-from medft.models.base import check_local_base, load_processor, load_weights, readable_base
+from medft.models.base import (
+    check_local_base,
+    commit_of,
+    load_processor,
+    load_weights,
+    readable_base,
+)
 from medft.models.lora import cast_trainable_to_float32, load_adapter
 from medft.models.saved import SavedModel, SavedRecord
 from medft.siglip.pooling_head import split_pooling_head
@@ -66,7 +73,7 @@ def load_siglip_processor(
         logger.info("the base's tokenizer keeps upper case: Siglip2Tokenizer takes its place")
         with readable_base(model):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(
-                model.base, revision=model.revision
+                model.base, revision=commit_of(model)
             )
     processor.tokenizer.padding_side = "right"
     processor.tokenizer.model_max_length = max_length
@@ -113,11 +120,8 @@ def resize_positions(model: SiglipModel, image_size: int) -> None:
     grid = weight.detach().float().view(1, old, old, -1).permute(0, 3, 1, 2)
     resized = functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     resized = resized.permute(0, 2, 3, 1).reshape(new * new, -1).to(weight)
-    embeddings.position_embedding = nn.Embedding.from_pretrained(resized, freeze=False)
-    embeddings.num_patches = embeddings.num_positions = new * new
-    embeddings.image_size = config.image_size = image_size
-    positions = torch.arange(new * new, device=weight.device).expand(1, -1)
-    embeddings.register_buffer("position_ids", positions, persistent=False)
+    replace_position_embedding(embeddings, resized, image_size=image_size)
+    config.image_size = image_size
 
 
 def bare_model(model: nn.Module) -> SiglipModel:

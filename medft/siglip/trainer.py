@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, RandomSampler, Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import EvalPrediction, TrainingArguments
 
 from medft.config.recipe import ContrastiveSection
@@ -156,14 +156,14 @@ class SiglipTrainer(RowTrackingTrainer):
             self._locked.caching_pass(),
             torch.no_grad(),
         ):
-            return [_pairs(self.model, self._prepare_inputs(dict(batch))) for batch in batches]
+            return [_pairs(self.model, self.to_device(dict(batch))) for batch in batches]
 
     def _gradients_of(self, pairs: Pairs) -> Gradients:
         chosen = self._contrastive
         return loss_gradients(chosen.loss, pairs, chosen.positives, *scale_and_bias(self.model))
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        # as the library's, without a smaller last batch of the epoch
+    def train_sampler(self) -> Sampler:
+        """A random order, as the library's, without a smaller last batch of the epoch."""
         return RandomSampler(self.train_dataset, num_samples=self._pairs_an_epoch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -204,7 +204,7 @@ class SiglipTrainer(RowTrackingTrainer):
             None, embeddings of images and of texts [B, D], and input_ids [B, S] with groups [B].
         """
         with torch.no_grad(), self.compute_loss_context_manager():
-            pairs = _pairs(model, self._prepare_inputs(inputs))
+            pairs = _pairs(model, self.to_device(inputs))
         return None, (pairs.images.float(), pairs.texts.float()), (pairs.input_ids, pairs.group_ids)
 
     def _validation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -228,18 +228,13 @@ class SiglipTrainer(RowTrackingTrainer):
         named = zip(("positive_logit", "negative_logit"), (m.item() for m in means), strict=True)
         return {name: mean for name, mean in named if not math.isnan(mean)}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            record = self._record.model_copy(update=scale_and_bias_record(self.model))
-            record.write(Path(output_dir or self.args.output_dir))
+    def saved(self, folder: Path) -> None:
+        """Write the record, scale and bias in it, beside the weights."""
+        self._record.model_copy(update=scale_and_bias_record(self.model)).write(folder)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        record = SavedRecord.read(Path(resume_from_checkpoint))
-        restore_scale_and_bias(self.model if model is None else model, record)
+    def restored(self, folder: Path, model: nn.Module) -> None:
+        """Restore scale and bias, which the adapter's file lacks."""
+        restore_scale_and_bias(model, SavedRecord.read(folder))
 
 
 def _pairs(model: nn.Module, inputs: dict[str, Tensor]) -> Pairs:

@@ -13,8 +13,8 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.integrations import get_available_reporting_integrations
 
+from medft.compat import reporting_integrations
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
 
@@ -112,7 +112,7 @@ def _try_out(arguments: TrainingArguments) -> None:
         num_training_steps=9,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
-    missing = set(arguments.report_to) - set(get_available_reporting_integrations())
+    missing = set(arguments.report_to) - set(reporting_integrations())
     if missing:
         raise ImportError(f"report_to names {', '.join(sorted(missing))}, which is not installed")
 

@@ -97,7 +97,7 @@ def identify_run(
         RunError: the run cannot continue from the checkpoint, or `lora.init_from` is no adapter.
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
-    base = identify_base(recipe.model, prepared.config)
+    base = identify_base(recipe.model)
     if checkpoint:
         check_same_run(recipe, base, prepared.record, checkpoint, world_size)
     return {"base": base, "data": prepared.record, **initial_adapter(lora, base)}

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from medft.compat import untested_versions
+from medft.compat import num_weights, untested_versions
 from medft.config.recipe import LoraSection, Recipe, dump_sections
 from medft.errors import Terminated
 from medft.files import complete_folder, write_json
@@ -90,13 +90,12 @@ class Run:
         self._add_callbacks(trainer, signals)
         parameters = list(trainer.model.parameters())
         self.update(
-            trainable_parameters=_count(p for p in parameters if p.requires_grad),
-            total_parameters=_count(parameters),
+            trainable_parameters=sum(num_weights(p) for p in parameters if p.requires_grad),
+            total_parameters=sum(map(num_weights, parameters)),
             resumed_from=checkpoint.name if checkpoint else None,
         )
-        saved = state_of(checkpoint) if checkpoint else None
-        if saved and saved.global_step >= saved.max_steps:
-            trainer._load_from_checkpoint(str(checkpoint))  # only the result was not written
+        if checkpoint and (saved := state_of(checkpoint)).global_step >= saved.max_steps:
+            trainer.load_checkpoint(checkpoint)  # only the result was not written
             trainer.state = saved
         else:
             with signals.listening():
@@ -215,18 +214,17 @@ def open_run(
         raise
 
 
-def save_result(trainer: Trainer, folder: Path) -> None:
+def save_result(trainer: RowTrackingTrainer, folder: Path) -> None:
     """Write the trained weights, the processor and medft.json as one complete folder."""
     wait_for_everyone()
     if not trainer.args.should_save:
-        trainer.save_model(str(folder), _internal_call=True)
+        trainer.write_model(folder)
         return
     with complete_folder(folder) as draft:
-        trainer.save_model(str(draft), _internal_call=True)
+        trainer.write_model(draft)
         adapter = draft / WEIGHTS_FILE
         if adapter.is_file():
             refuse_inert(load_file(adapter))
-        (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle, never read by medft
 
 
 def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
@@ -237,11 +235,3 @@ def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
     if evaluations:
         metrics |= {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
     return metrics
-
-
-def _count(parameters: Any) -> int:
-    # a 4-bit parameter packs two weights per byte; a ZeRO-3 one is empty here but has ds_numel
-    return sum(
-        getattr(p, "ds_numel", p.numel()) * (2 if type(p).__name__ == "Params4bit" else 1)
-        for p in parameters
-    )

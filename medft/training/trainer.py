@@ -2,19 +2,18 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from transformers import Trainer
 
+from medft.compat import HookedTrainer
 from medft.provenance import peak_memory
 
 ROW_IDS = "row_ids"
 """Batch key of the row ids, which are never passed to the model."""
 
 
-class RowTrackingTrainer(Trainer):
+class RowTrackingTrainer(HookedTrainer):
     """A Trainer whose collator puts row ids beside its tensors, under ROW_IDS."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,12 +63,6 @@ class RowTrackingTrainer(Trainer):
             self._restart_measuring()
         super().log(logs, start_time)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs({k: v for k, v in inputs.items() if k != ROW_IDS})
-
-    def _prepare_input(self, data: Any) -> Any:
-        """Move the fields of a dataclass to the device, too, which the library does not do."""
-        if not is_dataclass(data) or isinstance(data, type):
-            return super()._prepare_input(data)
-        moved = {part.name: self._prepare_input(getattr(data, part.name)) for part in fields(data)}
-        return replace(data, **moved)
+    def to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Model inputs with their tensors on the trainer's device; row ids are left out."""
+        return super().to_device({k: v for k, v in inputs.items() if k != ROW_IDS})

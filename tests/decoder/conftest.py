@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fresh import reset_accelerator
 from transformers import set_seed
 
+from medft.compat import reset_accelerator
 from medft.config.recipe import DecoderRecipe
 from medft.decoder.build import build_trainer as build
 from medft.decoder.prepared import prepare_decoder_data
@@ -29,7 +29,7 @@ def build_trainer():
             recipe.lora,
             arguments=arguments,
             prepared=prepared,
-            base=identify_base(recipe.model, prepared.config),
+            base=identify_base(recipe.model),
             **options,
         )
         for name, parameter in trainer.model.named_parameters():

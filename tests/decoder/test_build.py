@@ -40,7 +40,7 @@ def test_full_fine_tuning_trains_every_weight_in_float32_whatever_the_dtype(make
 
 def logits_of_first_row(trained, rows):
     """Of the row alone or beside others, at its own tokens."""
-    batch = trained._prepare_inputs(trained.data_collator(rows))
+    batch = trained.to_device(trained.data_collator(rows))
     length = len(trained.data_collator.conversation.encode(*message_of(rows[0])).input_ids)
     labels = batch.pop("labels")
     with torch.no_grad():

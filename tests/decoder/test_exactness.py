@@ -167,7 +167,7 @@ def plain_loss(model, batch, labels):
 def test_step_0_is_that_of_plain_transformers(trainer, bases, family, dtype):
     trained = trainer(family)
     trained.model.to(dtype)
-    inputs = trained._prepare_inputs(trained.data_collator(list(trained.train_dataset)))
+    inputs = trained.to_device(trained.data_collator(list(trained.train_dataset)))
     if dtype == torch.float32:
         loss = trained.compute_loss(trained.model, inputs)
     else:  # TRL's head works in fp32: here the inputs and the model

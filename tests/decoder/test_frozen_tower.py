@@ -68,7 +68,7 @@ def stock_loss(bases, family, made, *, reentrant):
 def test_the_tower_keeps_nothing_for_a_backward_pass_where_stock_code_does(bases, trainer, family):
     made = trainer(family, gradient_checkpointing=True)
     made.train()
-    batch = made._prepare_inputs(made.data_collator([made.train_dataset[0], made.train_dataset[1]]))
+    batch = made.to_device(made.data_collator([made.train_dataset[0], made.train_dataset[1]]))
     made.model.train()
     kept = saved_by_tower(
         made.model, family, lambda: made.compute_loss(made.model, batch).backward()
@@ -104,7 +104,7 @@ def test_reentrant_checkpointing_fails_in_stock_code(bases, trainer):
 def test_only_what_stands_before_every_trained_weight_is_frozen(bases, trainer, targets, frozen):
     made = trainer("mllama", [f"lora.targets={targets}"])
     base = made.model.get_base_model()
-    batch = made._prepare_inputs(made.data_collator([made.train_dataset[0]]))
+    batch = made.to_device(made.data_collator([made.train_dataset[0]]))
     outputs = {}
     for part in ("vision", "projector"):
         module = base.get_submodule(FAMILIES["mllama"].parts[part])
@@ -125,6 +125,6 @@ def test_an_output_that_requires_grad_again_is_an_error(bases, trainer):
 
     base.model.vision_model.register_forward_hook(meddle)
     run_frozen_parts_without_grad(base, FAMILIES["mllama"])
-    batch = made._prepare_inputs(made.data_collator([made.train_dataset[0]]))
+    batch = made.to_device(made.data_collator([made.train_dataset[0]]))
     with pytest.raises(BaseModelError, match="expected the frozen vision to run without grad"):
         made.compute_loss(made.model, batch)

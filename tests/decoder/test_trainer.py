@@ -74,7 +74,7 @@ def plain_loss(model, batch, labels, tokens=None):
 def test_the_step_0_loss_and_gradient_are_those_of_plain_transformers(bases, trainer):
     trained = trainer(("lora.dropout=0",))
     rows = [trained.train_dataset[index] for index in range(7)]
-    inputs = trained._prepare_inputs(trained.data_collator(rows))
+    inputs = trained.to_device(trained.data_collator(rows))
     assert "row_ids" not in inputs
     trained.model.train()
     loss = trained.compute_loss(trained.model, inputs)

@@ -35,7 +35,7 @@ def test_the_step_0_loss_is_transformers_own(bases, trainer):
     trained = trainer(("contrastive.positives=diagonal", "data.image_size=56"))
     entries = [trained.train_dataset[index] for index in range(7)]
     [batch] = step_of(trained, [trained.data_collator(entries)])
-    loss = trained.compute_loss(trained.model, trained._prepare_inputs(batch))
+    loss = trained.compute_loss(trained.model, trained.to_device(batch))
 
     processor = AutoProcessor.from_pretrained(bases / "siglip", backend="pil")
     images = [entry.image for entry in entries]
@@ -100,7 +100,7 @@ def test_validation_sees_the_split_as_one_batch(trainer):
     entries = list(large.eval_dataset)
     [batch] = step_of(large, [large.data_collator(entries)])
     with torch.no_grad():
-        expected = large.compute_loss(large.model.eval(), large._prepare_inputs(batch)).item()
+        expected = large.compute_loss(large.model.eval(), large.to_device(batch)).item()
     assert first["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert first["eval_pool"] == len(entries)
 

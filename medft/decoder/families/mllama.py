@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.models.mllama.image_processing_pil_mllama import (
-    get_image_size_fit_to_canvas,
-    get_optimal_tiled_canvas,
-)
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
-from transformers.models.mllama.processing_mllama import (
-    convert_sparse_cross_attention_mask_to_dense,
-    get_cross_attention_token_mask,
-)
 
+from medft.compat import (
+    MLLAMA_SEES_IMAGE,
+    mllama_canvas,
+    mllama_cross_attention_layers,
+    mllama_cross_attention_mask,
+    mllama_size_on_canvas,
+)
 from medft.decoder.families.base import Family, ImageInputs
 
 _MLLAMA_LAYERS = r"model\.language_model\.layers\.\d+"
@@ -105,17 +103,13 @@ class Mllama(Family):
         """
         if not any(images):
             return {}
-        spans = [
-            get_cross_attention_token_mask(row, processor.image_token_id)
-            for row in input_ids.tolist()
-        ]
-        mask = convert_sparse_cross_attention_mask_to_dense(
-            spans,
-            num_tiles=[[image.num_tiles for image in row] for row in images],
-            max_num_tiles=processor.image_processor.max_image_tiles,
-            length=input_ids.shape[1],
+        mask = mllama_cross_attention_mask(
+            input_ids,
+            [[image.num_tiles for image in row] for row in images],
+            image_token_id=processor.image_token_id,
+            max_image_tiles=processor.image_processor.max_image_tiles,
         )
-        return {"cross_attention_mask": torch.from_numpy(mask)}
+        return {"cross_attention_mask": mask}
 
     def stack_images(self, images: Sequence[Sequence[ImageInputs]]) -> dict[str, Tensor]:
         """The stock forward's inputs for images, of rows with equally many.
@@ -172,18 +166,14 @@ class Mllama(Family):
         batch's number of images and to four tiles; it masks only the feed-forward part
         (transformers#39379).
         """
-        for layer in model.modules():
-            if isinstance(layer, MllamaCrossAttentionDecoderLayer):
-                layer.register_forward_pre_hook(_note_which_tokens_see, with_kwargs=True)
-                layer.cross_attn.register_forward_hook(_mask_output)
+        for layer in mllama_cross_attention_layers(model):
+            layer.register_forward_pre_hook(_note_which_tokens_see, with_kwargs=True)
+            layer.cross_attn.register_forward_hook(_mask_output)
 
 
-def _note_which_tokens_see(
-    layer: MllamaCrossAttentionDecoderLayer, arguments: tuple, keywords: dict[str, Any]
-) -> None:
+def _note_which_tokens_see(layer: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
     # the layer does not pass this on to its attention; a recomputed layer runs this hook again
-    attention: Any = layer.cross_attn
-    attention.tokens_that_see = keywords["full_text_row_masked_out_mask"]
+    layer.cross_attn.tokens_that_see = keywords[MLLAMA_SEES_IMAGE]
 
 
 def _mask_output(attention: Any, arguments: tuple, output: tuple) -> tuple:
@@ -199,13 +189,13 @@ def _limit_tiles(
     The processor keeps its own limit of tiles, since the base's aspect ratio ids and its padding
     depend on it.
     """
-    tile = processor.size["height"]
-    canvas = get_optimal_tiled_canvas(image.height, image.width, processor.max_image_tiles, tile)
+    tile, size = processor.size["height"], (image.height, image.width)
+    canvas = mllama_canvas(*size, max_image_tiles=processor.max_image_tiles, tile=tile)
     if canvas[0] * canvas[1] <= max_image_tiles * tile * tile:
         return image
-    canvas = get_optimal_tiled_canvas(image.height, image.width, max_image_tiles, tile)
-    height, width = get_image_size_fit_to_canvas(image.height, image.width, *canvas, tile)
-    return image.resize((int(width), int(height)), Image.Resampling(processor.resample))
+    canvas = mllama_canvas(*size, max_image_tiles=max_image_tiles, tile=tile)
+    height, width = mllama_size_on_canvas(*size, canvas=canvas, tile=tile)
+    return image.resize((width, height), Image.Resampling(processor.resample))
 
 
 MLLAMA = Mllama()
