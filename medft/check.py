@@ -41,8 +41,8 @@ def check(file: Path, overrides: list[str]) -> Checked:
     with collector.gather():
         prepared, arguments = _prepare(recipe, lora)
     collector.raise_any()
-    if checkpoint or (lora and lora.init_from):
-        identify_run(recipe, lora, prepared, checkpoint, world_size=None)
+    if checkpoint or prepared.initial:
+        identify_run(recipe, prepared, checkpoint, world_size=None)
     return Checked(recipe, prepared, batch_arithmetic(prepared.rows_per_epoch, arguments))
 
 

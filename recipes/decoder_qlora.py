@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         lora = recipe.initial_lora(resumes=checkpoint is not None)
         prepared = prepare_decoder_data(recipe.model, recipe.data, lora, arguments)
         common = {"arguments": arguments, "prepared": prepared}
-        with open_run(recipe, argv, lora=lora, checkpoint=checkpoint, **common) as run:
+        with open_run(recipe, argv, checkpoint=checkpoint, **common) as run:
             sections = recipe.model, recipe.data, recipe.quantization, lora
             run.train(build_trainer(*sections, base=run.base, **common), checkpoint)
 

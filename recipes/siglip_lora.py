@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         sections = recipe.model, recipe.data, lora, recipe.contrastive
         prepared = prepare_siglip_data(*sections, arguments)
         common = {"arguments": arguments, "prepared": prepared}
-        with open_run(recipe, argv, lora=lora, checkpoint=checkpoint, **common) as run:
+        with open_run(recipe, argv, checkpoint=checkpoint, **common) as run:
             run.train(build_trainer(*sections, base=run.base, **common), checkpoint)
 
 

@@ -74,7 +74,9 @@ def build_trainer(
         family.isolate_rows(loaded)
     trained = loaded
     if lora:
-        trained = attach_adapter(loaded, lora, family.presets, task_type="CAUSAL_LM")
+        trained = attach_adapter(
+            loaded, lora, family.presets, task_type="CAUSAL_LM", initial=prepared.initial
+        )
     install_tower(loaded, model, prepared)
     arguments.train_sampling_strategy = "random"  # the sampler groups, Trainer's has no lengths
     record = SavedRecord(

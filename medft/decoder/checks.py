@@ -10,16 +10,22 @@ from medft.decoder.families.base import Family
 from medft.errors import BaseModelError, DataError, RecipeError
 from medft.files import check_folder_for_output
 from medft.models.lora import plan_adapter, target_modules
-from medft.models.saved import RECORD_FILE, SavedRecord, find_adapter
+from medft.models.saved import RECORD_FILE, SavedModel, SavedRecord
 
 
 def check_flags(
     model: DecoderModelSection,
     data: DecoderDataSection,
-    lora: LoraSection | None,
+    initial: SavedModel | None,
     family: Family,
 ) -> None:
     """Refuse flags that the family does not support or that differ from earlier training.
+
+    Args:
+        model: the recipe's section.
+        data: the recipe's section.
+        initial: the adapter of `lora.init_from`.
+        family: the base's.
 
     Raises:
         BaseModelError: there is such a flag.
@@ -35,11 +41,11 @@ def check_flags(
             f"expected data.max_image_tiles for a family that cuts images into tiles, "
             f"{family.model_type} does not: remove it"
         )
-    earlier = [Path(model.base)] if (Path(model.base) / RECORD_FILE).is_file() else []
-    if lora and lora.init_from:
-        earlier.append(find_adapter(Path(lora.init_from)))
-    for folder in earlier:
-        trained = SavedRecord.read(folder).cross_attention_fix
+    earlier = {initial.folder: initial.record} if initial else {}
+    if (Path(model.base) / RECORD_FILE).is_file():
+        earlier[Path(model.base)] = SavedRecord.read(Path(model.base))
+    for folder, record in earlier.items():
+        trained = record.cross_attention_fix
         if trained != model.cross_attention_fix:
             raise BaseModelError(
                 f"expected model.cross_attention_fix: {str(trained).lower()}, with which "
@@ -65,13 +71,16 @@ def check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
         )
 
 
-def plan_targets(empty: nn.Module, lora: LoraSection, family: Family) -> str:
+def plan_targets(
+    empty: nn.Module, lora: LoraSection, family: Family, initial: SavedModel | None
+) -> str:
     """The plan of an adapter, as from `plan_adapter`; refuses targets that include lm_head.
 
     Args:
         empty: the base on the meta device; the adapter is attached to it.
         lora: the recipe's section.
         family: the base's.
+        initial: the adapter of `lora.init_from`.
 
     Raises:
         BaseModelError: the targets are wrong.
@@ -81,7 +90,7 @@ def plan_targets(empty: nn.Module, lora: LoraSection, family: Family) -> str:
             "expected lora.targets without lm_head, whose weight the loss reads directly so "
             "that an adapter on it would not be trained: leave it out"
         )
-    return plan_adapter(empty, lora, family.presets, family.parts)
+    return plan_adapter(empty, lora, family.presets, family.parts, initial)
 
 
 def check_trained_vision(

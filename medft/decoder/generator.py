@@ -15,8 +15,8 @@ from medft.data.messages import Message
 from medft.decoder.conversation import ConversationEncoder
 from medft.decoder.families import family_of
 from medft.decoder.model import load_saved
+from medft.models.adapter import without_adapter
 from medft.models.base import default_device, load_processor
-from medft.models.lora import without_adapter
 from medft.models.saved import SavedModel, SavedRecord, find_saved_model
 
 BATCH_SIZE = 8

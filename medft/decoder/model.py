@@ -14,8 +14,8 @@ from medft.config.recipe import ModelSection, QuantizationSection
 from medft.decoder.families import family_of
 from medft.decoder.families.base import Family
 from medft.errors import BaseModelError
+from medft.models.adapter import load_adapter
 from medft.models.base import check_local_base, load_config, load_weights
-from medft.models.lora import load_adapter
 from medft.models.saved import SavedModel
 
 logger = logging.getLogger(__name__)

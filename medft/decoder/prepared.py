@@ -48,10 +48,12 @@ from medft.decoder.families import family_of
 from medft.decoder.families.base import Family
 from medft.decoder.measured_rows import MeasuredRows, measure_rows
 from medft.decoder.sampler import GlobalBatchSampler
-from medft.decoder.vision_cache import VisionCache, weights_sha256
+from medft.decoder.vision_cache import VisionCache, tower_sha256
 from medft.errors import ErrorCollector
+from medft.models.adapter import find_initial
 from medft.models.base import empty_model, load_config, load_processor
 from medft.models.lora import ALL_WEIGHTS
+from medft.models.saved import SavedModel
 from medft.provenance import package_versions
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,9 @@ class PreparedDecoderData:
     collator: DecoderCollator
     adapter_plan: str
     """How many layers get an adapter, by part, and how many parameters are trained."""
+
+    initial: SavedModel | None
+    """The adapter of `lora.init_from`."""
 
     train: Dataset
     validation: Dataset | None
@@ -114,7 +119,7 @@ class PreparedDecoderData:
         if self.model.vision_cache is None:
             return None
         key = {
-            "weights": weights_sha256(model, self.family),
+            "weights": tower_sha256(model, self.family),
             "config": self.config.vision_config.to_dict(),
             "attention": attention_implementation(model.config.vision_config),
             "processor": self.processor.image_processor.to_dict(),
@@ -206,6 +211,7 @@ def prepare_decoder_data(
             isolates_rows=isolates_rows,
         ),
         adapter_plan=base.adapter_plan,
+        initial=base.initial,
         train=measured["train"].kept,
         validation=measured["validation"].kept if "validation" in measured else None,
         sampler=sampler,
@@ -237,6 +243,7 @@ class _CheckedBase:
     """Rows of the output head."""
 
     adapter_plan: str
+    initial: SavedModel | None
 
 
 def _checked_base(
@@ -247,7 +254,8 @@ def _checked_base(
 ) -> _CheckedBase:
     config = load_config(model)
     family = family_of(config.model_type)
-    check_flags(model, data, lora, family)
+    initial = find_initial(lora)
+    check_flags(model, data, initial, family)
     processor = load_processor(model)
     conversation = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)
     empty = empty_model(
@@ -255,7 +263,7 @@ def _checked_base(
     )
     vocab_size = empty.get_output_embeddings().out_features
     check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
-    plan = plan_targets(empty, lora, family) if lora else ALL_WEIGHTS
+    plan = plan_targets(empty, lora, family, initial) if lora else ALL_WEIGHTS
     check_trained_vision(empty, model, family, arguments)
     if model.vision_cache:
         check_cached_tower(model.vision_cache, config)
@@ -265,6 +273,7 @@ def _checked_base(
         conversation=conversation,
         vocab_size=vocab_size,
         adapter_plan=plan,
+        initial=initial,
     )
 
 

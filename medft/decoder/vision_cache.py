@@ -129,7 +129,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data
 
 
-def weights_sha256(model: nn.Module, family: Family) -> str:
+def tower_sha256(model: nn.Module, family: Family) -> str:
     """The SHA-256 of the weights of tower and projector, as they are in memory."""
     digest = hashlib.sha256()
     for part in ("vision", "projector"):

@@ -261,12 +261,12 @@ def check_weights(folder: Path, record: SavedRecord) -> None:
         )
 
 
-def find_adapter(source: Path) -> Path:
-    """The adapter folder that a path means.
-
-    Raises:
-        RunError: the path is neither a finished run nor an adapter.
-    """
+def _adapter_folder(source: Path) -> Path:
+    """The adapter folder that a path means; raises RunError as `find_saved_adapter`."""
+    if not source.exists():
+        raise RunError(
+            f"expected a run or a folder of a model, there is no {source}: check the path"
+        )
     run = RunLayout(source)
     if run.record.is_file():
         status = run.read_record().get("status")
@@ -288,10 +288,10 @@ def find_saved_adapter(source: Path) -> SavedModel:
     """The adapter of a run or an adapter folder.
 
     Raises:
-        RunError: the path is neither a finished run nor an adapter.
+        RunError: the path does not exist, or is neither a finished run nor an adapter.
         BaseModelError: its record cannot be read.
     """
-    folder = find_adapter(source)
+    folder = _adapter_folder(source)
     return _saved(source, folder, SavedRecord.read(folder), is_adapter=True)
 
 

@@ -1,7 +1,6 @@
 """From the sections of a recipe to a SigLIP trainer, the one way for everybody."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -14,7 +13,7 @@ from medft.config.recipe import (
     SiglipDataSection,
 )
 from medft.models.lora import attach_adapter
-from medft.models.saved import SavedRecord, find_adapter
+from medft.models.saved import SavedRecord
 from medft.siglip.model import (
     PRESETS,
     load_model,
@@ -64,10 +63,10 @@ def build_trainer(
     """
     trained: nn.Module = load(model, lora, image_size=data.image_size)
     if lora:
-        trained = attach_adapter(trained, lora, PRESETS, task_type=None)
+        trained = attach_adapter(trained, lora, PRESETS, task_type=None, initial=prepared.initial)
         train_scale_and_bias(trained)
-        if lora.init_from:
-            restore_scale_and_bias(trained, SavedRecord.read(find_adapter(Path(lora.init_from))))
+        if prepared.initial:
+            restore_scale_and_bias(trained, prepared.initial.record)
     record = SavedRecord(
         family="siglip",
         **base,

@@ -13,8 +13,8 @@ from transformers import ProcessorMixin
 from medft.config.recipe import ModelSection
 from medft.data.pairs import batched
 from medft.data.rows import Row
+from medft.models.adapter import without_adapter
 from medft.models.base import check_local_base, default_device, load_config
-from medft.models.lora import without_adapter
 from medft.models.saved import SavedModel, find_saved_model
 from medft.siglip.checks import check_family
 from medft.siglip.collator import caption_of

@@ -17,6 +17,7 @@ from transformers import AutoModel, ProcessorMixin, Siglip2Tokenizer, SiglipMode
 from medft.compat import replace_position_embedding
 from medft.config.recipe import LoraSection, ModelSection
 from medft.errors import BaseModelError
+from medft.models.adapter import load_adapter
 from medft.models.base import (
     check_local_base,
     commit_of,
@@ -24,7 +25,7 @@ from medft.models.base import (
     load_weights,
     readable_base,
 )
-from medft.models.lora import cast_trainable_to_float32, load_adapter
+from medft.models.lora import cast_trainable_to_float32
 from medft.models.saved import SavedModel, SavedRecord
 from medft.siglip.pooling_head import split_pooling_head
 

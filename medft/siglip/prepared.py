@@ -13,8 +13,10 @@ from medft.config.recipe import ContrastiveSection, LoraSection, ModelSection, S
 from medft.data.rows import Row, describe_counts, fingerprint, load_rows
 from medft.data.tokens import collisions, length_percentiles, token_keys
 from medft.errors import DataError, ErrorCollector, RecipeError
+from medft.models.adapter import find_initial
 from medft.models.base import empty_model, load_config
 from medft.models.lora import ALL_WEIGHTS, plan_adapter
+from medft.models.saved import SavedModel
 from medft.siglip.checks import check_family, check_launch, check_sizes, check_tokens
 from medft.siglip.collator import PairCollator, PairDataset, caption_of
 from medft.siglip.floor import sigmoid_floor
@@ -45,6 +47,9 @@ class PreparedSiglipData:
     config: PreTrainedConfig
     processor: ProcessorMixin
     collator: PairCollator
+    initial: SavedModel | None
+    """The adapter of `lora.init_from`."""
+
     adapter_plan: str
     """How many layers get an adapter, by tower, and how many parameters are trained."""
 
@@ -108,7 +113,8 @@ def prepare_siglip_data(
         processor = load_siglip_processor(
             model, image_size=data.image_size, max_length=data.max_length
         )
-        plan = _plan(config, lora, arguments) if lora else ALL_WEIGHTS
+        initial = find_initial(lora)
+        plan = _plan(config, lora, initial, arguments) if lora else ALL_WEIGHTS
     collector.raise_any()
     measured = {split: _measure(p, processor, data.max_length) for split, p in pairs.items()}
     for split, known in measured.items():
@@ -122,6 +128,7 @@ def prepare_siglip_data(
         processor=processor,
         collator=PairCollator(processor, max_length=data.max_length),
         adapter_plan=plan,
+        initial=initial,
         train=pairs["train"],
         validation=pairs.get("validation"),
         record={
@@ -180,11 +187,16 @@ def _plan_batches(
     )
 
 
-def _plan(config: PreTrainedConfig, lora: LoraSection, arguments: TrainingArguments) -> str:
+def _plan(
+    config: PreTrainedConfig,
+    lora: LoraSection,
+    initial: SavedModel | None,
+    arguments: TrainingArguments,
+) -> str:
     empty = empty_model(AutoModel, config, deepspeed_plugin=arguments.deepspeed_plugin)
     if splits_head(lora):
         split_pooling_head(empty)
-    return plan_adapter(empty, lora, PRESETS, PARTS)
+    return plan_adapter(empty, lora, PRESETS, PARTS, initial)
 
 
 def _read_pairs(path: Path, split: str, template: str | None) -> PairDataset:

@@ -5,15 +5,15 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedConfig, TrainerState
+from transformers import TrainerState
 
-from medft.config.recipe import LoraSection, Recipe
+from medft.config.recipe import Recipe
 from medft.config.train_keys import TrainSection
 from medft.errors import RunError
 from medft.files import check_folder_for_output
+from medft.models.adapter import check_initial
 from medft.models.base import identify_base
-from medft.models.lora import initial_adapter
-from medft.models.saved import RunLayout
+from medft.models.saved import RunLayout, SavedModel
 from medft.provenance import (
     masked,
 )
@@ -56,8 +56,8 @@ class PreparedData(Protocol):
     """What a run can know before weights are loaded, as both kinds of trainers prepare it."""
 
     @property
-    def config(self) -> PreTrainedConfig:
-        """The base's configuration."""
+    def initial(self) -> SavedModel | None:
+        """The adapter of `lora.init_from`."""
         ...
 
     @property
@@ -78,7 +78,6 @@ class PreparedData(Protocol):
 
 def identify_run(
     recipe: Recipe,
-    lora: LoraSection | None,
     prepared: PreparedData,
     checkpoint: Path | None,
     *,
@@ -88,19 +87,19 @@ def identify_run(
 
     Args:
         recipe: as resolved now.
-        lora: its section, of a resumed run without `init_from`.
-        prepared: the data, and the base's configuration.
+        prepared: the data, and the adapter of `lora.init_from`.
         checkpoint: to continue from; None for a new run.
         world_size: number of processes; None if not known yet.
 
     Raises:
-        RunError: the run cannot continue from the checkpoint, or `lora.init_from` is no adapter.
+        RunError: the run cannot continue from the checkpoint.
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
     base = identify_base(recipe.model)
     if checkpoint:
         check_same_run(recipe, base, prepared.record, checkpoint, world_size)
-    return {"base": base, "data": prepared.record, **initial_adapter(lora, base)}
+    starts_from = check_initial(prepared.initial, base) if prepared.initial else {}
+    return {"base": base, "data": prepared.record, **starts_from}
 
 
 def check_same_run(

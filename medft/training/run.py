@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
 from medft.compat import num_weights, untested_versions
-from medft.config.recipe import LoraSection, Recipe, dump_sections
+from medft.config.recipe import Recipe, dump_sections
 from medft.errors import Terminated
 from medft.files import complete_folder, write_json
-from medft.models.lora import refuse_inert
+from medft.models.adapter import refuse_inert
 from medft.models.saved import WEIGHTS_FILE, RunLayout
 from medft.provenance import (
     hardware,
@@ -149,7 +149,6 @@ def open_run(
     argv: list[str],
     *,
     arguments: TrainingArguments,
-    lora: LoraSection | None,
     prepared: PreparedData,
     checkpoint: Path | None,
 ) -> Iterator[Run]:
@@ -163,15 +162,14 @@ def open_run(
         recipe: the resolved recipe.
         argv: the command line.
         arguments: the trainer's.
-        lora: the recipe's section, of a resumed run without `init_from`.
-        prepared: the data, and the base's configuration.
+        prepared: the data, and the adapter of `lora.init_from`.
         checkpoint: to continue from; None for a new run.
 
     Raises:
-        RunError: the run cannot continue from the checkpoint, or `lora.init_from` is no adapter.
+        RunError: the run cannot continue from the checkpoint.
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
-    identity = identify_run(recipe, lora, prepared, checkpoint, world_size=arguments.world_size)
+    identity = identify_run(recipe, prepared, checkpoint, world_size=arguments.world_size)
     layout = RunLayout(Path(recipe.train.output_dir))
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
     writes = os.environ.get("RANK", "0") == "0"

@@ -46,6 +46,18 @@ def test_an_answer_is_that_of_plain_transformers_and_peft(generator, runs, bases
         assert generator.generate([asked])[0].text != plain.strip()
 
 
+@pytest.mark.gpu
+def test_answers_on_a_gpu_are_those_on_the_cpu(runs, images):
+    made = talkative(Generator.load(runs / "decoder"))
+    asked = [request(image) for image in images[:5]]
+    assert made.model.device.type == "cuda"
+    with made.without_adapter():
+        answers = made.generate(asked)
+        made.model.to("cpu")
+        assert answers == made.generate(asked)
+    assert all(answer.text for answer in answers)
+
+
 def test_neighbours_do_not_change_an_answer_and_the_order_is_kept(generator, images):
     asked = [
         request(images[0]),

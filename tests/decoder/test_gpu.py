@@ -7,12 +7,10 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from peft import PeftModel
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from medft.decoder.frozen_tower import IMAGES
-from medft.decoder.generator import Generator, Request
 from medft.export.merge import merge
 from medft.training.callbacks import NonFiniteCallback
 
@@ -129,19 +127,6 @@ def test_features_from_the_cache_train_what_computed_ones_train(trainer, tmp_pat
     assert runs[1][2] == 0
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(runs[0][1][name], weight) for name, weight in runs[1][1].items())
-
-
-def test_generation_answers_as_the_cpu_does(runs, images):
-    parts = [{"type": "image"}, {"type": "text", "text": "Describe this medical image."}]
-    messages = [{"role": "user", "content": parts}]
-    opened = [Image.open(path).convert("RGB") for path in images[:5]]
-    requests = [Request(messages=messages, images=[image]) for image in opened]
-    generator = Generator.load(runs / "decoder")
-    assert generator.model.device.type == "cuda"
-    answers = generator.generate(requests)
-    generator.model.to("cpu")
-    assert answers == generator.generate(requests)
-    assert len({answer.text for answer in answers}) > 1
 
 
 def test_a_merged_model_is_the_adapted_one(runs, bases, tmp_path):

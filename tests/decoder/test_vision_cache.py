@@ -96,8 +96,8 @@ def test_other_weights_settings_or_flags_take_other_entries(trainer, bases, tmp_
         made = trainer(changes=[cache])
         inner = made.model.get_base_model()
         inner.model.multi_modal_projector.weight[0, 0] += 1e-3
-        key = vision_cache.weights_sha256(inner, base.data_collator.conversation.family)
-    assert key != vision_cache.weights_sha256(
+        key = vision_cache.tower_sha256(inner, base.data_collator.conversation.family)
+    assert key != vision_cache.tower_sha256(
         base.model.get_base_model(), base.data_collator.conversation.family
     )
     assert len(folders) == 3

@@ -18,6 +18,8 @@ from medft.decoder.prepared import prepare_decoder_data
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import BaseModelError, MedftError, RecipeError, RunError
 from medft.export.merge import merge
+from medft.models import adapter
+from medft.models.saved import find_saved_adapter
 from medft.training.callbacks import UntrainedParameterCallback
 from medft.training.trainer import RowTrackingTrainer
 
@@ -106,9 +108,16 @@ def test_a_run_continues_from_an_adapter(train, runs):
     assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)
 
 
-def test_siglip_continues_with_its_scale_and_bias(train, runs):
-    first = runs / "siglip"
+def test_siglip_continues_with_its_scale_and_bias_read_once(train, runs, monkeypatch):
+    first, found = runs / "siglip", []
+
+    def find(source):
+        found.append(source)
+        return find_saved_adapter(source)
+
+    monkeypatch.setattr(adapter, "find_saved_adapter", find)
     run = train("more", "siglip", [f"lora.init_from={first}"], max_steps=1, learning_rate=1e-9)
+    assert found == [first]
     notes = [json.loads((f / "adapter" / "medft.json").read_text()) for f in (first, run)]
     for name in ("logit_scale", "logit_bias"):
         assert notes[0][name] == pytest.approx(notes[1][name], abs=1e-6)
@@ -122,7 +131,7 @@ def test_siglip_continues_with_its_scale_and_bias(train, runs):
         ("lora.alpha=4", "expected lora.alpha: 8, as the adapter of lora.init_from was trained"),
         ("lora.use_rslora=true", "expected lora.use_rslora: False"),
         ("lora.targets=cross_attention", "sit on the same layers"),
-        ("lora.init_from=nowhere", "nowhere holds no adapter_config.json"),
+        ("lora.init_from=nowhere", "there is no nowhere: check the path"),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused_before_loading(

@@ -1,0 +1,176 @@
+"""A trained adapter: loaded for use, or continued by another run.
+
+A damaged file, a key that matches no tensor and a layer that was never trained are errors here;
+PEFT warns or ignores them.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from medft.config.recipe import LoraSection
+from medft.errors import BaseModelError, RunError
+from medft.models.saved import WEIGHTS_FILE, SavedModel, check_weights, find_saved_adapter
+from medft.provenance import folder_sha256, masked
+
+
+def find_initial(lora: LoraSection | None) -> SavedModel | None:
+    """The adapter of `lora.init_from`; None if training starts from a new one, or has none.
+
+    Raises:
+        RunError: `lora.init_from` is not an adapter.
+        BaseModelError: its record cannot be read.
+    """
+    return find_saved_adapter(Path(lora.init_from)) if lora and lora.init_from else None
+
+
+def check_initial(initial: SavedModel, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Path and hash of the adapter that a run starts from, for run.json.
+
+    Args:
+        initial: from `find_initial`.
+        base: from `medft.models.base.identify_base`.
+
+    Raises:
+        BaseModelError: it was trained on another base.
+    """
+    folder, record = initial.folder, initial.record
+    has_hashes = record.sha256 is not None and "sha256" in base
+    given = masked(base)
+    for key in ["sha256"] if has_hashes else ["base", "revision"]:
+        trained_on = getattr(record, key)
+        if trained_on != given[key]:
+            raise BaseModelError(
+                f"expected model.base with {key} {trained_on}, on which the adapter of "
+                f"lora.init_from was trained, {base['base']} has {given[key]}: correct one of the "
+                f"two"
+            )
+    return {"init_from": {"path": str(folder), "sha256": folder_sha256(folder)}}
+
+
+def initial_weights(adapted: PeftModel, initial: SavedModel) -> dict[str, torch.Tensor]:
+    """The weights of a trained adapter for a new one.
+
+    Args:
+        adapted: the base with the new adapter.
+        initial: from `find_initial`.
+
+    Raises:
+        BaseModelError: the two differ in layers, shapes or scale, or the file is damaged.
+    """
+    folder = initial.folder
+    check_weights(folder, initial.record)
+    saved = _read_weights(folder)
+    own = get_peft_model_state_dict(adapted)
+    other = [name for name in own.keys() | saved if _shape(own, name) != _shape(saved, name)]
+    if other:
+        raise BaseModelError(
+            f"expected the adapter of lora.init_from to sit on the same layers with the same "
+            f"lora.r, {len(other)} tensors of {folder} differ, first {min(other)}: take the "
+            f"section lora of its recipe.yaml"
+        )
+    with _read_by_peft(folder):
+        trained = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(trained, LoraConfig):
+            raise TypeError(f"its adapter_config.json describes a {type(trained).__name__}")
+    if trained.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise BaseModelError(
+            f"expected lora.init_from to name an adapter on the base's own weights, the one in "
+            f"{folder} began with init_lora_weights {trained.init_lora_weights}, which changed "
+            f"them: merge it with medft merge and give the result as model.base"
+        )
+    config = adapted.peft_config["default"]
+    for name, key in (("lora_alpha", "alpha"), ("use_rslora",) * 2, ("alpha_pattern",) * 2):
+        if getattr(trained, name) != getattr(config, name):
+            raise BaseModelError(
+                f"expected lora.{key}: {getattr(trained, name)}, as the adapter of lora.init_from "
+                f"was trained, got {getattr(config, name)}: the update would be scaled otherwise"
+            )
+    return saved
+
+
+def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """The model with a trained adapter; every tensor of its file must match the model.
+
+    Raises:
+        BaseModelError: a file is damaged, tensor names do not match this model, or a layer of the
+            adapter was never trained.
+    """
+    saved = _read_weights(folder)
+    with _read_by_peft(folder):
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    unmatched = saved.keys() ^ get_peft_model_state_dict(adapted).keys()
+    if unmatched:
+        raise BaseModelError(
+            f"expected every tensor of {folder} to have a place in the base, {len(unmatched)} of "
+            f"{len(saved)} have none, first {min(unmatched)}: it was trained on another base"
+        )
+    return adapted
+
+
+def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a model computes what its base does.
+
+    Raises:
+        RunError: the model has no adapter, so its base is unknown.
+    """
+    if not isinstance(model, PeftModel):
+        raise RunError(
+            "expected an adapter, whose base can be compared with it, got a whole model: give the "
+            "run that trained it"
+        )
+    return model.disable_adapter()
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder, every layer checked to be trained."""
+    weights_file = folder / WEIGHTS_FILE
+    if not weights_file.is_file():
+        raise BaseModelError(
+            f"expected an adapter with {weights_file.name} in {folder}, found none: "
+            f"give the folder of a finished run, or its adapter/ or best_model/"
+        )
+    with _read_by_peft(folder):
+        saved = load_file(weights_file)
+    refuse_inert(saved)
+    return saved
+
+
+@contextmanager
+def _read_by_peft(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # damaged files make the libraries raise any exception
+        raise BaseModelError(
+            f"expected an adapter that PEFT reads in {folder}, it says: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
+
+
+def refuse_inert(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise for an adapter with an untrained layer, whose lora_B is zero as before training.
+
+    Args:
+        weights: tensors of the adapter file.
+
+    Raises:
+        BaseModelError: there is such a layer.
+    """
+    last = {name: weight for name, weight in weights.items() if "lora_B" in name}
+    inert = [name for name, weight in last.items() if not weight.any()]
+    if inert:
+        which = "every lora_B" if len(inert) == len(last) else f"{min(inert)}"
+        raise BaseModelError(
+            f"expected a trained adapter, {which} is zero as before training ({len(inert)} of "
+            f"{len(last)}): train longer, or leave layers that no row runs out of lora.targets"
+        )
