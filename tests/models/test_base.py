@@ -7,11 +7,11 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
-from medft.models.base import commit_of, identify_base, load_config, load_weights
+from medft.models.base import commit_of, identify_base, load_config, load_processor, load_weights
 from medft.models.saved import SavedRecord, find_saved_model
 from medft.siglip.model import load_saved
 
@@ -23,7 +23,7 @@ HEAD = "vision_model.head.probe"
 def hub(bases, tmp_path, monkeypatch):
     """A cache of the hub with team/base, whose main is FIRST; moves it to a commit.
 
-    SECOND has another head.
+    SECOND has another head, and normalizes images otherwise.
     """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = tmp_path / "hub" / "models--team--base"
@@ -33,6 +33,9 @@ def hub(bases, tmp_path, monkeypatch):
     changed = load_file(weights)
     changed[HEAD] += 1
     save_file(changed, weights, metadata={"format": "pt"})
+    processor = AutoProcessor.from_pretrained(weights.parent, backend="pil")
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    processor.save_pretrained(weights.parent)
 
     def move_main(commit):
         (folder / "refs").mkdir(exist_ok=True)
@@ -55,6 +58,9 @@ def test_the_rest_of_a_base_comes_from_the_commit_of_its_configuration(hub):
     pinned = ModelSection(base="team/base", revision=FIRST, dtype="float32")
     assert commit_of(pinned) == FIRST
     assert torch.equal(head_of(load_weights(AutoModel, pinned, dtype=torch.float32)), first)
+    means = [load_processor(s).image_processor.image_mean for s in (pinned, section)]
+    assert list(means[0]) == [0.5, 0.5, 0.5]
+    assert list(means[1]) == [0.1, 0.2, 0.3]
     assert commit_of(section) == SECOND  # a branch that moved is another base
     second = head_of(load_weights(AutoModel, section, dtype=torch.float32))
     assert torch.equal(second, first + 1)
