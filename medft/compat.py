@@ -37,8 +37,8 @@ TESTED = {
     "datasets": ["5.2"],
     "deepspeed": ["0.19"],
     "peft": ["0.21"],
-    "torch": ["2.13"],
-    "transformers": ["5.23"],
+    "torch": ["2.11", "2.13", "2.15"],
+    "transformers": ["5.17", "5.23", "5.24"],
     "trl": ["1.16"],
 }
 """Minor versions that the test suite was run with."""

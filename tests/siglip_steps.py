@@ -64,4 +64,5 @@ if __name__ == "__main__":
     trainer, found, logged = first_step(Path(sys.argv[1]), sys.argv[3:])
     if trainer.is_world_process_zero():
         torch.save({"gradients": found, "loss": logged["loss"]}, sys.argv[2])
+    torch.distributed.barrier()  # gloo may abort a process whose peer has left
     torch.distributed.destroy_process_group()

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from medft import compat
 
 ROOT = Path(__file__).parent.parent
+VERSIONS = (ROOT / "docs" / "versions.md").read_text()
 
 
 def test_every_use_has_a_probe_of_its_name():
@@ -52,6 +53,7 @@ def test_the_tested_minors_hold_the_pinned_versions():
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     for name, minors in compat.TESTED.items():
         assert pinned[name].startswith(tuple(f"{minor}." for minor in minors)), name
+        assert all(minor in VERSIONS for minor in minors if len(minors) > 1), name
 
 
 @pytest.mark.parametrize(

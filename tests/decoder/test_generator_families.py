@@ -54,16 +54,17 @@ REQUESTS = [
 ]
 
 
-def forbid_special_tokens(model):
-    """A tiny model says little but special tokens, the end among them, and rows without token."""
-    rows = model.get_output_embeddings().out_features
-    model.generation_config.suppress_tokens = [*range(5), *range(512, rows)]
+def forbid_what_shows_nothing(model, tokenizer):
+    """A tiny model says little but special tokens, the end among them, and line breaks."""
+    rows = range(model.get_output_embeddings().out_features)
+    shown = [tokenizer.decode([token], skip_special_tokens=True).strip() for token in rows]
+    model.generation_config.suppress_tokens = [token for token in rows if not shown[token]]
 
 
 def brief(source):
     generator = Generator.load(source)
     generator.max_new_tokens = 24
-    forbid_special_tokens(generator.model)
+    forbid_what_shows_nothing(generator.model, generator.conversation.processor.tokenizer)
     return generator
 
 
@@ -74,7 +75,7 @@ def plain_answer(name, folder, bases, given):
     model = AutoModelForImageTextToText.from_pretrained(base, **options)
     model = PeftModel.from_pretrained(model, folder).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    forbid_special_tokens(model)
+    forbid_what_shows_nothing(model, processor.tokenizer)
     text = processor.apply_chat_template(given.messages, add_generation_prompt=True)
     images = given.images
     if name == "gemma3":

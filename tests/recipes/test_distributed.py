@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
+from packaging.version import Version
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -148,6 +150,8 @@ def test_siglip_has_exact_batches_under_zero2_and_is_refused_under_zero3(recipe,
     ],
 )
 def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kind, processes):
+    if processes > 1 and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("before 5.18, Trainer cannot load an optimizer on several CPU processes")
     # 31 rows: 11 or 6 rounds an epoch of the decoder, 5 or 2 exact batches of SigLIP
     middle, end = {
         ("decoder", 1): (15, 19),
