@@ -1,5 +1,8 @@
 """Files written completely or not at all, file hashes, and files that ship with medft."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +14,9 @@ from typing import Any
 
 import medft
 from medft.errors import RecipeError, RunError
+
+_COMPLETE = ".complete"
+"""Folder of files that are complete and not yet moved to their places."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -45,18 +51,101 @@ def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> Non
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder beside `folder`; it replaces `folder` when the block ends without an error."""
+    """A draft folder beside `folder`; it replaces `folder` when the block ends without an error.
+
+    Raises:
+        RunError: another process writes the folder, or its disk is full.
+    """
     folder = folder.absolute()
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with _draft(folder.with_name(f".{folder.name}.draft"), shown=folder) as draft:
+        yield draft
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def complete_files(folder: Path) -> Iterator[Path]:
+    """A draft folder inside `folder`, whose files replace those of `folder` all at once.
+
+    They do so when the block ends without an error; what else lies in `folder` stays. If the
+    process is killed while it moves them, `finish_swap` moves the others.
+
+    Raises:
+        RunError: another process writes the folder, or its disk is full.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _draft(folder / ".draft", shown=folder) as draft:
+            finish_swap(folder)
+            yield draft
+            draft.rename(folder / _COMPLETE)
+            finish_swap(folder)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty if another process writes it
+                folder.rmdir()
+        raise
+
+
+def finish_swap(folder: Path) -> None:
+    """Move the files that a killed process had completed in `complete_files` and not yet moved."""
+    complete = folder / _COMPLETE
+    with contextlib.suppress(FileNotFoundError):  # there are none, or another process moved them
+        for path in list(complete.iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, folder / path.name)
+        complete.rmdir()
+
+
+@contextmanager
+def _draft(draft: Path, *, shown: Path) -> Iterator[Path]:
+    """An empty folder that one process has at a time; it is removed if the block fails."""
+    draft.mkdir(parents=True, exist_ok=True)
+    held = os.open(draft, os.O_RDONLY)
+    try:
+        if not (_locks(held) and _is_at(held, draft)):
+            raise RunError(
+                f"expected no other process that writes {shown}, there is one: wait for it, or "
+                f"choose another folder"
+            )
+        try:
+            for path in draft.iterdir():  # of a process that was killed
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+            yield draft
+        except BaseException as error:
+            if _is_at(held, draft):
+                shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunError(
+                    f"expected room to write {shown}, its disk is full: make room, and start again"
+                ) from error
+            raise
+    finally:
+        os.close(held)
+
+
+def _locks(descriptor: int) -> bool:
+    """Lock a folder for this process; False if another has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # it has no locks
+    return True
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    """Whether an open folder is still at its path; another process may have moved it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def file_sha256(path: Path) -> str:

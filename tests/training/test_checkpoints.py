@@ -1,13 +1,10 @@
 """Only whole checkpoints are resumed from, and folders appear complete or not at all."""
 
-import contextlib
-import json
 import logging
 
 import pytest
 
 from medft.errors import RunError
-from medft.files import complete_folder, write_json
 from medft.training.checkpoints import (
     checkpoint_to_resume,
     checkpoints_of,
@@ -83,26 +80,3 @@ def test_nothing_whole_is_an_error(run):
         (path / "manifest.json").unlink()
     with pytest.raises(RunError, match="found none"):
         checkpoint_to_resume(run, True)
-
-
-def test_a_folder_appears_complete_or_not_at_all(tmp_path):
-    target = tmp_path / "result"
-    with complete_folder(target) as draft:
-        (draft / "a").write_text("1")
-        assert not target.exists()
-    with contextlib.suppress(KeyboardInterrupt), complete_folder(target) as draft:
-        (draft / "a").write_text("2")
-        raise KeyboardInterrupt
-    assert (target / "a").read_text() == "1"
-    with complete_folder(target) as draft:
-        (draft / "b").write_text("3")
-    assert {path.name for path in target.iterdir()} == {"b"}
-    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"result"}
-
-
-def test_json_is_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}

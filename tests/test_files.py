@@ -1,0 +1,119 @@
+"""Output is complete or not there, and one process writes it at a time."""
+
+import contextlib
+import errno
+import json
+import os
+
+import pytest
+
+from medft.errors import RunError
+from medft.files import complete_files, complete_folder, finish_swap, write_json
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+    target = tmp_path / "result"
+    with complete_folder(target) as draft:
+        (draft / "a").write_text("1")
+        assert not target.exists()
+    with contextlib.suppress(KeyboardInterrupt), complete_folder(target) as draft:
+        (draft / "a").write_text("2")
+        raise KeyboardInterrupt
+    assert (target / "a").read_text() == "1"
+    with complete_folder(target) as draft:
+        (draft / "b").write_text("3")
+    assert {path.name for path in target.iterdir()} == {"b"}
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"result"}
+
+
+def test_json_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+WRITERS = pytest.mark.parametrize("writer", [complete_files, complete_folder])
+
+
+@WRITERS
+def test_a_second_process_is_refused_and_the_first_one_ends(tmp_path, writer):
+    with writer(tmp_path / "out") as draft:
+        with (
+            pytest.raises(RunError, match=r"no other process that writes .*out, there is one"),
+            writer(tmp_path / "out"),
+        ):
+            pytest.fail("two processes write the same folder")
+        (draft / "a").write_text("first")
+    assert (tmp_path / "out" / "a").read_text() == "first"
+    with writer(tmp_path / "out") as draft:
+        (draft / "a").write_text("second")
+    assert (tmp_path / "out" / "a").read_text() == "second"
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "a"}
+
+
+@WRITERS
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_block_that_fails_leaves_nothing(tmp_path, writer, is_full):
+    problem = OSError(errno.ENOSPC if is_full else errno.EACCES, "no")
+    expected = (
+        pytest.raises(RunError, match="its disk is full")
+        if is_full
+        else pytest.raises(OSError, match="no")
+    )
+    with expected, writer(tmp_path / "out") as draft:
+        (draft / "a").write_text("1")
+        raise problem
+    assert not list(tmp_path.iterdir())
+
+
+@WRITERS
+def test_the_draft_of_a_process_that_was_killed_is_taken_over(tmp_path, writer):
+    draft = tmp_path / "out" / ".draft" if writer is complete_files else tmp_path / ".out.draft"
+    (draft / "deep").mkdir(parents=True)
+    (draft / "left").write_text("of a killed process")
+    with writer(tmp_path / "out") as draft:
+        assert not list(draft.iterdir())
+        (draft / "a").write_text("1")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_files_replace_each_other_at_once_and_what_else_is_there_stays(tmp_path):
+    out = tmp_path / "out"
+    (out / "chat").mkdir(parents=True)
+    for name in ("a", "b"):
+        (out / name).write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), complete_files(out) as draft:
+        (draft / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert {p.name for p in out.iterdir()} == {"chat", "a", "b"}
+    with complete_files(out) as draft:
+        for name in ("a", "b"):
+            (draft / name).write_text("new")
+        assert (out / "a").read_text() == "old"
+    assert {(out / name).read_text() for name in ("a", "b")} == {"new"}
+    assert {p.name for p in out.iterdir()} == {"chat", "a", "b"}
+
+
+def test_a_swap_that_a_kill_interrupted_is_finished_by_the_next_reader(tmp_path, monkeypatch):
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if moved:
+            raise SystemExit("killed")
+        moved.append(target)
+        replace(source, target)
+
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "b").write_text("old")
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(SystemExit), complete_files(tmp_path) as draft:
+        for name in ("a", "b"):
+            (draft / name).write_text("new")
+    monkeypatch.undo()
+    assert {(tmp_path / name).read_text() for name in ("a", "b")} == {"old", "new"}
+    finish_swap(tmp_path)
+    assert {(tmp_path / name).read_text() for name in ("a", "b")} == {"new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    finish_swap(tmp_path)  # once more changes nothing
