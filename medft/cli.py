@@ -157,6 +157,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from medft.data.prepare import prepare
+    from medft.data.report import group_lines
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)
@@ -169,12 +170,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     splits = ", ".join(f"{split} {count}" for split, count in summary["splits"].items())
     _say(f"{summary['pairs']} pairs in {summary['groups']} groups: {splits}")
     _say(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in summary["joins"].items()))
-    by_image = [name for name, s in summary["sources"].items() if s["grouped_by"] == "image"]
-    if by_image:
-        _say(
-            f"{', '.join(by_image)}: split by image, whether a patient stands in two splits "
-            f"cannot be checked without a group column"
-        )
+    for line in group_lines(summary):
+        _say(line)
     _say(str(arguments.out / "pairs.parquet"))
 
 

@@ -45,13 +45,15 @@ class Pair:
     question: str | None
     fields: dict[str, str]
     source: str
-    group_id: str
+    group: str
+    """Value of the source's `group`; empty if there is none."""
+
     license: str | None
     split: str
     """Split given by the table; empty where medft splits."""
 
     def record(self) -> dict[str, Any]:
-        """The columns of pairs.parquet except split, with file locations instead of images."""
+        """The columns of pairs.parquet but group and split, with file locations for images."""
         stored = [image.stored for image in self.images]
         return {
             "id": self.id,
@@ -66,7 +68,6 @@ class Pair:
             "question": self.question,
             "fields": json.dumps(self.fields, sort_keys=True, ensure_ascii=False),
             "source": self.source,
-            "group_id": self.group_id,
             "license": self.license,
         }
 
@@ -129,37 +130,33 @@ class Maker:
 
     def _pair(self, rows: list[TableRow], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]
-        texts = list(dict.fromkeys(filter(None, (_filled(source.text, row) for row in rows))))
-        if not texts:
+        text = _agreed("texts", source.text, rows)
+        if not text:
             raise Rejected("empty_text", f"{source.text} is empty")
-        if len(texts) > 1:
-            raise Rejected("different_texts", f"{len(texts)} texts in one study")
         question = None
         if source.question is not None:
-            question = _filled(source.question, first)
+            question = _agreed("questions", source.question, rows)
             if not question:
                 raise Rejected("empty_question", f"{source.question} is empty")
         license_name = source.license
         if isinstance(license_name, dict):
-            license_name = text_of(first.get(license_name["column"])) or None
+            license_name = _agreed("licenses", license_name["column"], rows) or None
+        group = _agreed("groups", source.group, rows) if source.group else ""
+        if source.group and not group and source.empty_group == "reject":
+            raise Rejected("empty_group", f"{source.group} is empty")
         pair = Pair(
             id="",
             images=images,
-            text=texts[0],
+            text=text,
             question=question,
-            fields={name: text_of(first.get(name)) for name in source.keep},
+            fields={name: "; ".join(_different(name, rows)) for name in source.keep},
             source=source.name,
-            group_id="",
+            group=group,
             license=license_name,
             split=self._own_split(rows),
         )
         given = text_of(first.get(source.id)) if source.id else ""
-        group = text_of(first.get(source.group)) if source.group else ""
-        pair = replace(
-            pair,
-            id=given or content_hash(pair)[:16],
-            group_id=f"{source.name}/{group}" if group else f"image/{images[0].stored.sha256}",
-        )
+        pair = replace(pair, id=given or content_hash(pair)[:16])
         _check_encodable(pair)
         return pair
 
@@ -248,12 +245,29 @@ def content_hash(pair: Pair) -> str:
 
 def _check_encodable(pair: Pair) -> None:
     """Reject a lone surrogate, as a cut emoji leaves, which UTF-8 cannot encode."""
-    own = [pair.id, pair.group_id, pair.text, pair.question or "", pair.license or ""]
+    own = [pair.id, pair.group, pair.text, pair.question or "", pair.license or ""]
     for text in [*own, *pair.fields.values()]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise Rejected("bad_text", f"{text[:100]!r}: {error.reason}") from error
+
+
+def _agreed(name: str, template: str, rows: list[TableRow]) -> str:
+    """What a column or template gives for the rows of one pair; empty rows take the others'.
+
+    Raises:
+        Rejected: they differ.
+    """
+    found = _different(template, rows)
+    if len(found) > 1:
+        raise Rejected(f"different_{name}", f"{len(found)} {name} in one study")
+    return found[0] if found else ""
+
+
+def _different(template: str, rows: list[TableRow]) -> list[str]:
+    """The different texts that a column or template gives for rows, without empty ones."""
+    return list(dict.fromkeys(filter(None, (_filled(template, row) for row in rows))))
 
 
 def _filled(template: str, row: TableRow) -> str:

@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from medft.data.images import opened, plain_content, to_rgb
 from medft.errors import DataError
+from medft.files import finish_swap
 
 SPLITS = ("train", "validation", "test")
 
@@ -152,22 +153,36 @@ def perceptual_hash(thumbnail: Image.Image) -> str:
     return np.packbits(bits).tobytes().hex()
 
 
-def write_pairs(path: Path, rows: Iterable[dict[str, Any]], *, prompts: list[str]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupFacts:
+    """How the group ids of pairs.parquet were made, for a later file that keeps its split."""
+
+    key_id: str | None
+    """What identifies the key they are hashed with; None if they are clear."""
+
+    joined: dict[str, str]
+    """The groups that were joined with another one, and the id of that."""
+
+
+def write_pairs(
+    path: Path, rows: Iterable[dict[str, Any]], *, prompts: list[str], groups: GroupFacts
+) -> None:
     """Write pairs.parquet, with a few rows in memory at a time.
 
     Args:
         path: the file to write.
         rows: with every column of SCHEMA.
         prompts: for rows without question.
+        groups: how their group ids were made.
     """
     metadata = {
         "huggingface": json.dumps({"info": {"features": _features()}}),
-        "medft": json.dumps({"prompts": prompts}),
+        "medft": json.dumps({"prompts": prompts, "groups": asdict(groups)}),
     }
     schema = SCHEMA.with_metadata(metadata)
     with _writer(path, schema) as writer:
-        groups = batched(rows, _ROWS_PER_GROUP)
-        for table in _ahead(pa.Table.from_pylist(group, schema=schema) for group in groups):
+        batches = batched(rows, _ROWS_PER_GROUP)
+        for table in _ahead(pa.Table.from_pylist(batch, schema=schema) for batch in batches):
             writer.write_table(table)
 
 
@@ -193,6 +208,13 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
+
+
+def group_facts(path: Path) -> GroupFacts | None:
+    """How the group ids of pairs.parquet were made; None for a file of an older medft."""
+    metadata = open_pairs(path).schema_arrow.metadata or {}
+    groups = json.loads(metadata.get(b"medft", b"{}")).get("groups")
+    return GroupFacts(**groups) if groups else None
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -258,6 +280,7 @@ def open_pairs(path: Path) -> pq.ParquetFile:
         DataError: it cannot be read or lacks a column.
     """
     try:
+        finish_swap(path.parent)
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(

@@ -9,7 +9,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import sys
 import threading
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from medft.data.assign import Collected, Known, assign
 from medft.data.pairing import Maker, Pair, Result, Task, content_hash
 from medft.data.pairs import write_pairs
 from medft.data.report import write_data_report
@@ -33,17 +33,13 @@ from medft.data.sources import (
     load_sources,
     source_rows,
 )
-from medft.data.splits import (
-    OwnSplitSection,
-    SplitSection,
-    assign_splits,
-    check_no_overlap,
-    join_groups,
-)
+from medft.data.splits import OwnSplitSection, SplitSection
 from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
 from medft.errors import DataError, RecipeError
-from medft.files import check_folder_for_output, write_json
+from medft.files import check_folder_for_output, complete_files, write_json
+
+OUTPUTS = ("pairs.parquet", "rejects.jsonl", "summary.json", "report.html")
 
 CHUNK = 16
 """Tasks that a worker takes at a time."""
@@ -66,16 +62,8 @@ class SourceCounts:
     rejected: int = 0
     pairs: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(slots=True)
-class _Collected:
-    """Groups, hashes and splits of all pairs, kept in memory; no images."""
-
-    groups: list[str] = field(default_factory=list)
-    hashes: list[list[str]] = field(default_factory=list)
-    phashes: list[list[str]] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first row and detail by reason."""
 
 
 def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[str, Any]:
@@ -83,13 +71,14 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
 
     Args:
         sources_path: SOURCES.yaml.
-        out: folder; earlier files in it are replaced once the new ones are complete.
+        out: folder; earlier files in it are replaced at once, when the new ones are complete.
         max_rejects: largest rejected fraction of a source's rows; `duplicate` does not count.
 
     Raises:
         RecipeError: SOURCES.yaml is wrong.
-        DataError: a table or a column is missing, or too many rows were rejected
-            (rejects.jsonl is written then).
+        DataError: a table or a column is missing, groups are written in several ways, or too many
+            rows were rejected.
+        RunError: another process writes the folder, or its disk is full.
     """
     spec = load_sources(sources_path)
     root = sources_path.parent
@@ -98,29 +87,27 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     for source in spec.sources:
         check_prompts(spec.prompts, source)
         check_columns(source, root, spec.split)
+    known = Known.read(spec, root)
     check_folder_for_output(out, allow_content=True)
-    draft = out / ".draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     try:
-        summary = _prepare_into(draft, spec, root, max_rejects, out)
-        for name in ("rejects.jsonl", "summary.json", "report.html", "pairs.parquet"):
-            os.replace(draft / name, out / name)
+        with complete_files(out) as draft:
+            summary = _prepare_into(draft, spec, root, max_rejects, known)
+            for path in draft.iterdir():
+                if path.name not in OUTPUTS:
+                    path.unlink()
     except OSError as error:
         raise DataError(
             f"expected to read the sources and write into {out}, it failed ({error}): make room or "
             f"check the permissions, and prepare again"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return summary
 
 
 def _prepare_into(
-    draft: Path, spec: SourcesFile, root: Path, max_rejects: float, out: Path
+    draft: Path, spec: SourcesFile, root: Path, max_rejects: float, known: Known
 ) -> dict[str, Any]:
     counts = [SourceCounts() for _ in spec.sources]
-    collected = _Collected()
+    collected = Collected()
     with (
         (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
@@ -130,21 +117,13 @@ def _prepare_into(
         for pair in _accepted_pairs(results, spec, counts, collected, rejects):
             thumbnails.write(b"".join(image.stored.thumbnail for image in pair.images))
             records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
-    try:
-        _check_rejects(spec, counts, max_rejects, out / "rejects.jsonl")
-    except DataError:
-        os.replace(draft / "rejects.jsonl", out / "rejects.jsonl")
-        raise
+    _check_rejects(spec, counts, max_rejects)
     pixels = np.zeros((0, 1024), np.uint8)
     if collected.groups:
         pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
-    groups, joins = join_groups(collected.groups, collected.hashes, collected.phashes, pixels)
-    splits = collected.splits
-    if isinstance(spec.split, SplitSection):
-        splits = assign_splits(groups, spec.split)
-    check_no_overlap(groups, splits)
-    rows = _whole_rows(draft, groups, splits)
-    write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts)
+    assigned = assign(spec, collected, pixels, known)
+    rows = _whole_rows(draft, assigned.groups, assigned.splits)
+    write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts, groups=assigned.facts)
     summary = {
         "sources": {
             source.name: {
@@ -154,14 +133,14 @@ def _prepare_into(
                 "pairs": count.pairs,
                 "reasons": dict(sorted(count.reasons.items())),
                 "grouped_by": source.group or "image",
+                "empty_group": source.empty_group if source.group else None,
+                "empty_groups": count.reasons["empty_group"] or assigned.named.empty[index],
+                "not_in_group_map": assigned.named.not_in_map[index],
             }
-            for source, count in zip(spec.sources, counts, strict=True)
+            for index, (source, count) in enumerate(zip(spec.sources, counts, strict=True))
         },
-        "pairs": len(groups),
-        "groups": len(set(groups)),
-        "largest_group": max(Counter(groups).values(), default=0),
-        "joins": joins,
-        "splits": dict(sorted(Counter(splits).items())),
+        "pairs": len(assigned.groups),
+        **assigned.summary,
     }
     write_json(draft / "summary.json", summary)
     write_data_report(
@@ -174,7 +153,7 @@ def _accepted_pairs(
     results: Iterator[Result],
     spec: SourcesFile,
     counts: list[SourceCounts],
-    collected: _Collected,
+    collected: Collected,
     rejects: TextIO,
 ) -> Iterator[Pair]:
     """The accepted pairs of all sources; rejected rows are counted and written to `rejects`."""
@@ -198,6 +177,7 @@ def _accepted_pairs(
         count.rejected += len(rejected)
         for number, reason_code, detail in rejected:
             count.reasons[reason_code] += 1
+            count.examples.setdefault(reason_code, f"row {number}: {detail}")
             name = spec.sources[result.source].name
             line = {"source": name, "row": number, "reason": reason_code, "detail": detail}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -207,7 +187,8 @@ def _accepted_pairs(
         contents.add(content)
         count.accepted += len(result.taken)
         count.pairs += 1
-        collected.groups.append(pair.group_id)
+        collected.sources.append(result.source)
+        collected.groups.append(pair.group)
         collected.hashes.append([image.stored.sha256 for image in pair.images])
         collected.phashes.append([image.stored.phash for image in pair.images])
         collected.splits.append(pair.split)
@@ -311,9 +292,7 @@ def _work(task: Task) -> Result:
     return _worker[task.source].result(task)
 
 
-def _check_rejects(
-    spec: SourcesFile, counts: list[SourceCounts], max_rejects: float, path: Path
-) -> None:
+def _check_rejects(spec: SourcesFile, counts: list[SourceCounts], max_rejects: float) -> None:
     for source, count in zip(spec.sources, counts, strict=True):
         broken = count.rejected - count.reasons["duplicate"]
         if count.read == 0:
@@ -321,9 +300,12 @@ def _check_rejects(
                 f"expected rows in source {source.name}, found none: check where and the file"
             )
         if broken > max_rejects * count.read:
-            common = ", ".join(f"{reason} {n}" for reason, n in count.reasons.most_common(3))
+            common = "; ".join(
+                f"{reason} {n}, {count.examples[reason]}"
+                for reason, n in count.reasons.most_common(3)
+            )
             raise DataError(
                 f"expected at most {max_rejects:.0%} of the rows of source {source.name} to be "
-                f"rejected, {broken} of {count.read} were ({common}): see {path}, or raise "
-                f"--max-rejects"
+                f"rejected, {broken} of {count.read} were ({common}): raise --max-rejects, which "
+                f"also writes rejects.jsonl with every row and its reason"
             )

@@ -39,7 +39,7 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
     sheets: dict[str, list[str]] = defaultdict(list)
     for row in read_rows(pairs, facts.shown()):
         sheets[row["source"]].append(_figure(row))
-    sections = [_sources(summary), _splits(summary, facts)]
+    sections = [_groups(summary), _sources(summary), _splits(summary, facts)]
     for name in summary["sources"]:
         sections.append(f"<h2>{html.escape(name)}</h2>")
         sections.append(_measures(facts, name))
@@ -47,6 +47,51 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
     sections.append(_rejects(rejects))
     note = "Prepared by medft. For research use; medft does not de-identify."
     target.write_text(page("Prepared data", note, sections), encoding="utf-8")
+
+
+def group_lines(summary: dict[str, Any]) -> list[str]:
+    """What was counted about groups, in sentences for the terminal and the page.
+
+    Args:
+        summary: as in summary.json.
+    """
+    sources = summary["sources"]
+    divided, kept = summary["shared_between_splits"], summary["kept"]
+    lines = ["No group stands in two splits."]
+    if divided["groups"]:
+        lines = [
+            f"{divided['groups']:,} groups ({divided['pairs']:,} pairs) stand in several splits, "
+            f"as the table's split has them."
+        ]
+    if sum(counts["grouped_by"] != "image" for counts in sources.values()) > 1:
+        between = "; ".join(f"{names} {n:,}" for names, n in summary["shared_by_sources"].items())
+        lines.append(
+            f"{summary['shared_group_values']:,} group values stand in several sources"
+            f"{f' ({between})' if between else ''}; a patient who has others there is not found."
+        )
+    for name, counts in sources.items():
+        if counts["grouped_by"] == "image":
+            lines.append(
+                f"{name} is split by image: without a group column, whether a patient stands in "
+                f"two splits cannot be checked."
+            )
+        if counts["empty_groups"]:
+            became = "rejected" if counts["empty_group"] == "reject" else "grouped by image"
+            lines.append(
+                f"{name}: {counts['empty_groups']:,} rows have no {counts['grouped_by']} and were "
+                f"{became}."
+            )
+        if counts["not_in_group_map"]:
+            lines.append(
+                f"{name}: {counts['not_in_group_map']:,} values of {counts['grouped_by']} are not "
+                f"in its group_map."
+            )
+    if kept:
+        lines.append(
+            f"{kept['groups']:,} groups ({kept['pairs']:,} pairs) keep the split of the earlier "
+            f"file."
+        )
+    return lines
 
 
 class _Facts:
@@ -96,18 +141,24 @@ def _shape(width: int, height: int) -> str:
 
 
 def _sources(summary: dict[str, Any]) -> str:
-    rows, warnings = [], []
+    rows = []
     for name, counts in summary["sources"].items():
         reasons = ", ".join(f"{reason} {count}" for reason, count in counts["reasons"].items())
         numbers = [counts[key] for key in ("read", "accepted", "rejected", "pairs")]
         rows.append([name, *numbers, reasons, counts["grouped_by"]])
-        if counts["grouped_by"] == "image":
-            warnings.append(
-                f'<p class="warning">{html.escape(name)} is split by image: without a group '
-                f"column, whether a patient stands in two splits cannot be checked.</p>"
-            )
     head = ["source", "rows read", "accepted", "rejected", "pairs", "reasons", "split by"]
-    return f"<h2>Sources</h2>{table(head, rows)}{''.join(warnings)}"
+    return f"<h2>Sources</h2>{table(head, rows)}"
+
+
+def _groups(summary: dict[str, Any]) -> str:
+    """The sentences on groups, where one looks first."""
+    first, *others = group_lines(summary)
+    divided = summary["shared_between_splits"]["groups"]
+    kinds = ["warning" if divided else "note", *("warning" for _ in others)]
+    return "".join(
+        f'<p class="{kind}">{html.escape(line)}</p>'
+        for kind, line in zip(kinds, [first, *others], strict=True)
+    )
 
 
 def _splits(summary: dict[str, Any], facts: _Facts) -> str:
@@ -117,7 +168,6 @@ def _splits(summary: dict[str, Any], facts: _Facts) -> str:
     joins.append(["pairs in the largest group", summary["largest_group"]])
     return (
         f"<h2>Splits</h2>{table(['split', 'pairs', 'groups'], rows)}"
-        f"<p class='note'>No group stands in two splits.</p>"
         f"<h3>Groups</h3>{table(['', 'count'], joins)}"
     )
 

@@ -64,7 +64,19 @@ class SourceSection(Section):
     """Columns copied into `fields`."""
 
     group: str | None = None
-    """Column; rows of one group are always in one split."""
+    """Column; rows of one group, such as a patient, are always in one split, over all sources."""
+
+    group_namespace: str | None = Field(None, pattern=r"^[^/\s]+$")
+    """A name; values of `group` mean the same only among sources with it; default: one for all."""
+
+    group_form: Literal["as_written", "loose"] | None = None
+    """Whether values that differ in zeros before, '.0', case or separators alone are one group."""
+
+    group_map: str | None = None
+    """CSV of two columns, this source's values of `group` and those of the other sources."""
+
+    empty_group: Literal["reject", "image"] = "reject"
+    """Whether a row without value of `group` is rejected, or grouped by its first image."""
 
     id: str | None = None
     """Column; default: a hash of the content."""
@@ -85,6 +97,11 @@ class SourceSection(Section):
             raise ValueError("a key image that names the column with the image")
         if self.kind != "dicom" and (self.table or self.join):
             raise ValueError("table and join with kind dicom only")
+        further = {"group_namespace", "group_form", "group_map", "empty_group"}
+        if self.group is None and (given := sorted(further & self.model_fields_set)):
+            raise ValueError(f"a key group beside {given[0]}")
+        if self.group_namespace in ("group", "image"):
+            raise ValueError(f"another group_namespace than {self.group_namespace}")
         return self
 
     @property
@@ -124,6 +141,16 @@ class SourcesFile(Section):
     images: ImagesSection = ImagesSection()
     split: SplitSection | OwnSplitSection = SplitSection()
     """Fractions of the accepted rows, or the column with the tables' own split."""
+
+    @model_validator(mode="after")
+    def _decides_forms_once(self) -> Self:
+        forms: dict[str | None, set[str]] = {}
+        for source in self.sources:
+            if source.group_form:
+                forms.setdefault(source.group_namespace, set()).add(source.group_form)
+        if any(len(found) > 1 for found in forms.values()):
+            raise ValueError("the same group_form in all sources whose groups are compared")
+        return self
 
 
 def load_sources(path: Path) -> SourcesFile:

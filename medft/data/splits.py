@@ -7,8 +7,9 @@ rows.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -38,8 +39,11 @@ class SplitSection(Section):
     validation: float = Field(0.05, ge=0, lt=1)
     """Fraction of the accepted rows."""
 
-    test: float = Field(0.0, ge=0, lt=1)
+    test: float = Field(0.05, ge=0, lt=1)
     """Fraction of the accepted rows."""
+
+    keep: str | None = None
+    """An earlier pairs.parquet, relative to SOURCES.yaml, whose groups keep their split."""
 
     seed: int = 17
 
@@ -64,6 +68,9 @@ class OwnSplitSection(Section):
 
     test: list[str] = Field([])
     """Values of the column that mean test."""
+
+    shared_groups: Literal["refuse", "report"] = "refuse"
+    """Whether a group that stands in several splits is an error, or counted and let through."""
 
     def split_of(self, value: str) -> str | None:
         """The split that a value of the column means; None for one that is not listed."""
@@ -96,6 +103,7 @@ def join_groups(
     hashes: Sequence[Sequence[str]],
     phashes: Sequence[Sequence[str]],
     thumbnails: np.ndarray,
+    same: Sequence[tuple[str, str]] = (),
 ) -> tuple[list[str], dict[str, int]]:
     """The final group of each row: its own, joined with those that have one of its images.
 
@@ -108,11 +116,15 @@ def join_groups(
         hashes: of each row's images.
         phashes: of each row's images, in hexadecimal.
         thumbnails: [images, 1024] gray values, in the order of the rows.
+        same: pairs of groups that are one.
 
     Returns:
         A name per row, and the numbers of joins made and not made.
     """
     union = _Union()
+    for one, other in same:
+        union.join(f"group/{one}", f"group/{other}")
+    given = len({union.root(f"group/{group}") for group in groups})
     images: dict[str, int] = {}  # index of the first occurrence of each image, by SHA-256
     owners: list[str] = []
     for group, row in zip(groups, hashes, strict=True):
@@ -132,8 +144,8 @@ def join_groups(
         for one, other in near[~agree]
     )
     report = {
-        "groups_given": len(set(groups)),
-        "joined_by_equal_images": len(set(groups)) - after_bytes,
+        "groups_given": given,
+        "joined_by_equal_images": given - after_bytes,
         "joined_by_near_copies": after_bytes - len(set(final)),
         "near_hashes_left_apart": left,
     }
@@ -177,19 +189,27 @@ def near_copies(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[np.ndarray,
     return near, agree
 
 
-def assign_splits(groups: Sequence[str], split: SplitSection) -> list[str]:
+def assign_splits(
+    groups: Sequence[str], split: SplitSection, kept: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """The split of each row; groups are not divided.
 
     Test and then validation are filled with groups in a random order drawn from the seed, up to
     floor(fraction * rows + 0.5) rows, or close below where the groups do not fit.
+
+    Args:
+        groups: of each row.
+        split: the section of SOURCES.yaml.
+        kept: splits of groups that are not drawn; their rows count.
     """
     sizes = Counter(groups)
     order = sorted(sizes, key=lambda group: _draw(split.seed, group))
-    chosen: dict[str, str] = {}
+    chosen = {group: kept[group] for group in order if group in kept}
     for name, share in (("test", split.test), ("validation", split.validation)):
         free = [group for group in order if group not in chosen]
         room = math.floor(share * len(groups) + 0.5)
-        chosen |= dict.fromkeys(_filling(free, sizes, room), name)
+        room -= sum(sizes[group] for group, place in chosen.items() if place == name)
+        chosen |= dict.fromkeys(_filling(free, sizes, max(room, 0)), name)
     return [chosen.get(group, "train") for group in groups]
 
 
@@ -216,21 +236,30 @@ def _filling(order: Sequence[str], sizes: Counter[str], room: int) -> list[str]:
     return chosen
 
 
-def check_no_overlap(groups: Sequence[str], splits: Sequence[str]) -> None:
-    """Raise if a group is in two splits.
-
-    Raises:
-        DataError: a group is, as can happen with a split given by a table.
-    """
+def divided_groups(groups: Sequence[str], splits: Sequence[str]) -> dict[str, list[str]]:
+    """The groups that stand in several splits, with these, as a split of a table may have them."""
     found: dict[str, set[str]] = {}
     for group, split in zip(groups, splits, strict=True):
         found.setdefault(group, set()).add(split)
-    divided = sorted(group for group, splits in found.items() if len(splits) > 1)
+    return {group: sorted(places) for group, places in found.items() if len(places) > 1}
+
+
+def refuse_divided(divided: Mapping[str, Sequence[str]], total: int) -> None:
+    """Raise if a group stands in several splits.
+
+    Args:
+        divided: from `divided_groups`.
+        total: number of all groups.
+
+    Raises:
+        DataError: one does.
+    """
     if divided:
+        first = min(divided)
         raise DataError(
-            f"expected every group in one split, {len(divided)} of {len(found)} stand in several, "
-            f"first {divided[0]} ({', '.join(sorted(found[divided[0]]))}): correct the table's "
-            f"split, or let medft split by shares"
+            f"expected every group in one split, {len(divided)} of {total} stand in several, "
+            f"first {first} ({', '.join(divided[first])}): correct the table's split, let medft "
+            f"split by shares, or write shared_groups: report beside its column"
         )
 
 

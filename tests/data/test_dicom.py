@@ -173,8 +173,8 @@ def test_a_folder_joins_its_reports_by_accession_number(tmp_path):
     summary = prepare(sources, tmp_path / "out", max_rejects=1.0)
     rows = list(read_pairs(tmp_path / "out" / "pairs.parquet"))
     assert [(row["text"], row["group_id"]) for row in rows] == [
-        ("Clear lungs.", "chest/p1"),
-        ("Effusion.", "chest/p2"),
+        ("Clear lungs.", "group/p1"),
+        ("Effusion.", "group/p2"),
     ]
     lines = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert sorted(line["reason"] for line in lines) == ["bad_dicom", "no_image", "no_report"]
@@ -192,7 +192,7 @@ def test_sidecar_texts_and_wrong_keywords(tmp_path):
     sources.write_text(text)
     prepare(sources, tmp_path / "out")
     [row] = read_pairs(tmp_path / "out" / "pairs.parquet")
-    assert (row["text"], row["group_id"]) == ("Normal chest.", "chest/p7")
+    assert (row["text"], row["group_id"]) == ("Normal chest.", "group/p7")
     sources.write_text(text.replace("ViewPosition", "ViewPosition2"))
     with pytest.raises(DataError, match="ViewPosition2 is none"):
         prepare(sources, tmp_path / "out2")

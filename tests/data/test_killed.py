@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from medft.demo.exports import write_exports
+from medft.files import finish_swap
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +78,9 @@ def killed_and_repeated(sources, out, complete, moment, *, over_earlier):
     earlier = dict.fromkeys(FILES, b"earlier") if over_earlier else {}
     for name, content in left.items():
         assert content in (complete[name], earlier.get(name)), (moment, name)
+    if out.exists():
+        finish_swap(out)  # as whatever reads pairs.parquet does
+        assert contents(out) in ({}, earlier, complete), moment
     assert prepare(sources, out).returncode == 0
     assert contents(out) == complete
     assert {path.name for path in out.iterdir()} == set(FILES)

@@ -13,7 +13,7 @@ from medft.data.pairs import perceptual_hash, read_pairs
 from medft.data.prepare import prepare
 from medft.data.sources import load_sources
 from medft.data.splits import join_groups
-from medft.errors import DataError, RecipeError
+from medft.errors import DataError, RecipeError, RunError
 
 
 def image(folder, name, seed):
@@ -208,21 +208,17 @@ def test_a_column_that_does_not_exist_is_an_error_that_lists_those_that_do(
     assert not (tmp_path / "out").exists()
 
 
-def test_too_many_rejects_stop_and_leave_the_reasons_and_the_old_pairs(export, tmp_path):
+def test_too_many_rejects_stop_with_their_reasons_and_leave_the_earlier_files(export, tmp_path):
     out = tmp_path / "out"
     prepare(export(b"file,report\n0.png,x\n", YAML % ""), out)
-    before = (out / "pairs.parquet").read_bytes()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     sources = export(b"file,report\n0.png,x\n8.png,y\n9.png,z\n", YAML % "")
-    with pytest.raises(DataError, match=r"2 of 3 were \(missing_image 2\)"):
+    with pytest.raises(DataError, match=r"2 of 3 were \(missing_image 2, row 2: no file 8.png\)"):
         prepare(sources, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert set(before) == {"pairs.parquet", "report.html", "rejects.jsonl", "summary.json"}
+    prepare(sources, out, max_rejects=1.0)
     assert len(rejects(out)) == 2
-    assert (out / "pairs.parquet").read_bytes() == before
-    assert {path.name for path in out.iterdir()} == {
-        "pairs.parquet",
-        "report.html",
-        "rejects.jsonl",
-        "summary.json",
-    }
 
 
 @pytest.mark.parametrize(
@@ -262,7 +258,7 @@ def test_templates_take_names_only(export, tmp_path, template):
 
 def test_a_image_that_changes_while_it_is_prepared_is_an_error(export, tmp_path, monkeypatch):
     """Images that are stored as they came are read twice; they must be what was hashed."""
-    from medft.data import prepare as prepare_module
+    from medft.data import assign
 
     sources = export(b"file,report\n0.png,first\n1.png,second\n", YAML % "")
 
@@ -270,10 +266,10 @@ def test_a_image_that_changes_while_it_is_prepared_is_an_error(export, tmp_path,
         (tmp_path / "images" / "1.png").write_bytes((tmp_path / "images" / "2.png").read_bytes())
         return join_groups(*arguments)
 
-    monkeypatch.setattr(prepare_module, "join_groups", join_late)
+    monkeypatch.setattr(assign, "join_groups", join_late)
     with pytest.raises(DataError, match=r"1\.png was changed meanwhile"):
         prepare(sources, tmp_path / "out")
-    assert not (tmp_path / "out" / "pairs.parquet").exists()
+    assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert prepare(sources, tmp_path / "out")["pairs"] == 2
 
@@ -309,6 +305,6 @@ def test_a_full_disk_ends_the_command_with_a_sentence_and_leaves_nothing(
 
     accepted = prepare_module._accepted_pairs
     monkeypatch.setattr(prepare_module, "_accepted_pairs", broken)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(RunError, match="its disk is full"):
         prepare(sources, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()

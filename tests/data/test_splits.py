@@ -15,9 +15,10 @@ from medft.data.splits import (
     NEAR_GRAY,
     SplitSection,
     assign_splits,
-    check_no_overlap,
+    divided_groups,
     join_groups,
     near_copies,
+    refuse_divided,
 )
 from medft.errors import DataError
 
@@ -170,7 +171,9 @@ def test_shares_are_met_exactly_where_sums_of_groups_allow():
         assert splits.count("validation") == math.floor(0.1 * len(groups) + 0.5)
 
 
-def test_an_overlap_is_found():
-    check_no_overlap(["a", "b", "a"], ["train", "test", "train"])
+def test_a_group_in_several_splits_is_found():
+    refuse_divided(divided_groups(["a", "b", "a"], ["train", "test", "train"]), 2)
+    divided = divided_groups(["a", "b", "a"], ["train", "test", "test"])
+    assert divided == {"a": ["test", "train"]}
     with pytest.raises(DataError, match="1 of 2 stand in several, first a"):
-        check_no_overlap(["a", "b", "a"], ["train", "test", "test"])
+        refuse_divided(divided, 2)

@@ -1,0 +1,157 @@
+"""The final group and split of every accepted pair, once all of them are known."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medft.data.groups import (
+    GroupMap,
+    NamedGroups,
+    check_group_forms,
+    name_groups,
+    read_group_map,
+)
+from medft.data.kept_split import EarlierSplit, kept_sides, read_earlier_split
+from medft.data.pairs import GroupFacts
+from medft.data.sources import SourceSection, SourcesFile
+from medft.data.splits import (
+    OwnSplitSection,
+    SplitSection,
+    assign_splits,
+    divided_groups,
+    join_groups,
+    refuse_divided,
+)
+from medft.data.tables import table_rows, takes
+from medft.data.template import text_of
+
+
+@dataclass(slots=True)
+class Collected:
+    """What is kept in memory of all accepted pairs; no images."""
+
+    sources: list[int] = field(default_factory=list)
+    """Index of each pair's source."""
+
+    groups: list[str] = field(default_factory=list)
+    """Values of the sources' `group`."""
+
+    hashes: list[list[str]] = field(default_factory=list)
+    """SHA-256 of the images."""
+
+    phashes: list[list[str]] = field(default_factory=list)
+    """Perceptual hashes of the images."""
+
+    splits: list[str] = field(default_factory=list)
+    """Given by the tables; empty where medft splits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What is read before any image: the group maps, and the split to keep."""
+
+    maps: Sequence[GroupMap | None]
+    """Of each source."""
+
+    earlier: EarlierSplit | None
+
+    @classmethod
+    def read(cls, spec: SourcesFile, root: Path) -> "Known":
+        """Read both, and compare how the tables write their groups.
+
+        Args:
+            spec: SOURCES.yaml.
+            root: its folder.
+
+        Raises:
+            DataError: a file cannot be read, or groups are written in several ways.
+        """
+        maps = [read_group_map(root / s.group_map) if s.group_map else None for s in spec.sources]
+        check_group_forms(spec.sources, [_table_groups(s, root) for s in spec.sources], maps)
+        keep = spec.split.keep if isinstance(spec.split, SplitSection) else None
+        earlier = read_earlier_split(root / keep, key_id=None) if keep else None
+        return cls(maps=maps, earlier=earlier)
+
+
+def _table_groups(source: SourceSection, root: Path) -> set[str]:
+    """The values of a source's group, read before its images; none for DICOM's, which are tags."""
+    if source.group is None or source.kind == "dicom":
+        return set()
+    rows = (row for row in table_rows(source.kind, root / source.path) if isinstance(row, dict))
+    return {text_of(row.get(source.group)) for row in rows if takes(row, source.where)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assigned:
+    """Groups and splits, in the order of the pairs."""
+
+    groups: list[str]
+    splits: list[str]
+    facts: GroupFacts
+    """For pairs.parquet."""
+
+    named: NamedGroups
+    summary: dict[str, Any]
+    """Counts for summary.json."""
+
+
+def assign(
+    spec: SourcesFile, collected: Collected, thumbnails: np.ndarray, known: Known
+) -> Assigned:
+    """Join the groups of pairs with the same images, and split them.
+
+    Args:
+        spec: SOURCES.yaml.
+        collected: of all pairs.
+        thumbnails: [images, 1024] gray values, in the order of the pairs.
+        known: from `Known.read`.
+
+    Raises:
+        DataError: groups are written in several ways, stand in several splits, or cannot keep
+            their split.
+    """
+    by_source: list[set[str]] = [set() for _ in spec.sources]
+    for source, value in zip(collected.sources, collected.groups, strict=True):
+        by_source[source].add(value)
+    check_group_forms(spec.sources, by_source, known.maps)
+    first = [hashes[0] for hashes in collected.hashes]
+    named = name_groups(spec.sources, collected.sources, collected.groups, first, known.maps)
+    groups, joins = join_groups(
+        named.names, collected.hashes, collected.phashes, thumbnails, named.same
+    )
+    kept: Mapping[str, str] = {}
+    splits = collected.splits
+    if isinstance(spec.split, SplitSection):
+        if known.earlier:
+            kept = kept_sides(known.earlier, named.names, collected.hashes, groups)
+        splits = assign_splits(groups, spec.split, kept)
+    divided = divided_groups(groups, splits)
+    if not (isinstance(spec.split, OwnSplitSection) and spec.split.shared_groups == "report"):
+        refuse_divided(divided, len(set(groups)))
+    return Assigned(
+        groups=groups,
+        splits=splits,
+        facts=GroupFacts(
+            key_id=None,
+            joined={n: g for n, g in zip(named.names, groups, strict=True) if n != g},
+        ),
+        named=named,
+        summary={
+            "groups": len(set(groups)),
+            "largest_group": max(Counter(groups).values(), default=0),
+            "shared_group_values": sum(named.shared.values()),
+            "shared_by_sources": named.shared,
+            "joins": joins,
+            "splits": dict(sorted(Counter(splits).items())),
+            "shared_between_splits": _counted(divided, groups),
+            "kept": _counted(kept, groups) if known.earlier else None,
+        },
+    )
+
+
+def _counted(chosen: Mapping[str, Any], groups: Sequence[str]) -> dict[str, int]:
+    return {"groups": len(chosen), "pairs": sum(group in chosen for group in groups)}
