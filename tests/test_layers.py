@@ -16,7 +16,7 @@ HOUSE = """
     metrics/ bootstrap text retrieval findings predictions scores
     data/ template images tables dicom splits sources groups pairs kept_split assign
     data/ pairing report prepare
-    data/ messages rows prompts chat tokens
+    data/ messages rows overlap prompts chat tokens
     models/ base saved adapter lora frozen
     training/ process arguments trainer checkpoints callbacks curves resume run launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__

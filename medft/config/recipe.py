@@ -58,6 +58,9 @@ class DataSection(Section):
     validation: str | None = Field(None, min_length=1)
     """File of validation rows: chat JSONL, or pairs.parquet (its split `validation`)."""
 
+    allow_overlap: bool = False
+    """Validation rows may share a group, or images and text, with training; it is recorded."""
+
 
 class DecoderDataSection(DataSection):
     """The rows of a decoder."""

@@ -40,6 +40,9 @@ _ROW_KEYS = {"id", "group_id", "source", "images", "image", "messages"}
 
 _NO_ROWS = Dataset.from_dict({})
 
+OWN_GROUP = "row/"
+"""Begins the group of a row without one, which is then a group of its own."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -192,7 +195,7 @@ def _checked_row(line: str, number: int, folder: Path, existing: dict[str, bool]
     group = row.get("group_id")
     return {
         "id": name,
-        "group_id": name if group is None else str(group),
+        "group_id": f"{OWN_GROUP}{name}" if group is None else str(group),
         "source": str(row.get("source") or ""),
         "images": images,
         "messages": json.dumps(messages, ensure_ascii=False),

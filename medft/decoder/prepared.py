@@ -24,6 +24,7 @@ from medft.config.recipe import (
     DecoderModelSection,
     LoraSection,
 )
+from medft.data.overlap import check_overlap
 from medft.data.prompts import asked_prompts
 from medft.data.rows import (
     Row,
@@ -178,6 +179,10 @@ def prepare_decoder_data(
     for split, path in _files(data).items():
         with collector.gather():
             files[split] = load_rows(path, split=split)
+    overlap: dict[str, Any] = {}
+    if files.keys() == {"train", "validation"}:
+        with collector.gather():
+            overlap = check_overlap(*files.values(), is_allowed=data.allow_overlap)
     with collector.gather():
         base = _checked_base(model, data, lora, arguments)
     collector.raise_any()
@@ -220,7 +225,8 @@ def prepare_decoder_data(
         record={
             split: {**fingerprint(path, files[split]), **measured[split].counts}
             for split, path in _files(data).items()
-        },
+        }
+        | overlap,
         prompts=asked_prompts(Path(data.train), measured["train"].kept),
         system=measured["train"].system,
         longest_answer=measured["train"].longest_answer,

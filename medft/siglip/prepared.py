@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
 from medft.config.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
+from medft.data.overlap import check_overlap
 from medft.data.rows import Row, describe_counts, fingerprint, load_rows
 from medft.data.tokens import collisions, length_percentiles, token_keys
 from medft.errors import DataError, ErrorCollector, RecipeError
@@ -106,6 +107,11 @@ def prepare_siglip_data(
     for split, path in files.items():
         with collector.gather():
             pairs[split] = _read_pairs(path, split, data.caption)
+    overlap: dict[str, Any] = {}
+    if pairs.keys() == {"train", "validation"}:
+        with collector.gather():
+            sides = (pairs[split].rows for split in ("train", "validation"))
+            overlap = check_overlap(*sides, is_allowed=data.allow_overlap)
     with collector.gather():
         config = load_config(model)
         check_family(config)
@@ -134,7 +140,8 @@ def prepare_siglip_data(
         record={
             split: {**fingerprint(path, pairs[split].rows), **measured[split].counts}
             for split, path in files.items()
-        },
+        }
+        | overlap,
         batches=batches,
     )
 

@@ -21,7 +21,7 @@ from medft.training.checkpoints import checkpoint_to_resume, world_size_of
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
-    r"|model\.vision_cache(_gb)?"
+    r"|model\.vision_cache(_gb)?|data\.allow_overlap"
 )
 """Recipe keys that may differ on resume, since they do not change what is trained."""
 

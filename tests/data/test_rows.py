@@ -48,10 +48,10 @@ def test_rows_from_elsewhere_train_as_they_are(write, tmp_path):
     assert Row.of(rows[1]).messages[0] == turn("user", "Why?", images=2)
     assert Row.of(rows[2]).messages[0] == turn("user", "Why?")
     assert [len(images) for images in rows["images"]] == [1, 2, 0]
-    assert rows["group_id"] == ["r1", "line 2", "line 3"]
+    assert rows["group_id"] == ["row/r1", "row/line 2", "row/line 3"]
     named = write({**GOOD, "images": [], "image": "a.png", "group_id": None, "id": None})
     row = load_rows(named, split="train")[0]
-    assert (row["id"], row["group_id"], len(row["images"])) == ("line 1", "line 1", 1)
+    assert (row["id"], row["group_id"], len(row["images"])) == ("line 1", "row/line 1", 1)
     assert rows["id"][1:] == ["line 2", "line 3"]
     assert open_image(image_source(rows[1]["images"][1])).size == (8, 8)
 

@@ -240,7 +240,7 @@ def test_mixed_rows_resume_in_the_middle_of_an_epoch(trainer, mixed_rows):
 
 
 def test_validation_rows_of_different_image_counts_need_batches_of_one(trainer, mixed_rows):
-    changes = [f"data.validation={mixed_rows}"]
+    changes = [f"data.validation={mixed_rows}", "data.allow_overlap=true"]
     with pytest.raises(MedftError, match="per_device_eval_batch_size: 1"):
         trainer(changes)
     made = trainer([*changes, "train.per_device_eval_batch_size=1"])
