@@ -40,6 +40,7 @@ from medft.data.splits import (
     check_no_overlap,
     join_groups,
 )
+from medft.data.table_row import TableCounts
 from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
 from medft.errors import DataError, RecipeError
@@ -66,6 +67,7 @@ class SourceCounts:
     rejected: int = 0
     pairs: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    table: TableCounts = field(default_factory=TableCounts)
 
 
 @dataclass(slots=True)
@@ -125,7 +127,7 @@ def _prepare_into(
         (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
-        closing(_results(spec, root, draft)) as results,
+        closing(_results(spec, root, draft, counts)) as results,
     ):
         for pair in _accepted_pairs(results, spec, counts, collected, rejects):
             thumbnails.write(b"".join(image.stored.thumbnail for image in pair.images))
@@ -153,6 +155,7 @@ def _prepare_into(
                 "rejected": count.rejected,
                 "pairs": count.pairs,
                 "reasons": dict(sorted(count.reasons.items())),
+                **count.table.summary(),
                 "grouped_by": source.group or "image",
             }
             for source, count in zip(spec.sources, counts, strict=True)
@@ -250,15 +253,17 @@ def _unchanged(path: Path, length: int, modified: int) -> bytes:
     )
 
 
-def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, None, None]:
-    """The workers' results for all rows, in the order of the tasks."""
+def _results(
+    spec: SourcesFile, root: Path, draft: Path, counts: list[SourceCounts]
+) -> Generator[Result, None, None]:
+    """The workers' results for all rows, in the order of the tasks; fills `table` of the counts."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
     workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     room, stopped = threading.Semaphore(IN_FLIGHT * workers), threading.Event()
 
     def tasks() -> Iterator[Task]:
         for index, source in enumerate(spec.sources):
-            for task in _tasks(index, source, root, spec.split):
+            for task in _tasks(index, source, root, spec.split, counts[index].table):
                 room.acquire()
                 if stopped.is_set():
                     return
@@ -280,9 +285,13 @@ def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, No
 
 
 def _tasks(
-    index: int, source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
+    index: int,
+    source: SourceSection,
+    root: Path,
+    split: SplitSection | OwnSplitSection,
+    counts: TableCounts,
 ) -> Iterator[Task]:
-    rows = enumerate(source_rows(source, root, split), start=1)
+    rows = enumerate(source_rows(source, root, split, counts), start=1)
     if source.study is None:
         for number, row in rows:
             if isinstance(row, Rejected) or takes(row, source.where):
