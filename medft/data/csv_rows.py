@@ -49,16 +49,13 @@ def csv_rows(
     lines = _Lines(text)
     reader = _Reader(lines, _delimiter(lines), table)
     counts.lines = counts.records = 0
-    header: list[str] | None = None
+    header: list[str] = []
     for record in reader.records():
-        counts.records += 1
-        counts.lines = lines.number
-        if header is None:
-            header = _header(record, table)
-            reader.check_no_row_within(record, header, names_image)
-            continue
+        counts.lines, counts.records = lines.number, counts.records + 1
+        header = header if counts.records > 1 else _header(record, table)
         reader.check_no_row_within(record, header, names_image)
-        yield _row(record, header)
+        if counts.records > 1:
+            yield _row(record, header)
     counts.lines = lines.number
 
 
@@ -94,7 +91,7 @@ def _delimiter(lines: _Lines) -> str:
     """The delimiter of the header, or of Excel's line `sep=;`, which is then read."""
     start = lines.ahead.tell()
     line = next((line for line in lines.ahead if line.strip()), "")
-    excel = re.fullmatch(r"sep=(.)\s*", line, re.IGNORECASE)
+    excel = re.fullmatch(r'sep=([^\s"]|\t)\s*', line, re.IGNORECASE)
     lines.ahead.seek(start)
     if excel is not None:
         while lines.taken[-1:] != [line]:

@@ -62,6 +62,7 @@ def dicom_rows(
             header = pydicom.dcmread(path, stop_before_pixels=True)
             row: TableRow = {tag: _value(header, tag) for tag in tags}
             key = _value(header, joined_tag) if join else ""
+            key = "" if key in options.na_values else key
         except Exception as error:  # damaged files make pydicom raise many exceptions
             yield Rejected("bad_dicom", f"{path.name}: {error}")
             continue

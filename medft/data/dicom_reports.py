@@ -46,7 +46,8 @@ class Reports:
         found = cls(table, join, [])
 
         def note_key(row: TableRow) -> bool:
-            found.within.add(text_of(row.get(column)))
+            if len(row) > 1:  # a number alone on a line of a report is no row
+                found.within.add(text_of(row.get(column)))
             return False
 
         seen: set[tuple[Any, ...]] = set()
@@ -99,7 +100,7 @@ class Reports:
             return rows[0] if rows else None
         if not takes_tags(tags, where):
             return None
-        if key in self.within:
+        if key and key in self.within:
             raise DataError(
                 f"expected a row of {self.table} to end before the next one, that with {value} "
                 f"stands inside a quoted cell of another: close the quote before"

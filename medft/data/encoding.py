@@ -24,7 +24,7 @@ def check_encoding(name: str) -> None:
         ValueError: with what was expected.
     """
     try:
-        " ".encode(name)
+        " ".encode(name, "replace")
     except (LookupError, ValueError) as error:  # unknown, or bytes to bytes as base64
         raise ValueError("a codec of Python such as utf-8, cp1252 or utf-16") from error
 
@@ -83,5 +83,6 @@ def _position(content: bytes, error: UnicodeDecodeError, codec: str) -> tuple[in
     before = error.object[: error.start].decode(codec, "replace")
     *lines, current = LINE_BREAK.split(before)
     mark = len("".encode(codec))
-    byte = len(current.encode(codec, "replace")) - mark if lines else error.start
-    return len(lines) + 1, byte + 1
+    if lines:
+        return len(lines) + 1, len(current.encode(codec, "replace")) - mark + 1
+    return 1, len(content) - len(error.object) + error.start + 1  # some codecs cut the BOM off

@@ -277,3 +277,7 @@ def test_a_report_within_a_quoted_cell_of_another_is_an_error(tmp_path):
         prepared_files(tmp_path, ["A", "B"], JOINED)
     (tmp_path / "r.csv").write_text('accession,report\nA,"one\nD, not a file"\nB,two\n')
     assert prepared_files(tmp_path, ["A", "B"], JOINED)[1] == ["one\nD, not a file", "two"]
+    (tmp_path / "r.csv").write_text('accession,report\nA,"as\nC\n-, the one before\n, and so on"\n')
+    _, texts, rejects = prepared_files(tmp_path, ["A", "", "C", "-"], JOINED)
+    assert texts == ["as\nC\n-, the one before\n, and so on"]
+    assert [line["reason"] for line in rejects] == ["no_report"] * 3

@@ -364,7 +364,7 @@ def test_prepare_reads_the_encoding_of_its_source(prepared, tmp_path):
     assert prepared(content, encoding="cp1252")[1][0]["text"] == HEART
 
 
-@pytest.mark.parametrize("name", ["nonsense", "base64", "hex", "", "a\0b", "undefined"])
+@pytest.mark.parametrize("name", ["nonsense", "base64", "hex", "", "a\0b", "undefined", "idna"])
 def test_a_name_that_is_no_codec_is_a_recipe_error(prepared, name):
     with pytest.raises(RecipeError, match=r"SOURCES.yaml:1: sources.0.encoding: expected a codec"):
         prepared(b"file,report\n0.png,x\n", encoding=name)
