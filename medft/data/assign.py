@@ -81,8 +81,10 @@ def _table_groups(source: SourceSection, root: Path) -> set[str]:
     """The values of a source's group, read before its images; none for DICOM's, which are tags."""
     if source.group is None or source.kind == "dicom":
         return set()
-    rows = (row for row in table_rows(source.kind, root / source.path) if isinstance(row, dict))
-    return {text_of(row.get(source.group)) for row in rows if takes(row, source.where)}
+    columns = [source.group, *(source.where or {})]
+    rows = table_rows(source.kind, root / source.path, source.read_options(root), columns=columns)
+    taken = (row for row in rows if isinstance(row, dict) and takes(row, source.where))
+    return {text_of(row.get(source.group)) for row in taken}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,14 +4,16 @@ Rows get only those header tags that a source names. Images with burned-in annot
 where the header says so. This is not de-identification.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from medft.data.tables import Rejected, TableRow, table_rows, takes
+from medft.data.dicom_reports import Join, Reports, takes_tags, text_beside
+from medft.data.table_row import ReadOptions, TableCounts
+from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
 from medft.errors import DataError
 
@@ -20,9 +22,11 @@ def dicom_rows(
     folder: Path,
     *,
     table: Path | None,
-    join: Mapping[Literal["tag", "column"], str] | None,
+    join: Join | None,
     where: dict[str, Any] | None,
     tags: list[str],
+    options: ReadOptions,
+    counts: TableCounts,
 ) -> Iterator[TableRow | Rejected]:
     """A row for each .dcm file below a folder, with its tags and the columns of its report.
 
@@ -32,48 +36,63 @@ def dicom_rows(
         join: {"tag": keyword, "column": name}: which row of the table belongs to a file.
         where: value or list of accepted values by tag or column; other files are skipped.
         tags: keywords to read, such as ViewPosition.
+        options: encoding of reports, and the texts that count as empty.
+        counts: what is counted in the reports and tags.
 
     Yields:
         Rows with `path` (of the file), tags and columns; a Rejected for a file that cannot be
-        read or has no report in the table, and for a report without a file. Without a table, a
-        missing `NAME.txt` gives an empty text.
+        read or has no report or several in the table, for a malformed row of it, and for a report
+        without a file. Without a table, a missing `NAME.txt` gives an empty text.
 
     Raises:
-        DataError: pydicom is not installed, the folder is missing, or columns are.
+        DataError: pydicom is not installed, the folder is missing, columns are, or the table is
+            malformed as a whole.
     """
     pydicom = _pydicom()
     if not folder.is_dir():
         raise DataError(f"expected a folder of .dcm files at {folder}, there is none: check path")
-    reports = _reports(table, join) if table else None
+    reports = Reports.read(table, join, options, counts) if table else None
     if reports is not None:
-        columns = next(iter(reports.values()), {}).keys()
-        tags = [tag for tag in tags if tag not in columns]
-    joined_tag, joined_column = (join["tag"], join["column"]) if join else ("", "")
+        tags = [tag for tag in tags if tag not in reports.columns]
+    joined_tag = join["tag"] if join else ""
     _check_keywords(pydicom, [*tags, *([joined_tag] if join else [])])
-    unused = dict.fromkeys(reports or {})
+    unused = dict.fromkeys(reports.by_key if reports else {})
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".dcm"):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
             row: TableRow = {tag: _value(header, tag) for tag in tags}
             key = _value(header, joined_tag) if join else ""
+            key = "" if key in options.na_values else key
         except Exception as error:  # damaged files make pydicom raise many exceptions
             yield Rejected("bad_dicom", f"{path.name}: {error}")
             continue
+        row = options.emptied(row, counts)
         if reports is None:
-            sidecar = path.with_suffix(".txt")
-            row["text"] = sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""
-        elif key in reports:
-            row = {**reports[key], **row}
-            unused.pop(key, None)
-        elif takes(row, {tag: v for tag, v in (where or {}).items() if tag in row}):
-            yield Rejected("no_report", f"{path.name}: no row with {joined_column} {key!r}")
-            continue
+            found = _with_text_beside(row, path, where, options, counts)
         else:
-            continue
-        if takes(row, where):
-            yield {**row, "path": path}
+            unused.pop(key, None)
+            found = reports.of_file(key, row, where, path.name)
+        if found is not None:
+            yield found if isinstance(found, Rejected) else {**found, "path": path}
+    if reports is not None:
+        yield from reports.rejected
     for key in unused:
         yield Rejected("no_image", f"no file with {joined_tag} {key!r}")
+
+
+def _with_text_beside(
+    tags: TableRow,
+    path: Path,
+    where: dict[str, Any] | None,
+    options: ReadOptions,
+    counts: TableCounts,
+) -> TableRow | Rejected | None:
+    try:
+        text = text_beside(path, options.encoding)
+    except Rejected as verdict:
+        return verdict if takes_tags(tags, where) else None
+    row = {**tags, **options.emptied({"text": text}, counts)}
+    return row if takes(row, where) else None
 
 
 def open_dicom(path: Path, *, max_pixels: int, every_frame: bool = False) -> list[Image.Image]:
@@ -154,23 +173,6 @@ def _problem(error: Exception, data: Any | None) -> str:
         f"{syntax.name} could not be decoded; if a codec is missing, install pylibjpeg, "
         f"pylibjpeg-libjpeg and pylibjpeg-openjpeg ({text})"
     )
-
-
-def _reports(
-    table: Path, join: Mapping[Literal["tag", "column"], str] | None
-) -> dict[str, TableRow]:
-    if join is None:
-        raise DataError(f"expected join beside table {table}: write {{tag: ..., column: ...}}")
-    reports = {}
-    for row in table_rows("csv", table):
-        if isinstance(row, dict):
-            if join["column"] not in row:
-                raise DataError(
-                    f"expected the column {join['column']} in {table}, it has {', '.join(row)}: "
-                    f"correct join"
-                )
-            reports[text_of(row[join["column"]])] = row
-    return reports
 
 
 def _check_keywords(pydicom: Any, tags: list[str]) -> None:

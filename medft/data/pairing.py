@@ -102,8 +102,7 @@ class Maker:
         self.limits = spec.images
         self.split = spec.split
         self.spool = spool
-        folder = source.images or (source.path if source.kind == "imagefolder" else ".")
-        self.folder = (root / folder).resolve()
+        self.folder = source.image_root(root).resolve()
         self._cache: dict[Path, SpooledImage] = {}
 
     def result(self, task: Task) -> Result:

@@ -34,6 +34,7 @@ from medft.data.sources import (
     source_rows,
 )
 from medft.data.splits import OwnSplitSection, SplitSection
+from medft.data.table_row import TableCounts
 from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
 from medft.errors import DataError, RecipeError
@@ -64,6 +65,7 @@ class SourceCounts:
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """The first row and detail by reason."""
+    table: TableCounts = field(default_factory=TableCounts)
 
 
 def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def _prepare_into(
         (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
-        closing(_results(spec, root, draft)) as results,
+        closing(_results(spec, root, draft, counts)) as results,
     ):
         for pair in _accepted_pairs(results, spec, counts, collected, rejects):
             thumbnails.write(b"".join(image.stored.thumbnail for image in pair.images))
@@ -132,6 +134,7 @@ def _prepare_into(
                 "rejected": count.rejected,
                 "pairs": count.pairs,
                 "reasons": dict(sorted(count.reasons.items())),
+                **count.table.summary(),
                 "grouped_by": source.group or "image",
                 "empty_group": source.empty_group if source.group else None,
                 "empty_groups": count.reasons["empty_group"] or assigned.named.empty[index],
@@ -231,15 +234,17 @@ def _unchanged(path: Path, length: int, modified: int) -> bytes:
     )
 
 
-def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, None, None]:
-    """The workers' results for all rows, in the order of the tasks."""
+def _results(
+    spec: SourcesFile, root: Path, draft: Path, counts: list[SourceCounts]
+) -> Generator[Result, None, None]:
+    """The workers' results for all rows, in the order of the tasks; fills `table` of the counts."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
     workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     room, stopped = threading.Semaphore(IN_FLIGHT * workers), threading.Event()
 
     def tasks() -> Iterator[Task]:
         for index, source in enumerate(spec.sources):
-            for task in _tasks(index, source, root, spec.split):
+            for task in _tasks(index, source, root, spec.split, counts[index].table):
                 room.acquire()
                 if stopped.is_set():
                     return
@@ -261,9 +266,13 @@ def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, No
 
 
 def _tasks(
-    index: int, source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
+    index: int,
+    source: SourceSection,
+    root: Path,
+    split: SplitSection | OwnSplitSection,
+    counts: TableCounts,
 ) -> Iterator[Task]:
-    rows = enumerate(source_rows(source, root, split), start=1)
+    rows = enumerate(source_rows(source, root, split, counts), start=1)
     if source.study is None:
         for number, row in rows:
             if isinstance(row, Rejected) or takes(row, source.where):

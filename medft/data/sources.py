@@ -1,20 +1,25 @@
 """SOURCES.yaml: the source tables, the meaning of their columns, and their rows."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medft.config.strict_yaml import Section, StrictYaml, errors_of, nearest
 from medft.data.dicom import dicom_rows
+from medft.data.encoding import check_encoding
 from medft.data.images import MAX_PIXELS
 from medft.data.splits import OwnSplitSection, SplitSection
+from medft.data.table_row import ReadOptions, TableCounts
 from medft.data.tables import Rejected, TableRow, first_row, table_rows
-from medft.data.template import template_names
+from medft.data.template import template_names, text_of
 from medft.errors import DataError, RecipeError
 
 DEFAULT_PROMPTS = ["Describe this medical image."]
+
+NA_VALUES = ["", "NULL", "nan", "NaN", "N/A", "None", "-"]
 
 
 class SourceSection(Section):
@@ -32,6 +37,12 @@ class SourceSection(Section):
 
     path: str
     """The table or folder, relative to SOURCES.yaml."""
+
+    encoding: str | None = None
+    """Codec of the text of the source, such as cp1252; default: UTF-8, with or without BOM."""
+
+    na_values: list[str] = Field(NA_VALUES)
+    """Stripped texts of cells that count as empty, before anything else is done with them."""
 
     table: str | None = None
     """dicom: CSV file with reports; without it, NAME.txt beside NAME.dcm is column `text`."""
@@ -102,7 +113,54 @@ class SourceSection(Section):
             raise ValueError(f"a key group beside {given[0]}")
         if self.group_namespace in ("group", "image"):
             raise ValueError(f"another group_namespace than {self.group_namespace}")
+        if self.kind == "parquet" and self.encoding is not None:
+            raise ValueError("no key encoding for parquet, which is UTF-8")
         return self
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_a_codec(cls, encoding: str | None) -> str | None:
+        if encoding is not None:
+            check_encoding(encoding)
+        return encoding
+
+    @model_validator(mode="after")
+    def _takes_no_value_that_counts_as_empty(self) -> Self:
+        for column, wanted in (self.where or {}).items():
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if text_of(value) and text_of(value) in self._empty_texts:
+                    raise ValueError(
+                        f"no {value!r} in where of {column}, which is a text of na_values: "
+                        f"write '' for empty cells, or na_values without it"
+                    )
+        return self
+
+    @property
+    def _empty_texts(self) -> frozenset[str]:
+        return frozenset(value.strip() for value in self.na_values)
+
+    def image_root(self, root: Path) -> Path:
+        """The folder that image paths start from, in that of SOURCES.yaml."""
+        folder = self.images or (self.path if self.kind == "imagefolder" else ".")
+        return root / folder
+
+    def read_options(self, root: Path) -> ReadOptions:
+        """How its table is read.
+
+        Args:
+            root: folder of SOURCES.yaml.
+        """
+        folder = self.image_root(root)
+
+        def names_image(row: TableRow) -> bool:
+            names = (text_of(row.get(column)) for column in self.image_columns)
+            return any(name and os.path.isfile(folder / name) for name in names)
+
+        return ReadOptions(
+            encoding=self.encoding,
+            na_values=self._empty_texts,
+            names_image=None if self.kind == "dicom" else names_image,
+        )
 
     @property
     def image_columns(self) -> list[str]:
@@ -183,26 +241,33 @@ def _explain(error: dict[str, Any]) -> str | None:
 
 
 def source_rows(
-    source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
+    source: SourceSection,
+    root: Path,
+    split: SplitSection | OwnSplitSection,
+    counts: TableCounts | None = None,
 ) -> Iterator[TableRow | Rejected]:
-    """The rows of a source; only for dicom is `where` applied already.
+    """The rows of a source, cells of na_values empty; only for dicom is `where` applied already.
 
     Args:
         source: its section.
         root: folder of SOURCES.yaml.
         split: the section of that name; the tables' own split is a column or tag to read.
+        counts: what is counted while the table is read.
 
     Raises:
         DataError: the table cannot be read.
     """
+    options = source.read_options(root)
     if source.kind != "dicom":
-        return table_rows(source.kind, root / source.path)
+        return table_rows(source.kind, root / source.path, options, counts)
     return dicom_rows(
         root / source.path,
         table=root / source.table if source.table else None,
         join=source.join,
         where=source.where,
         tags=[name for name in _columns_read(source, split) if name != "text"],
+        options=options,
+        counts=TableCounts() if counts is None else counts,
     )
 
 
@@ -242,7 +307,7 @@ def check_columns(source: SourceSection, root: Path, split: SplitSection | OwnSp
     if source.kind == "dicom":  # tags and columns are checked where the two are joined
         next(source_rows(source, root, split), None)
         return
-    first = first_row(source.kind, root / source.path)
+    first = first_row(source.kind, root / source.path, source.read_options(root))
     wanted = dict.fromkeys([*_columns_read(source, split), *source.image_columns])
     missing = [name for name in wanted if name not in first]
     if missing:

@@ -1,61 +1,76 @@
 """Rows of a source's table, whatever its format, one at a time.
 
-A row is a mapping from column to value. A malformed row of a csv file is yielded as a Rejected, so
-that every row is accounted for; other malformed tables are errors. Missing columns are an error
-before any work is done, see `medft.data.sources.check_columns`.
+A row is a mapping from column to value. A malformed row of a csv or jsonl file is yielded as a
+Rejected, so that every row is accounted for; other malformed tables are errors. Missing columns are
+an error before any work is done, see `medft.data.sources.check_columns`.
 """
 
-import csv
-import io
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medft.data.csv_rows import csv_rows
+from medft.data.encoding import read_text
+from medft.data.json_rows import json_rows, jsonl_rows
+from medft.data.table_row import AS_WRITTEN, ReadOptions, TableCounts
+from medft.data.table_row import Rejected as Rejected
+from medft.data.table_row import TableRow as TableRow
 from medft.data.template import text_of
 from medft.errors import DataError
 
-TableRow = dict[str, Any]
 
-
-class Rejected(Exception):
-    """A rejected row: a reason code and what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-def table_rows(kind: str, table: Path) -> Iterator[TableRow | Rejected]:
+def table_rows(
+    kind: str,
+    table: Path,
+    options: ReadOptions = AS_WRITTEN,
+    counts: TableCounts | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+) -> Iterator[TableRow | Rejected]:
     """The rows of a csv, json, jsonl or parquet file, or of an image folder's metadata.
 
+    Args:
+        kind: the format, or imagefolder.
+        table: the file or folder.
+        options: how it is read; cells that count as empty are "" in every row.
+        counts: what is counted meanwhile.
+        columns: all that is wanted, which spares the images inside a parquet file.
+
     Raises:
-        DataError: the file is missing, has another format, or names a column twice.
+        DataError: the file is missing, has another format or encoding, names a column twice, or
+            a quoted cell of it swallows rows.
     """
+    counts = TableCounts() if counts is None else counts
     if kind == "imagefolder":
         kind, table = _metadata_of(table)
-    if kind == "parquet":
-        yield from _parquet_rows(table)
-    elif kind == "csv":
-        yield from _csv_rows(_read_text(table), table)
-    else:
-        yield from _json_rows(_read_text(table), table, kind)
+    for row in _rows(kind, table, options, counts, columns):
+        yield row if isinstance(row, Rejected) else options.emptied(row, counts)
 
 
-def first_row(kind: str, table: Path) -> TableRow:
+def first_row(kind: str, table: Path, options: ReadOptions) -> TableRow:
     """The first row of the table that is not rejected.
 
+    A table of text is read to its end, so that what is wrong with it as a whole is an error before
+    any image is decoded.
+
     Raises:
-        DataError: there is none.
+        DataError: there is none, or the table cannot be read.
     """
-    for row in table_rows(kind, table):
-        if isinstance(row, dict):
+    first = None
+    problem = ""
+    for row in table_rows(kind, table, options):
+        if isinstance(row, Rejected):
+            problem = problem or f" that can be used ({row.reason}: {row.detail})"
+        elif kind == "parquet":
             return row
-    raise DataError(f"expected rows in {table}, found none: check the file")
+        else:
+            first = row if first is None else first
+    if first is None:
+        raise DataError(f"expected rows in {table}, found none{problem}: check the file")
+    return first
 
 
 def takes(row: TableRow, where: dict[str, Any] | None) -> bool:
@@ -77,71 +92,36 @@ def _metadata_of(folder: Path) -> tuple[str, Path]:
     )
 
 
-def _read_text(table: Path) -> str:
-    """Text of a file in UTF-8, with or without BOM, else in Latin-1, which decodes every byte."""
-    try:
-        content = table.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"expected a table at {table}, could not read it ({reason}): check the path"
-        ) from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+def _rows(
+    kind: str,
+    table: Path,
+    options: ReadOptions,
+    counts: TableCounts,
+    columns: Sequence[str] | None,
+) -> Iterator[TableRow | Rejected]:
+    if kind == "parquet":
+        return _parquet_rows(table, options.encoding, columns)
+    text = read_text(table, options.encoding)
+    if kind == "csv":
+        return csv_rows(text, table, options.names_image, counts)
+    return jsonl_rows(text) if kind == "jsonl" else json_rows(text, table)
 
 
-def _csv_rows(text: str, table: Path) -> Iterator[TableRow | Rejected]:
+def _parquet_rows(
+    table: Path, encoding: str | None, columns: Sequence[str] | None
+) -> Iterator[TableRow]:
+    if encoding is not None:
+        raise DataError(f"expected no encoding for {table}, Parquet is UTF-8: remove encoding")
     try:
-        delimiter = csv.Sniffer().sniff(text[:65536].partition("\n")[0], ",;\t|").delimiter
-    except csv.Error:
-        delimiter = ","
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if len(set(header)) < len(header):
+        file = pq.ParquetFile(table)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
             raise DataError(
-                f"expected different column names in {table}, got {', '.join(header)}: rename one"
+                f"expected different column names in {table}, got {', '.join(names)}: rename one"
             )
-        for cells in reader:
-            further = [cell for cell in cells[len(header) :] if cell.strip()]
-            if cells and (further or len(cells) < len(header)):
-                yield Rejected("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns")
-            elif cells:
-                yield dict(zip(header, cells, strict=False))
-    except csv.Error as error:
-        raise DataError(
-            f"expected csv in {table}, could not parse it ({error}): check its kind"
-        ) from error
-
-
-def _json_rows(text: str, table: Path, kind: str) -> Iterator[TableRow]:
-    try:
-        lines = (line.strip() for line in io.StringIO(text))
-        rows = json.loads(text) if kind == "json" else map(json.loads, filter(None, lines))
-        if not isinstance(rows, list | map):
-            raise DataError(
-                f"expected a list of objects in {table}, got {type(rows).__name__}: check its kind"
-            )
-        for row in rows:
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"expected objects in {table}, got {type(row).__name__}: check its kind"
-                )
-            yield row
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"expected {kind} in {table}, could not parse it ({error}): check its kind"
-        ) from error
-
-
-def _parquet_rows(table: Path) -> Iterator[TableRow]:
-    try:
-        for batch in pq.ParquetFile(table).iter_batches(batch_size=64):
+        for batch in file.iter_batches(batch_size=64, columns=columns):
             yield from batch.to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
             f"expected a Parquet file at {table}, could not read it ({error}): check the path"
         ) from error

@@ -215,3 +215,69 @@ def test_a_split_of_ones_own_may_stand_in_a_tag(tmp_path):
     sources.write_text("".join(lines) + own.replace("StudyDescription", "NoSuchTag"))
     with pytest.raises(DataError, match="NoSuchTag"):
         prepare(sources, tmp_path / "out2")
+
+
+def prepared_files(tmp_path, accessions, extra, where=""):
+    """A summary, texts and rejects of DICOM files with the given accession numbers."""
+    random = np.random.default_rng(3)
+    for index, accession in enumerate(accessions):
+        write(tmp_path / "files" / f"{index}.dcm", random.integers(0, 4095, (32, 32)),
+              AccessionNumber=accession, ViewPosition="PA")  # fmt: skip
+    text = "sources:\n  - {name: a, kind: dicom, path: files, text: %s}\nsplit: {validation: 0.0}\n"
+    (tmp_path / "SOURCES.yaml").write_text(text % (extra + where))
+    out = tmp_path / "out"
+    summary = prepare(tmp_path / "SOURCES.yaml", out, max_rejects=1.0)["sources"]["a"]
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    return summary, [row["text"] for row in read_pairs(out / "pairs.parquet")], rejects
+
+
+JOINED = "report, table: r.csv, join: {tag: AccessionNumber, column: accession}"
+
+
+def test_a_text_beside_a_file_is_read_in_the_encoding_of_the_source(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "0.txt").write_bytes(b"gr\xf6\xdfer")
+    (tmp_path / "files" / "1.txt").write_bytes("\ufeffgr\u00f6\u00dfer\r\nals".encode())
+    (tmp_path / "files" / "2.txt").write_bytes(b" NULL ")
+    summary, texts, rejects = prepared_files(tmp_path, ["A", "B", "C"], "text")
+    assert texts == ["gr\u00f6\u00dfer\nals"]
+    assert [line["reason"] for line in rejects] == ["bad_encoding", "empty_text"]
+    assert "line 1, byte 3" in rejects[0]["detail"]
+    assert summary["na_cells"] == 1
+    (tmp_path / "files" / "1.txt").write_bytes(b"\xe4")
+    _, texts, rejects = prepared_files(tmp_path, ["A", "B"], "text, encoding: cp1252")
+    assert texts == ["gr\u00f6\u00dfer", "\u00e4"]
+
+
+def test_a_table_of_reports_is_read_in_the_encoding_of_the_source(tmp_path):
+    (tmp_path / "r.csv").write_bytes(b"accession,report\nA,gr\xf6\xdfer\n")
+    with pytest.raises(DataError, match=r"r\.csv, line 2, byte 5"):
+        prepared_files(tmp_path, ["A"], JOINED)
+    summary, texts, _ = prepared_files(tmp_path, ["A"], JOINED + ", encoding: cp1252")
+    assert texts == ["gr\u00f6\u00dfer"]
+    assert (summary["lines"], summary["records"]) == (2, 2)
+
+
+def test_no_report_is_chosen_among_several_and_no_row_of_the_table_is_lost(tmp_path):
+    (tmp_path / "r.csv").write_text(
+        "accession,report,part\nA,one,x\nA,two,y\nB,same,x\nB,same,x\n,empty,x\n-,dash,x\nC,short\n"
+    )
+    _, texts, rejects = prepared_files(tmp_path, ["A", "B", "-"], JOINED)
+    assert texts == ["same"]
+    assert sorted(line["reason"] for line in rejects) == [
+        "no_join_value", "no_join_value", "no_report", "several_reports", "wrong_cell_count",
+    ]  # fmt: skip
+    _, texts, _ = prepared_files(tmp_path, ["A", "B"], JOINED, ", where: {part: x}")
+    assert texts == ["one", "same"]
+
+
+def test_a_report_within_a_quoted_cell_of_another_is_an_error(tmp_path):
+    (tmp_path / "r.csv").write_text('accession,report\nA,"open\nB,two\nC,three"\n')
+    with pytest.raises(DataError, match="with AccessionNumber 'B' stands inside a quoted cell"):
+        prepared_files(tmp_path, ["A", "B"], JOINED)
+    (tmp_path / "r.csv").write_text('accession,report\nA,"one\nD, not a file"\nB,two\n')
+    assert prepared_files(tmp_path, ["A", "B"], JOINED)[1] == ["one\nD, not a file", "two"]
+    (tmp_path / "r.csv").write_text('accession,report\nA,"as\nC\n-, the one before\n, and so on"\n')
+    _, texts, rejects = prepared_files(tmp_path, ["A", "", "C", "-"], JOINED)
+    assert texts == ["as\nC\n-, the one before\n, and so on"]
+    assert [line["reason"] for line in rejects] == ["no_report"] * 3

@@ -53,7 +53,7 @@ def test_a_messy_csv_is_read_and_every_row_accounted_for(export, tmp_path):
         " file ; report;age \r\n0.png;Herz größer als üblich;61\r\n1.png; ;40\r\n"
         "9.png;Lost;1\r\n../secret.png;Out;2\r\n2.png;CLOSED ;3\r\n2.png;CLOSED;3\r\n;x;1\r\n"
     ).encode("latin-1")
-    sources = export(table, YAML % ", keep: [age]")
+    sources = export(table, YAML % ", keep: [age], encoding: latin-1")
     (tmp_path / "secret.png").write_bytes((tmp_path / "images" / "0.png").read_bytes())
     out = tmp_path / "out"
     summary = prepare(sources, out, max_rejects=0.9)
