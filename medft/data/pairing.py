@@ -15,7 +15,7 @@ from medft.data.pairs import StoredImage, store_encoded_image, store_image
 from medft.data.sources import SourceSection, SourcesFile
 from medft.data.splits import SplitSection
 from medft.data.tables import Rejected, TableRow
-from medft.data.template import fill_template, template_names, text_of
+from medft.data.template import IMAGE_PLACEHOLDER, fill_template, template_names, text_of
 from medft.errors import DataError
 
 
@@ -147,7 +147,8 @@ class Maker:
             images=images,
             text=texts[0],
             question=question,
-            fields={name: text_of(first.get(name)) for name in source.keep},
+            fields={name: text_of(first.get(name)) for name in source.keep}
+            | source.language_of(first),
             source=source.name,
             group_id="",
             license=license_name,
@@ -161,6 +162,8 @@ class Maker:
             group_id=f"{source.name}/{group}" if group else f"image/{images[0].stored.sha256}",
         )
         _check_encodable(pair)
+        if IMAGE_PLACEHOLDER in pair.text or IMAGE_PLACEHOLDER in (pair.question or ""):
+            raise Rejected("image_placeholder", f"a text holds {IMAGE_PLACEHOLDER}")
         return pair
 
     def _own_split(self, rows: list[TableRow]) -> str:

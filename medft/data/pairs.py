@@ -7,17 +7,19 @@
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from medft.data.images import opened, plain_content, to_rgb
 from medft.errors import DataError
@@ -42,6 +44,21 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of pairs.parquet; `fields` is a JSON object."""
+
+_DEFAULT_METADATA = b'{"prompts": ["Describe this medical image."]}'
+"""Of a file whose metadata another tool removed."""
+
+_Templates = Annotated[list[str], Field(min_length=1)]
+
+
+class _Metadata(TypedDict):
+    """What medft writes into the metadata of pairs.parquet."""
+
+    prompts: _Templates | dict[str, _Templates]
+    """For rows without question: of every source, or by source."""
+
+
+_METADATA = TypeAdapter(_Metadata)
 
 _ROWS_PER_GROUP = 64
 
@@ -152,17 +169,19 @@ def perceptual_hash(thumbnail: Image.Image) -> str:
     return np.packbits(bits).tobytes().hex()
 
 
-def write_pairs(path: Path, rows: Iterable[dict[str, Any]], *, prompts: list[str]) -> None:
+def write_pairs(
+    path: Path, rows: Iterable[dict[str, Any]], *, prompts: Mapping[str, list[str]]
+) -> None:
     """Write pairs.parquet, with a few rows in memory at a time.
 
     Args:
         path: the file to write.
         rows: with every column of SCHEMA.
-        prompts: for rows without question.
+        prompts: for rows without question, by source.
     """
     metadata = {
         "huggingface": json.dumps({"info": {"features": _features()}}),
-        "medft": json.dumps({"prompts": prompts}),
+        "medft": json.dumps({"prompts": dict(prompts)}),
     }
     schema = SCHEMA.with_metadata(metadata)
     with _writer(path, schema) as writer:
@@ -195,19 +214,35 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def prompts_of(path: Path) -> list[str]:
-    """The prompts for rows without question that pairs.parquet was written with."""
-    metadata = open_pairs(path).schema_arrow.metadata or {}
-    return json.loads(metadata.get(b"medft", b'{"prompts": ["Describe this medical image."]}'))[
-        "prompts"
-    ]
+def prompts_of(path: Path) -> dict[str, list[str]]:
+    """The prompts that pairs.parquet was written with for rows without question, by source.
+
+    Files of an older medft, and those without its metadata, have one list for all sources.
+
+    Raises:
+        DataError: the file cannot be read, or its metadata has no prompts.
+    """
+    file = open_pairs(path)
+    metadata = file.schema_arrow.metadata or {}
+    try:
+        content = _METADATA.validate_json(metadata.get(b"medft", _DEFAULT_METADATA))
+    except ValueError as error:
+        raise DataError(
+            f"expected prompts in the metadata of {path}, found others: write it with medft data "
+            f"prepare"
+        ) from error
+    prompts = content["prompts"]
+    if isinstance(prompts, dict):
+        return prompts
+    return dict.fromkeys(file.read(columns=["source"])["source"].unique().to_pylist(), prompts)
 
 
 def declared_by_source(path: Path) -> dict[str, list[str]]:
     """The prompts of each source that has rows without question."""
     rows = open_pairs(path).read(columns=["source", "question"])
     asked = rows.filter(rows["question"].is_null())["source"].unique().to_pylist()
-    return dict.fromkeys(asked, prompts_of(path))
+    prompts = prompts_of(path)
+    return {source: prompts[source] for source in asked if source in prompts}
 
 
 def _features() -> dict[str, Any]:

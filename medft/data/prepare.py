@@ -96,7 +96,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     if len({source.name for source in spec.sources}) < len(spec.sources):
         raise RecipeError(f"{sources_path}: expected a different name for each source")
     for source in spec.sources:
-        check_prompts(spec.prompts, source)
+        check_prompts(spec.prompts_of(source), source)
         check_columns(source, root, spec.split)
     check_folder_for_output(out, allow_content=True)
     draft = out / ".draft"
@@ -144,7 +144,8 @@ def _prepare_into(
         splits = assign_splits(groups, spec.split)
     check_no_overlap(groups, splits)
     rows = _whole_rows(draft, groups, splits)
-    write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts)
+    prompts = {source.name: spec.prompts_of(source) for source in spec.sources}
+    write_pairs(draft / "pairs.parquet", rows, prompts=prompts)
     summary = {
         "sources": {
             source.name: {

@@ -94,7 +94,7 @@ TEXT = [turn("user", "Hello"), turn("assistant", "Yes")]
 
 GOLDEN = {
     ("paligemma", 1): "<image><bos>What is seen?\\n>>>A disc.<eos><<<",
-    ("paligemma", 2): "<image><bos>What is seen?\\n>>>A disc.<eos><<<Where?\\n"
+    ("paligemma", 2): "<image><image><bos>What is seen?\\n>>>A disc.<eos><<<Where?\\n"
     ">>>Left, 3.5 cm.<eos><<<",
     ("paligemma", 0): "<bos>Hello\\n>>>Yes<eos><<<",
     ("gemma3", 1): "<bos><start_of_turn>user\\n\\n\\n<start_of_image><image_soft_token>"
