@@ -238,14 +238,14 @@ def _check_keys(given: dict[str, Any], known: set[str], name: str, place: str) -
     """Refuse keys that other tools may obey; a key without a value says nothing."""
     if "from" in given:
         raise DataError(
-            f"row {name}: expected role and content in {place}, got from: rename from to role and value "
-            f"to content, human to user and gpt to assistant"
+            f"row {name}: expected role and content in {place}, got from: rename from to role and "
+            f"value to content, human to user and gpt to assistant"
         )
     for key, value in given.items():
         if key not in known and not is_empty(value):
             raise DataError(
-                f"row {name}: expected only {' and '.join(sorted(known))} in {place}, got {key}, which "
-                f"medft would ignore: remove it"
+                f"row {name}: expected only {' and '.join(sorted(known))} in {place}, got {key}, "
+                f"which medft would ignore: remove it"
             )
 
 

@@ -21,9 +21,9 @@ from datasets import Dataset, Features, Image, List, Value
 from medft.data.messages import (
     Message,
     conversation,
+    is_empty,
     normalized_messages,
     paths_of_parts,
-    is_empty,
 )
 from medft.data.pairs import check_row, open_pairs, prompts_of
 from medft.errors import DataError
