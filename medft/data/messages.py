@@ -96,7 +96,7 @@ def paths_of_parts(messages: Any, name: str) -> list[str]:
         DataError: only some of the parts carry one, one carries several, or one is not text.
     """
     given = [
-        [part[key] for key in PATH_KEYS if part.get(key) is not None]
+        [part[key] for key in PATH_KEYS if not is_empty(part.get(key))]
         for part in _raw_parts(messages)
         if part.get("type") == "image"
     ]
@@ -250,7 +250,7 @@ def _check_keys(given: dict[str, Any], known: set[str], name: str, place: str) -
 
 
 def is_empty(value: Any) -> bool:
-    """Whether the value of a key is null or empty, as in rows of a table with further columns."""
+    """Whether a value is null or empty, as of a key that a row has for the sake of others."""
     return value is None or value == "" or value == [] or value == {}
 
 

@@ -47,15 +47,15 @@ _FEATURES = Features(
 _ROW_KEYS = {"id", "group_id", "source", "images", "image", "messages", "fields"}
 
 _FOREIGN_KEYS = {
-    **dict.fromkeys(("weight", "train", "loss"), "every row is trained alike"),
-    **dict.fromkeys(("tools", "tool_calls"), "no tool calls are trained"),
-    **dict.fromkeys(("chosen", "rejected"), "no preferences are trained"),
-    **dict.fromkeys(("videos", "audios"), "images alone are read"),
-    "objects": "no boxes are read",
-    "system": "a system prompt is the first message, of role system",
-    "conversations": "the key is messages, a list of {role, content} with roles user and assistant",
+    **dict.fromkeys(("weight", "train", "loss"), "every row is trained alike: remove it"),
+    **dict.fromkeys(("tools", "tool_calls"), "no tool calls are trained: remove it"),
+    **dict.fromkeys(("chosen", "rejected"), "no preferences are trained: remove it"),
+    **dict.fromkeys(("videos", "audios"), "images alone are read: remove it"),
+    "objects": "no boxes are read: write them into the texts",
+    "system": "a system prompt is the first message: write it there, with the role system",
+    "conversations": "turns are messages of role and content: write messages in its place",
 }
-"""Keys of a row that other tools obey, and what medft does instead."""
+"""Keys of a row that other tools obey; what medft does, and what to do."""
 
 _NO_ROWS = Dataset.from_dict({})
 
@@ -252,13 +252,13 @@ def _fields(row: dict[str, Any], name: str) -> dict[str, Any]:
     for key, value in further.items():
         if key in _FOREIGN_KEYS and not is_empty(value):
             raise DataError(
-                f"row {name}: expected no key {key}, {_FOREIGN_KEYS[key]}: remove it, or put it "
-                f"under fields if it is a column of the data"
+                f"row {name}: expected no key {key}, {_FOREIGN_KEYS[key]}, or put it under fields "
+                f"if it is a column of the data"
             )
         if re.search(r"image|img|pic", key):
             raise DataError(
                 f"row {name}: expected the key images, got {key}: rename it, or "
-                "put it under fields if it is a column of the data"
+                f"put it under fields if it is a column of the data"
             )
     fields = row.get("fields")
     if fields is None:
@@ -285,8 +285,7 @@ def _image_paths(row: dict[str, Any], folder: Path, name: str) -> list[str]:
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
         raise DataError(f"row {name}: expected images to be a list of paths")
     own = paths_of_parts(row.get("messages"), name)
-    files, own_files = ({os.path.normpath(folder / path) for path in p} for p in (listed, own))
-    if own and listed and (files != own_files or len(listed) > len(own)):
+    if own and listed and (len(listed) > len(own) or _files(listed, folder) != _files(own, folder)):
         raise DataError(
             f"row {name}: expected images to name the files of the image parts, got "
             f"{', '.join(listed)} and {', '.join(own)}: remove images, the parts decide"
@@ -298,3 +297,7 @@ def _image_paths(row: dict[str, Any], folder: Path, name: str) -> list[str]:
                 f"beside the rows and name it"
             )
     return own or listed
+
+
+def _files(paths: list[str], folder: Path) -> set[str]:
+    return {os.path.normpath(os.path.join(folder, path)) for path in paths}

@@ -210,8 +210,7 @@ class ConversationEncoder:
                 if foreign:
                     raise DataError(
                         f"row {name}: expected ordinary text, a turn of the {message['role']} "
-                        f"holds {foreign}, which stands for an image with other models: write an "
-                        f"image part, or {IMAGE_PLACEHOLDER} in a row of JSONL"
+                        f"holds {foreign}, which other models read as an image: remove it"
                     )
 
 

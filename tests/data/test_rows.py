@@ -258,7 +258,7 @@ def test_an_unknown_key_of_a_message_or_a_part_is_refused_by_name(write, message
 def test_keys_without_a_value_in_messages_and_parts_say_nothing(write):
     """As datasets writes them, whose columns are those of all rows."""
     part = {"type": "text", "text": "Why?", "image": None, "index": None}
-    shown = {"type": "image", "text": None, "image": None, "path": None}
+    shown = {"type": "image", "text": None, "image": None, "path": ""}
     asked = {"role": "user", "content": [shown, part], "name": None, "tool_calls": []}
     [row] = load_rows(write({**GOOD, "messages": [asked, GOOD["messages"][1]]}), split="train")
     assert Row.of(row).messages == GOOD["messages"]

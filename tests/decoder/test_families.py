@@ -300,6 +300,19 @@ def test_special_tokens_in_a_text_are_refused(encoders, name, text):
         encoders[name].encode(messages, "r")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("gemma3", "<image>"), ("gemma3", "a <|image|>"), ("paligemma", "<start_of_image>"),
+     ("paligemma", "<image_soft_token>b"), ("gemma3", "<|vision_start|>")],
+)  # fmt: skip
+def test_what_other_models_read_as_an_image_is_refused(encoders, name, text):
+    messages = [turn("user", text, images=1), turn("assistant", "A disc.")]
+    with pytest.raises(DataError, match=r"row r: .* the user holds <.*other models read as an im"):
+        encoders[name].encode(messages, "r")
+    messages[0] = turn("user", text.replace("<", "< "), images=1)
+    assert encoders[name].encode(messages, "r").input_ids
+
+
 @GEMMAS
 def test_a_template_that_does_not_end_a_turn_is_refused(encoders, name):
     processor = copy.copy(encoders[name].processor)
