@@ -238,7 +238,7 @@ def _checked_row(line: str, number: int, folder: Path, existing: dict[str, bool]
     group = row.get("group_id")
     return {
         "id": name,
-        "group_id": name if group is None else str(group),
+        "group_id": name if is_empty(group) else str(group),
         "source": str(row.get("source") or ""),
         "images": images,
         "messages": json.dumps(messages, ensure_ascii=False),

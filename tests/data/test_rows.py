@@ -55,6 +55,9 @@ def test_rows_from_elsewhere_train_as_they_are(write, tmp_path):
     named = write({**GOOD, "images": [], "image": "a.png", "group_id": None, "id": None})
     row = load_rows(named, split="train")[0]
     assert (row["id"], row["group_id"], len(row["images"])) == ("line 1", "line 1", 1)
+    groups = {"a": "", "b": "", "c": 0, "d": 0}
+    grouped = [{**GOOD, "id": name, "group_id": g} for name, g in groups.items()]
+    assert load_rows(write(*grouped), split="train")["group_id"][:] == ["a", "b", "0", "0"]
     assert rows["id"][1:] == ["line 2", "line 3"]
     assert open_image(image_source(rows[1]["images"][1])).size == (8, 8)
 
