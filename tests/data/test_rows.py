@@ -185,6 +185,7 @@ def test_placeholders_become_images_in_their_place(write):
             {"images": two, "messages": chat("<image>\nBefore, <image>after?", "A")},
             {"images": two, "messages": chat("First.\n<image>", "A", "<image>Then?", "B")},
             {"images": two, "messages": chat("<image><image>Same?", "A")},
+            {"images": two, "messages": chat(" <image>\n<image>\n\nSame?", "A")},
             {"images": two[:1], "messages": [turn("user", "<im", "age>W"), turn("assistant", "A")]},
         ),
         split="train",
@@ -193,6 +194,7 @@ def test_placeholders_become_images_in_their_place(write):
         [[None, "\nBefore, ", None, "after?"], ["A"]],
         [["First.\n", None], ["A"], [None, "Then?"], ["B"]],
         [[None, None, "Same?"], ["A"]],
+        [[" ", None, "\n", None, "\n\nSame?"], ["A"]],
         [[None, "W"], ["A"]],
     ]
 

@@ -300,6 +300,17 @@ def test_special_tokens_in_a_text_are_refused(encoders, name, text):
         encoders[name].encode(messages, "r")
 
 
+@GEMMAS
+def test_blank_text_between_images_encodes(encoders, name):
+    image = {"type": "image"}
+    content = [image, {"type": "text", "text": "\n"}, image, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}, turn("assistant", "A disc.")]
+    encoder = encoders[name]
+    shown = mark_trained(encoder.encode(messages, "r"), encoder, 500)
+    assert shown.count(encoder.processor.image_token) == 2
+    assert "What?" in shown
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("gemma3", "<image>"), ("gemma3", "a <|image|>"), ("paligemma", "<start_of_image>"),
