@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medft.data.images import open_image
-from medft.data.messages import Message, conversation
+from medft.data.messages import Message, conversation, text_with_placeholders
 from medft.data.pairs import SPLITS, declared_by_source, open_pairs, prompts_of, read_pairs
 from medft.data.prompts import PROMPTS_FILE
 from medft.files import check_folder_for_output, complete_folder, write_json
@@ -57,22 +57,30 @@ def write_chat(
 def _conversations(
     pairs: Path, join_questions: bool
 ) -> Iterator[tuple[dict[str, Any], list[Message]]]:
-    """Rows with their messages; with join_questions, one row per set of images."""
+    """Rows with their messages; with join_questions, one row per set of images.
+
+    A joined row has the fields on which all its questions agree.
+    """
     prompts = prompts_of(pairs)
     if not join_questions:
         for row in read_pairs(pairs):
             yield row, conversation(row, prompts)
         return
     turns: dict[tuple[str, ...], list[Message]] = {}
+    fields: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in read_pairs(pairs, images=False):
         key = (row["split"], *row["sha256"])
         messages = conversation({**row, "images": []}, prompts)
         turns.setdefault(key, []).extend(messages)
+        own = json.loads(row["fields"] or "{}")
+        shared = fields.setdefault(key, own).items()
+        fields[key] = {name: value for name, value in shared if own.get(name) == value}
     for row in read_pairs(pairs):
-        joined = turns.pop((row["split"], *row["sha256"]), [])
+        key = (row["split"], *row["sha256"])
+        joined = turns.pop(key, [])
         if joined:
             joined[0]["content"][:0] = [{"type": "image"} for _ in row["images"]]
-            yield row, joined
+            yield {**row, "fields": json.dumps(fields[key])}, joined
 
 
 def _as_png(content: bytes) -> bytes:
@@ -98,15 +106,13 @@ def _is_ours(folder: Path) -> bool:
 
 def _trl_row(row: dict[str, Any], names: list[str], messages: list[Message]) -> dict[str, Any]:
     head = {"id": row["id"], "group_id": row["group_id"], "source": row["source"]}
-    return {**head, "images": names, "messages": messages}
+    fields = json.loads(row["fields"] or "{}")
+    return {**head, "images": names, "fields": fields, "messages": messages}
 
 
 def _sharegpt_row(row: dict[str, Any], names: list[str], messages: list[Message]) -> dict[str, Any]:
     flat = [
-        {
-            "role": message["role"],
-            "content": "".join(part.get("text", "<image>") for part in message["content"]),
-        }
+        {"role": message["role"], "content": text_with_placeholders(message)}
         for message in messages
     ]
     return {"id": row["id"], "messages": flat, "images": names}

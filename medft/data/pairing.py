@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 from medft.data.dicom import open_dicom
 from medft.data.pairs import StoredImage, store_encoded_image, store_image
-from medft.data.sources import SourceSection, SourcesFile
+from medft.data.sources import LANGUAGE, SourceSection, SourcesFile
 from medft.data.splits import SplitSection
 from medft.data.tables import Rejected, TableRow
-from medft.data.template import fill_template, template_names, text_of
+from medft.data.template import IMAGE_PLACEHOLDER, fill_template, template_names, text_of
 from medft.errors import DataError
 
 
@@ -148,7 +148,7 @@ class Maker:
             images=images,
             text=text,
             question=question,
-            fields={name: "; ".join(_different(name, rows)) for name in source.keep},
+            fields=self._fields(rows),
             source=source.name,
             group=group,
             license=license_name,
@@ -157,7 +157,21 @@ class Maker:
         given = text_of(first.get(source.id)) if source.id else ""
         pair = replace(pair, id=given or content_hash(pair)[:16])
         _check_encodable(pair)
+        if IMAGE_PLACEHOLDER in pair.text or IMAGE_PLACEHOLDER in (pair.question or ""):
+            raise Rejected("image_placeholder", f"a text holds {IMAGE_PLACEHOLDER}")
         return pair
+
+    def _fields(self, rows: list[TableRow]) -> dict[str, str]:
+        """The kept columns and the language, each with all different values of the rows."""
+        columns = {name: name for name in self.source.keep}
+        fields = {}
+        if isinstance(self.source.language, str):
+            fields[LANGUAGE] = self.source.language
+        elif self.source.language:
+            columns[LANGUAGE] = self.source.language["column"]
+        return fields | {
+            name: "; ".join(_different(column, rows)) for name, column in columns.items()
+        }
 
     def _own_split(self, rows: list[TableRow]) -> str:
         if isinstance(self.split, SplitSection):

@@ -7,17 +7,19 @@
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from medft.data.images import opened, plain_content, to_rgb
 from medft.errors import DataError
@@ -43,6 +45,11 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of pairs.parquet; `fields` is a JSON object."""
+
+_DEFAULT_METADATA = b'{"prompts": ["Describe this medical image."]}'
+"""Of a file whose metadata another tool removed."""
+
+_Templates = Annotated[list[str], Field(min_length=1)]
 
 _ROWS_PER_GROUP = 64
 
@@ -164,20 +171,36 @@ class GroupFacts:
     """The groups that were joined with another one, and the id of that."""
 
 
+class _Metadata(TypedDict):
+    """What medft writes into the metadata of pairs.parquet."""
+
+    prompts: _Templates | dict[str, _Templates]
+    """For rows without question: of every source, or by source."""
+
+    groups: NotRequired[GroupFacts | None]
+
+
+_METADATA = TypeAdapter(_Metadata)
+
+
 def write_pairs(
-    path: Path, rows: Iterable[dict[str, Any]], *, prompts: list[str], groups: GroupFacts
+    path: Path,
+    rows: Iterable[dict[str, Any]],
+    *,
+    prompts: Mapping[str, list[str]],
+    groups: GroupFacts,
 ) -> None:
     """Write pairs.parquet, with a few rows in memory at a time.
 
     Args:
         path: the file to write.
         rows: with every column of SCHEMA.
-        prompts: for rows without question.
+        prompts: for rows without question, by source.
         groups: how their group ids were made.
     """
     metadata = {
         "huggingface": json.dumps({"info": {"features": _features()}}),
-        "medft": json.dumps({"prompts": prompts, "groups": asdict(groups)}),
+        "medft": json.dumps({"prompts": dict(prompts), "groups": asdict(groups)}),
     }
     schema = SCHEMA.with_metadata(metadata)
     with _writer(path, schema) as writer:
@@ -211,25 +234,46 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def group_facts(path: Path) -> GroupFacts | None:
-    """How the group ids of pairs.parquet were made; None for a file of an older medft."""
-    metadata = open_pairs(path).schema_arrow.metadata or {}
-    groups = json.loads(metadata.get(b"medft", b"{}")).get("groups")
-    return GroupFacts(**groups) if groups else None
+    """How the group ids of pairs.parquet were made; None for a file of an older medft.
+
+    Raises:
+        DataError: the file cannot be read, or its metadata is not medft's.
+    """
+    return _metadata(path).get("groups")
 
 
-def prompts_of(path: Path) -> list[str]:
-    """The prompts for rows without question that pairs.parquet was written with."""
+def prompts_of(path: Path) -> dict[str, list[str]]:
+    """The prompts that pairs.parquet was written with for rows without question, by source.
+
+    Files of an older medft, and those without its metadata, have one list for all sources.
+
+    Raises:
+        DataError: the file cannot be read, or its metadata has no prompts.
+    """
+    prompts = _metadata(path)["prompts"]
+    if isinstance(prompts, dict):
+        return prompts
+    sources = open_pairs(path).read(columns=["source"])["source"]
+    return dict.fromkeys(sources.unique().to_pylist(), prompts)
+
+
+def _metadata(path: Path) -> _Metadata:
     metadata = open_pairs(path).schema_arrow.metadata or {}
-    return json.loads(metadata.get(b"medft", b'{"prompts": ["Describe this medical image."]}'))[
-        "prompts"
-    ]
+    try:
+        return _METADATA.validate_json(metadata.get(b"medft", _DEFAULT_METADATA))
+    except ValueError as error:
+        raise DataError(
+            f"expected prompts in the metadata of {path}, found others: write it with medft data "
+            f"prepare"
+        ) from error
 
 
 def declared_by_source(path: Path) -> dict[str, list[str]]:
     """The prompts of each source that has rows without question."""
     rows = open_pairs(path).read(columns=["source", "question"])
     asked = rows.filter(rows["question"].is_null())["source"].unique().to_pylist()
-    return dict.fromkeys(asked, prompts_of(path))
+    prompts = prompts_of(path)
+    return {source: prompts[source] for source in asked if source in prompts}
 
 
 def _features() -> dict[str, Any]:

@@ -87,7 +87,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     if len({source.name for source in spec.sources}) < len(spec.sources):
         raise RecipeError(f"{sources_path}: expected a different name for each source")
     for source in spec.sources:
-        check_prompts(spec.prompts, source)
+        check_prompts(spec.prompts_of(source), source)
         check_columns(source, root, spec.split)
     known = Known.read(spec, root)
     check_folder_for_output(out, allow_content=True)
@@ -125,7 +125,8 @@ def _prepare_into(
         pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
     assigned = assign(spec, collected, pixels, known)
     rows = _whole_rows(draft, assigned.groups, assigned.splits)
-    write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts, groups=assigned.facts)
+    prompts = {source.name: spec.prompts_of(source) for source in spec.sources}
+    write_pairs(draft / "pairs.parquet", rows, prompts=prompts, groups=assigned.facts)
     summary = {
         "sources": {
             source.name: {

@@ -7,6 +7,7 @@ error names a bad row by its id or its line number.
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, Features, Image, List, Value
 
-from medft.data.messages import Message, conversation, normalized_messages
+from medft.data.messages import (
+    Message,
+    conversation,
+    is_empty,
+    normalized_messages,
+    paths_of_parts,
+)
 from medft.data.pairs import check_row, open_pairs, prompts_of
 from medft.errors import DataError
 from medft.files import file_sha256
@@ -36,7 +44,18 @@ _FEATURES = Features(
 )
 
 
-_ROW_KEYS = {"id", "group_id", "source", "images", "image", "messages"}
+_ROW_KEYS = {"id", "group_id", "source", "images", "image", "messages", "fields"}
+
+_FOREIGN_KEYS = {
+    **dict.fromkeys(("weight", "train", "loss"), "every row is trained alike: remove it"),
+    **dict.fromkeys(("tools", "tool_calls"), "no tool calls are trained: remove it"),
+    **dict.fromkeys(("chosen", "rejected"), "no preferences are trained: remove it"),
+    **dict.fromkeys(("videos", "audios"), "images alone are read: remove it"),
+    "objects": "no boxes are read: write them into the texts",
+    "system": "a system prompt is the first message: write it there, with the role system",
+    "conversations": "turns are messages of role and content: write messages in its place",
+}
+"""Keys of a row that other tools obey; what medft does, and what to do."""
 
 _NO_ROWS = Dataset.from_dict({})
 
@@ -90,10 +109,36 @@ def load_rows(path: Path, *, split: str) -> Dataset:
         raise DataError(f"expected a data file at {path}, there is none: check the path")
     if path.stat().st_size == 0:
         raise DataError(f"expected rows in {path}, the file is empty: prepare it again")
-    rows = _pairs_dataset(path, split) if path.suffix == ".parquet" else _jsonl_dataset(path)
+    state, digest = _state(path), file_sha256(path)
+    is_pairs = path.suffix == ".parquet"
+    rows = _pairs_dataset(path, split, _cache_of(digest)) if is_pairs else _jsonl_dataset(path)
+    if _state(path) != state:
+        shutil.rmtree(_cache_of(digest), ignore_errors=True)  # may hold the rows of either state
+        raise DataError(
+            f"expected {path} to stay as it is while it is read, it was changed meanwhile: start "
+            f"again once it is written"
+        )
     if len(rows) == 0:
         raise DataError(f"expected rows of split {split} in {path}, found none: check the file")
+    rows.info.download_checksums = {str(path): {"num_bytes": state[0], "checksum": digest}}
     return rows
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What differs once a file is written anew, also where its modification time is put back."""
+    try:
+        state = path.stat()
+    except OSError:  # removed
+        return ()
+    return state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns
+
+
+def _cache_of(digest: str) -> Path:
+    """Where datasets keeps its copy of a pairs.parquet, which it maps into memory.
+
+    By content: its own key for a file, path and modification time, can be that of older rows.
+    """
+    return Path(datasets.config.HF_DATASETS_CACHE) / "medft" / digest
 
 
 def image_source(image: dict[str, Any]) -> Path | bytes:
@@ -102,8 +147,14 @@ def image_source(image: dict[str, Any]) -> Path | bytes:
 
 
 def fingerprint(path: Path, rows: Dataset) -> dict[str, Any]:
-    """Identity of a run's data: path, SHA-256 of the file, number of rows."""
-    return {"path": str(path), "sha256": file_sha256(path), "rows": len(rows)}
+    """Identity of a run's data: path, SHA-256 of the file as it was read, number of rows.
+
+    Args:
+        path: the file.
+        rows: as `load_rows` gave them.
+    """
+    checksums = rows.info.download_checksums or {}
+    return {"path": str(path), "sha256": checksums[str(path)]["checksum"], "rows": len(rows)}
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
@@ -120,14 +171,14 @@ def _shown(value: Any) -> str:
     return " = ".join(map(repr, value)) if isinstance(value, list) else str(value)
 
 
-def _pairs_dataset(path: Path, split: str) -> Dataset:
+def _pairs_dataset(path: Path, split: str, cache: Path) -> Dataset:
     prompts = prompts_of(path)
     splits = open_pairs(path).read(columns=["split"]).column("split").to_pylist()
     chosen = [index for index, name in enumerate(splits) if name == split]
     if not chosen:
         return _NO_ROWS
     columns = ["id", "group_id", "source", "images", "sha256", "text", "question", "fields"]
-    dataset = Dataset.from_parquet(str(path), columns=columns)
+    dataset = Dataset.from_parquet(str(path), columns=columns, cache_dir=str(cache))
     dataset = dataset.cast_column("images", List(Image(decode=False))).select(chosen)
     messages = []
     for row in dataset:
@@ -176,12 +227,8 @@ def _checked_row(line: str, number: int, folder: Path, existing: dict[str, bool]
     if not isinstance(row, dict):
         raise DataError(f"expected a JSON object, got {type(row).__name__}")
     name = f"line {number}" if row.get("id") is None else str(row["id"])
-    paths = row.get("images") or ([row["image"]] if row.get("image") else [])
-    unread = sorted(key for key in row.keys() - _ROW_KEYS if re.search(r"image|img|pic", key))
-    if unread:
-        raise DataError(f"row {name}: expected the key images, got {unread[0]}: rename it")
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise DataError(f"row {name}: expected images to be a list of paths")
+    fields = _fields(row, name)
+    paths = _image_paths(row, folder, name)
     messages = normalized_messages(row.get("messages"), len(paths), name)
     images = []
     for path in paths:
@@ -191,13 +238,69 @@ def _checked_row(line: str, number: int, folder: Path, existing: dict[str, bool]
         if not existing[whole]:
             raise DataError(f"row {name}: expected an image at {whole}, there is no file")
         images.append({"bytes": None, "path": whole})
-    fields = {key: value for key, value in row.items() if key not in _ROW_KEYS}
     group = row.get("group_id")
     return {
         "id": name,
-        "group_id": f"{OWN_GROUP}{name}" if group is None else str(group),
+        "group_id": f"{OWN_GROUP}{name}" if is_empty(group) else str(group),
         "source": str(row.get("source") or ""),
         "images": images,
         "messages": json.dumps(messages, ensure_ascii=False),
         "fields": json.dumps(fields, ensure_ascii=False),
     }
+
+
+def _fields(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The columns under `fields` and the keys of the row that have no meaning for medft."""
+    further = {key: value for key, value in row.items() if key not in _ROW_KEYS}
+    for key, value in further.items():
+        if key in _FOREIGN_KEYS and not is_empty(value):
+            raise DataError(
+                f"row {name}: expected no key {key}, {_FOREIGN_KEYS[key]}, or put it under fields "
+                f"if it is a column of the data"
+            )
+        if re.search(r"image|img|pic", key):
+            raise DataError(
+                f"row {name}: expected the key images, got {key}: rename it, or "
+                f"put it under fields if it is a column of the data"
+            )
+    fields = row.get("fields")
+    if fields is None:
+        return further
+    if not isinstance(fields, dict):
+        raise DataError(
+            f"row {name}: expected fields to be an object, got {type(fields).__name__}: write "
+            f"columns and their values"
+        )
+    twice = sorted(further.keys() & fields.keys())
+    if twice:
+        raise DataError(
+            f"row {name}: expected each column once, {twice[0]} stands in the row and in its "
+            f"fields: remove one"
+        )
+    return {**further, **fields}
+
+
+def _image_paths(row: dict[str, Any], folder: Path, name: str) -> list[str]:
+    """The paths of a row's images, in the order in which its messages show them."""
+    if row.get("images") and row.get("image"):
+        raise DataError(f"row {name}: expected the key images or image, got both: remove image")
+    listed = row.get("images") or ([row["image"]] if row.get("image") else [])
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        raise DataError(f"row {name}: expected images to be a list of paths")
+    own = paths_of_parts(row.get("messages"), name)
+    if own and listed and (len(listed) > len(own) or _files(listed, folder) != _files(own, folder)):
+        raise DataError(
+            f"row {name}: expected images to name the files of the image parts, got "
+            f"{', '.join(listed)} and {', '.join(own)}: remove images, the parts decide"
+        )
+    for path in own or listed:
+        if re.match(r"(https?|ftp|s3|gs|file|data):", path, re.IGNORECASE):
+            raise DataError(
+                f"row {name}: expected the path of an image file, got {path[:60]!r}: put the file "
+                f"beside the rows and name it"
+            )
+    return own or listed
+
+
+def _files(paths: list[str], folder: Path) -> set[str]:
+    return {os.path.normpath(os.path.join(folder, path)) for path in paths}

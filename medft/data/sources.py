@@ -14,12 +14,16 @@ from medft.data.images import MAX_PIXELS
 from medft.data.splits import OwnSplitSection, SplitSection
 from medft.data.table_row import ReadOptions, TableCounts
 from medft.data.tables import Rejected, TableRow, first_row, table_rows
-from medft.data.template import template_names, text_of
+from medft.data.template import IMAGE_PLACEHOLDER, template_names, text_of
 from medft.errors import DataError, RecipeError
+
+ColumnName = Annotated[dict[Literal["column"], str], Field(min_length=1)]
 
 DEFAULT_PROMPTS = ["Describe this medical image."]
 
 NA_VALUES = ["", "NULL", "nan", "NaN", "N/A", "None", "-"]
+LANGUAGE = "language"
+"""Name of a row's language in `fields`."""
 
 
 class SourceSection(Section):
@@ -74,6 +78,12 @@ class SourceSection(Section):
     keep: list[str] = Field([])
     """Columns copied into `fields`."""
 
+    language: Annotated[str, Field(min_length=1)] | ColumnName | None = None
+    """Language of the rows, copied into `fields`: a constant, or {column: NAME}."""
+
+    prompts: list[str] | None = Field(None, min_length=1)
+    """Prompts of this source instead of the common ones."""
+
     group: str | None = None
     """Column; rows of one group, such as a patient, are always in one split, over all sources."""
 
@@ -92,7 +102,7 @@ class SourceSection(Section):
     id: str | None = None
     """Column; default: a hash of the content."""
 
-    license: str | dict[Literal["column"], str] | None = None
+    license: str | ColumnName | None = None
     """License of the rows: a constant, or {column: NAME}."""
 
     @model_validator(mode="after")
@@ -162,6 +172,14 @@ class SourceSection(Section):
             names_image=None if self.kind == "dicom" else names_image,
         )
 
+    @model_validator(mode="after")
+    def _gives_each_field_and_question_once(self) -> Self:
+        if self.language is not None and LANGUAGE in self.keep:
+            raise ValueError(f"the key {LANGUAGE} or a column of that name in keep, not both")
+        if self.prompts is not None and self.question is not None:
+            raise ValueError("prompts or question, since every row has a question of its own")
+        return self
+
     @property
     def image_columns(self) -> list[str]:
         """The columns with images."""
@@ -175,8 +193,14 @@ class SourceSection(Section):
         names = [*columns_of(self.text), *self.keep, *(self.where or {})]
         names += columns_of(self.question) if self.question else []
         names += [name for name in (self.study, self.group, self.id) if name]
-        names += [self.license["column"]] if isinstance(self.license, dict) else []
+        given = (self.license, self.language)
+        names += [value["column"] for value in given if isinstance(value, dict)]
         return list(dict.fromkeys(names))
+
+    @property
+    def field_names(self) -> list[str]:
+        """The names in `fields`."""
+        return self.keep if self.language is None else [*self.keep, LANGUAGE]
 
 
 class ImagesSection(Section):
@@ -209,6 +233,10 @@ class SourcesFile(Section):
         if any(len(found) > 1 for found in forms.values()):
             raise ValueError("the same group_form in all sources whose groups are compared")
         return self
+
+    def prompts_of(self, source: SourceSection) -> list[str]:
+        """The templates for rows of a source without question."""
+        return self.prompts if source.prompts is None else source.prompts
 
 
 def load_sources(path: Path) -> SourcesFile:
@@ -282,19 +310,25 @@ def columns_of(template: str) -> list[str]:
 
 
 def check_prompts(prompts: list[str], source: SourceSection) -> None:
-    """Raise for prompts over columns that a source without question does not keep.
+    """Raise for prompts that the rows of a source without question cannot be asked.
 
     Raises:
-        RecipeError: a prompt names such a column.
+        RecipeError: a prompt is no template, names a column that is not in `fields`, or holds
+            `<image>`.
     """
     if source.question is not None:
         return
-    for prompt in (prompt for prompt in prompts if "{" in prompt):
-        missing = [name for name in template_names(prompt) if name not in source.keep]
+    for prompt in prompts:
+        missing = [name for name in template_names(prompt) if name not in source.field_names]
         if missing:
             raise RecipeError(
                 f"expected the columns of the prompt {prompt!r} in keep of source {source.name}, "
                 f"{', '.join(missing)} is missing: add it to keep"
+            )
+        if IMAGE_PLACEHOLDER in prompt:
+            raise RecipeError(
+                f"expected the prompt {prompt!r} of source {source.name} without "
+                f"{IMAGE_PLACEHOLDER}: remove it, the images stand before the prompt"
             )
 
 

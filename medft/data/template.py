@@ -6,6 +6,9 @@ from typing import Any
 
 from medft.errors import RecipeError
 
+IMAGE_PLACEHOLDER = "<image>"
+"""What LLaMA-Factory, ms-swift and LLaVA write into a text where an image stands."""
+
 
 def template_names(template: str) -> list[str]:
     """The names between the braces of a template.

@@ -17,11 +17,21 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from medft.data.messages import Message
+from medft.data.template import IMAGE_PLACEHOLDER
 from medft.decoder.families.base import Family, ImageInputs
 from medft.errors import BaseModelError, DataError
 
 IGNORED = -100
 """Label of a token that is not trained; the ignore_index of torch's cross-entropy."""
+
+_PLACEHOLDERS = (
+    IMAGE_PLACEHOLDER,
+    "<|image|>",
+    "<|vision_start|>",
+    "<start_of_image>",
+    "<image_soft_token>",
+)
+"""Where an image stands in texts for other models, for which a tokenizer may have no token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,23 +187,30 @@ class ConversationEncoder:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def check_texts(self, messages: list[Message], name: str) -> None:
-        """Refuse texts that contain special tokens.
+        """Refuse texts that contain special tokens, or what other models write for an image.
 
         Args:
             messages: turns with part lists.
             name: the row's id, for error messages.
 
         Raises:
-            DataError: a text holds a special token.
+            DataError: a text holds one.
         """
         for message in messages:
             for part in message["content"]:
-                found = self._special.intersection(self._ids(part.get("text") or ""))
+                text = part.get("text") or ""
+                found = self._special.intersection(self._ids(text))
                 if found:
                     token = self.processor.tokenizer.convert_ids_to_tokens(min(found))
                     raise DataError(
                         f"row {name}: expected ordinary text, a turn of the {message['role']} "
                         f"holds the tokenizer's {token}: remove it"
+                    )
+                foreign = next((token for token in _PLACEHOLDERS if token in text), None)
+                if foreign:
+                    raise DataError(
+                        f"row {name}: expected ordinary text, a turn of the {message['role']} "
+                        f"holds {foreign}, which other models read as an image: remove it"
                     )
 
 
@@ -210,16 +227,20 @@ def _check_rendered(rendered: str, messages: list[Message], name: str) -> None:
 def mark_trained(row: EncodedRow, encoder: ConversationEncoder, max_length: int) -> str:
     """The tokens of a row as one line of text, each trained span between >>> and <<<.
 
-    Consecutive image tokens are written as one.
+    The tokens of an image are written as one.
     """
     decode = encoder.processor.tokenizer.decode
+    per_image = encoder.family.tokens_per_image(encoder.processor)
+    seen = 0  # image tokens
     tokens = zip(row.input_ids[:max_length], row.labels[:max_length], strict=True)
     pieces = []
     for trained, run in groupby(tokens, key=lambda pair: pair[1] != IGNORED):
         shown: list[int] = []
         for token, _ in run:
-            if not (shown and token == shown[-1] == encoder.image_token_id):
+            is_image = token == encoder.image_token_id
+            if not is_image or seen % per_image == 0:
                 shown.append(token)
+            seen += is_image
         text = decode(shown)
         pieces.append(f">>>{text}<<<" if trained else text)
     return "".join(pieces).replace("\n", "\\n")

@@ -395,8 +395,8 @@ def test_texts_of_nothing_are_empty_cells_wherever_they_are_read(prepared):
         b"3.png,,,p,MIT,v,1\n"
     )
     counts, pairs, rejects = prepared(
-        table, text="{report} {more}", group="patient", empty_group="image", license={"column": "license"}, id="id",
-        keep=["age"],
+        table, text="{report} {more}", group="patient", empty_group="image", id="id",
+        license={"column": "license"}, keep=["age"],
     )  # fmt: skip
     assert rejects == [(1, "empty_text"), (3, "no_image"), (5, "empty_text")]
     assert [row["text"] for row in pairs] == ["clear", "Nan means bread None of it"]

@@ -94,7 +94,7 @@ TEXT = [turn("user", "Hello"), turn("assistant", "Yes")]
 
 GOLDEN = {
     ("paligemma", 1): "<image><bos>What is seen?\\n>>>A disc.<eos><<<",
-    ("paligemma", 2): "<image><bos>What is seen?\\n>>>A disc.<eos><<<Where?\\n"
+    ("paligemma", 2): "<image><image><bos>What is seen?\\n>>>A disc.<eos><<<Where?\\n"
     ">>>Left, 3.5 cm.<eos><<<",
     ("paligemma", 0): "<bos>Hello\\n>>>Yes<eos><<<",
     ("gemma3", 1): "<bos><start_of_turn>user\\n\\n\\n<start_of_image><image_soft_token>"
@@ -298,6 +298,30 @@ def test_special_tokens_in_a_text_are_refused(encoders, name, text):
     messages = [turn("user", "What?", images=1), turn("assistant", text)]
     with pytest.raises(DataError, match=r"row r: .* the assistant holds the tokenizer's <"):
         encoders[name].encode(messages, "r")
+
+
+@GEMMAS
+def test_blank_text_between_images_encodes(encoders, name):
+    image = {"type": "image"}
+    content = [image, {"type": "text", "text": "\n"}, image, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}, turn("assistant", "A disc.")]
+    encoder = encoders[name]
+    shown = mark_trained(encoder.encode(messages, "r"), encoder, 500)
+    assert shown.count(encoder.processor.image_token) == 2
+    assert "What?" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("gemma3", "<image>"), ("gemma3", "a <|image|>"), ("paligemma", "<start_of_image>"),
+     ("paligemma", "<image_soft_token>b"), ("gemma3", "<|vision_start|>")],
+)  # fmt: skip
+def test_what_other_models_read_as_an_image_is_refused(encoders, name, text):
+    messages = [turn("user", text, images=1), turn("assistant", "A disc.")]
+    with pytest.raises(DataError, match=r"row r: .* the user holds <.*other models read as an im"):
+        encoders[name].encode(messages, "r")
+    messages[0] = turn("user", text.replace("<", "< "), images=1)
+    assert encoders[name].encode(messages, "r").input_ids
 
 
 @GEMMAS
