@@ -25,7 +25,7 @@ HOUSE = """
     siglip/ pooling_head model locked_towers loss floor distributed exact_batch
     siglip/ augmentation collator checks prepared embedder trainer build
     check
-    evaluation/ items controls predictions report evaluate
+    evaluation/ items controls predictions seen labels chart report evaluate
     inference/ cases prompts predictor __init__ files
     export/ merge
     demo/ bases phantoms exports pretrain report chain
@@ -101,6 +101,11 @@ def test_every_file_has_its_place_and_imports_only_what_stands_above_it():
 def test_a_planted_import_in_the_wrong_direction_is_found(module, line):
     assert wrong_imports(module, line)
     assert not wrong_imports("medft.cli", line)
+
+
+def test_no_file_is_too_long_to_have_one_reason():
+    lengths = {p.name: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > 350} == {}
 
 
 def test_recipe_scripts_are_short_and_never_imported():

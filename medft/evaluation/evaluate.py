@@ -14,12 +14,14 @@ from typing import Any
 from datasets import Dataset
 
 from medft.data.images import open_image
+from medft.data.overlap import find_overlap
 from medft.data.rows import image_source
 from medft.decoder.generator import Generator
 from medft.errors import DataError, RunError
 from medft.evaluation.items import rows_to_evaluate, training_rows
 from medft.evaluation.predictions import answer_predictions, retrieval_predictions
 from medft.evaluation.report import shown_cases, write_evaluation_report
+from medft.evaluation.seen import scores_unseen
 from medft.files import check_folder_for_output, complete_folder, write_json
 from medft.metrics.predictions import Prediction, RetrievalPrediction, prediction_of
 from medft.metrics.scores import score
@@ -70,12 +72,13 @@ def evaluate(
         )
     path, rows = rows_to_evaluate(trained.run, data, split)
     notes: list[str] = []
+    train = training_rows(trained.run)
+    overlap = None if train is None else find_overlap(train, rows)
     found: Iterator[Prediction]
     with complete_folder(out) as draft:
         if trained.is_encoder:
             found = retrieval_predictions(Embedder.of(trained), rows, against_base=against_base)
         else:
-            train = training_rows(trained.run)
             notes += [_NO_NEAREST] if train is None else []
             found = answer_predictions(
                 Generator.of(trained), rows, against_base=against_base, train=train
@@ -83,7 +86,7 @@ def evaluate(
         write_predictions(draft / "predictions.jsonl", found)
         predictions = read_predictions(draft / "predictions.jsonl")
         metrics: dict[str, Any] = {"model": str(source), "data": str(path), "split": split}
-        metrics |= {**score(predictions), "notes": notes}
+        metrics |= {**score(predictions), "notes": notes, **scores_unseen(predictions, overlap)}
         write_json(draft / "metrics.json", metrics)
         run = trained.run
         if run and not (run.history.is_file() and run.curves.is_file()):

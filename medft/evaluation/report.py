@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medft.evaluation.chart import chart
+from medft.evaluation.labels import COLORS, interval, label
+from medft.evaluation.seen import overlap_line
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
 from medft.models.saved import RunLayout
@@ -20,22 +23,6 @@ from medft.pages import inline, page, table
 
 SHOWN_CASES = 12
 """Number of cases on the page, taken in turn from every source, chosen by hashed ids."""
-
-LABELS = {
-    "finding_f1": "finding F1 (keywords)",
-    "exact_match": "exact match",
-    "token_f1": "token F1",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU",
-    "closed_accuracy": "yes/no accuracy",
-    "tuned": "tuned",
-    "base": "base",
-    "shuffled": "tuned, other image",
-    "nearest": "nearest training text",
-}
-"""Display names of metrics and systems."""
-
-_COLORS = {"tuned": "#0b6bcb", "base": "#7a8794", "shuffled": "#d98324", "nearest": "#7b5bb5"}
 
 
 def write_evaluation_report(
@@ -89,38 +76,38 @@ def evaluation_sections(
         if is_encoder
         else "Words that the reference lacks are marked, words that are missing struck through."
     )
+    seen = metrics["overlap"] is None or metrics["overlap"]["rows"]
     return [
+        f'<p class="{"warning" if seen else "note"}">{html.escape(overlap_line(metrics))}</p>',
         _headline(metrics),
         f'<p class="note">Cases drawn by their ids. {legend}</p>'
         f'<div class="cases">{"".join(cases)}</div>',
-        _chart(metrics),
+        chart(metrics),
         _figures(metrics),
     ]
-
-
-def label(name: str) -> str:
-    """The display name of a metric or system."""
-    return LABELS.get(name, name.replace("_", " "))
-
-
-def interval(estimate: Mapping[str, Any]) -> str:
-    """A value with its interval, such as "0.71 [0.64, 0.78]", or why there is none."""
-    if estimate["value"] is None:
-        return f"none: {estimate['reason']}"
-    if estimate["low"] is None:
-        return f"{estimate['value']:.3g} (no interval: {estimate['reason']})"
-    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
     """The scores as lines of text: each metric, n, and every system's value and interval."""
     systems = metrics["systems"]
-    lines = [f"{metrics['rows']} rows of {metrics['groups']} groups, {metrics['data']}"]
-    for metric, tuned in systems["tuned"].items():
-        values = ", ".join(f"{label(name)} {interval(f[metric])}" for name, f in systems.items())
-        lines.append(f"{label(metric)} (n {tuned['n']}): {values}")
+    lines = [
+        f"{metrics['rows']} rows of {metrics['groups']} groups, {metrics['data']}",
+        overlap_line(metrics),
+        *_score_lines(systems),
+    ]
+    if metrics["unseen"]:
+        lines += ["without the rows that training has seen:"]
+        lines += _score_lines(metrics["unseen"]["systems"])
     lines += [f"chance {name}: {value:.3g}" for name, value in metrics.get("chance", {}).items()]
     return "\n".join([*lines, *metrics["notes"]])
+
+
+def _score_lines(systems: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{label(metric)} (n {tuned['n']}): "
+        + ", ".join(f"{label(name)} {interval(f[metric])}" for name, f in systems.items())
+        for metric, tuned in systems["tuned"].items()
+    ]
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
@@ -132,7 +119,7 @@ def _headline(metrics: Mapping[str, Any]) -> str:
         span = ""
         if value["low"] is not None:
             span = f", 95 % interval {value['low']:.2f} to {value['high']:.2f}"
-        color = _COLORS[name]
+        color = COLORS[name]
         cards.append(
             f'<div class="card"><b style="color:{color}">{shown}</b>{html.escape(label(name))}'
             f"<br><span>{html.escape(label(main))}{span}</span></div>"
@@ -154,56 +141,24 @@ def _main_metric(metrics: Mapping[str, Any]) -> str:
     return "closed_accuracy" if 3 * closed >= metrics["rows"] else "finding_f1"
 
 
-def _chart(metrics: Mapping[str, Any]) -> str:
-    """Points and whiskers as SVG, a row per metric and system, from 0 to 1 (BLEU 0 to 100)."""
-    systems = metrics["systems"]
-    parts, y = [], 8
-    for metric in systems["tuned"]:
-        if metric.endswith("median_rank") or systems["tuned"][metric]["value"] is None:
-            continue
-        y += 20
-        parts.append(f'<text x="12" y="{y}" font-weight="600">{html.escape(label(metric))}</text>')
-        for name, figures in systems.items():
-            y += 18
-            parts.append(_whisker(figures[metric], y, name, 100 if metric == "bleu" else 1))
-        y += 8
-    grid = "".join(
-        f'<line x1="{x}" x2="{x}" y1="8" y2="{y}" stroke="#e8edf1"/>'
-        f'<text class="s" x="{x}" y="{y + 16}" text-anchor="middle">{value:g}</text>'
-        for value in (0, 0.25, 0.5, 0.75, 1)
-        for x in [_across(value)]
-    )
-    return (
-        f'<h3>Scores and their 95 % intervals</h3><div class="scroll"><svg '
-        f'viewBox="0 0 680 {y + 26}" role="img" aria-label="scores by system">'
-        f"{grid}{''.join(parts)}</svg></div>"
-    )
-
-
-def _across(value: float) -> float:
-    return 190 + 400 * value
-
-
-def _whisker(estimate: Mapping[str, Any], y: int, system: str, whole: float) -> str:
-    name = f'<text class="s" x="24" y="{y}">{html.escape(label(system))}</text>'
-    if estimate["value"] is None:
-        return f'{name}<text class="s" x="190" y="{y}">{html.escape(estimate["reason"])}</text>'
-    color, middle = _COLORS[system], y - 4
-    at = _across(estimate["value"] / whole)
-    line = ""
-    if estimate["low"] is not None:
-        low, high = (_across(estimate[end] / whole) for end in ("low", "high"))
-        line = (
-            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" '
-            f'stroke="{color}" stroke-width="3" stroke-opacity=".4"/>'
-        )
-    return (
-        f'{name}{line}<circle cx="{at:.1f}" cy="{middle}" r="4.5" fill="{color}"/>'
-        f'<text x="612" y="{y}">{estimate["value"]:.3g}</text>'
-    )
-
-
 def _figures(metrics: Mapping[str, Any]) -> str:
+    unseen = metrics["unseen"]
+    tables = _tables(metrics, "All figures")
+    if unseen:
+        tables += _tables(unseen, "Without the rows that training has seen")
+    notes = [
+        "Intervals: 95 %, bootstrap over groups (patients), which keeps a group's rows together. "
+        "Empty and failed answers count as wrong."
+    ]
+    if "bleu_signature" in metrics:
+        notes.append(f"BLEU: {metrics['bleu_signature']}.")
+    notes += metrics.get("notes", [])
+    shown = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    return f"{tables}{shown}"
+
+
+def _tables(metrics: Mapping[str, Any], title: str) -> str:
+    """Every system's figures, and their differences from the tuned model."""
     systems, differences = metrics["systems"], metrics["differences"]
     head = ["", "n", *map(label, systems)]
     rows = [
@@ -215,17 +170,9 @@ def _figures(metrics: Mapping[str, Any]) -> str:
         [label(metric)] + [interval(figures[metric]) for figures in differences.values()]
         for metric in systems["tuned"]
     ]
-    notes = [
-        "Intervals: 95 %, bootstrap over groups (patients), which keeps a group's rows together. "
-        "Empty and failed answers count as wrong."
-    ]
-    if "bleu_signature" in metrics:
-        notes.append(f"BLEU: {metrics['bleu_signature']}.")
-    notes += metrics.get("notes", [])
-    shown = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
     return (
-        f"<h3>All figures</h3>{table(head, rows)}<h3>Tuned minus the others, row by row</h3>"
-        f"{table(['', *(f'minus {label(name)}' for name in differences)], paired)}{shown}"
+        f"<h3>{title}</h3>{table(head, rows)}<h3>Tuned minus the others, row by row</h3>"
+        f"{table(['', *(f'minus {label(name)}' for name in differences)], paired)}"
     )
 
 

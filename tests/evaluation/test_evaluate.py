@@ -36,6 +36,47 @@ def test_a_decoder_run_is_evaluated_on_its_own_validation_rows(evaluated, data):
     assert "run.json" in page
 
 
+@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+def test_rows_that_training_has_seen_are_counted_and_every_score_is_given_without_them(
+    runs, data, tmp_path, medft, capsys, kind
+):
+    train, validation = (
+        (data / "chat" / f"{split}.jsonl").read_text().splitlines()[:5]
+        for split in ("train", "validation")
+    )
+    given = data / "chat" / f"{kind}_both.jsonl"
+    given.write_text("".join(line + "\n" for line in [*train[:3], *validation]))
+    assert medft("evaluate", runs / kind, "--data", given, "--out", tmp_path / "both") == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert metrics["overlap"]["rows"] == metrics["overlap"]["same"] == 3
+    assert metrics["overlap"]["groups"] == len({json.loads(line)["group_id"] for line in train[:3]})
+    assert metrics["rows"] == 8
+    found = read_predictions(tmp_path / "both" / "predictions.jsonl")
+    expected = score(found[3:])
+    assert metrics["unseen"]["systems"] == expected["systems"]
+    assert metrics["unseen"]["rows"] == 5
+    assert metrics["unseen"]["systems"] != metrics["systems"]
+    sentence = "Training has seen 3 of these rows"
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert sentence in printed
+    assert page.index(sentence) < page.index('<div class="cards">')
+    assert "Without the rows that training has seen" in page
+
+
+def test_where_training_has_seen_none_it_is_said_and_where_its_rows_are_lost_that(
+    evaluated, runs, data, tmp_path, medft, capsys
+):
+    page = (evaluated / "siglip" / "report.html").read_text()
+    assert "Training has seen none of these rows" in page
+    metrics = json.loads((evaluated / "siglip" / "metrics.json").read_text())
+    assert (metrics["overlap"]["rows"], metrics["unseen"]) == (0, None)
+    given = ("--data", data / "chat" / "train.jsonl", "--out", tmp_path / "adapter")
+    assert medft("evaluate", runs / "siglip" / "adapter", *given) == 0
+    assert "Whether training has seen these rows is not known" in capsys.readouterr().out
+    assert json.loads((tmp_path / "adapter" / "metrics.json").read_text())["overlap"] is None
+
+
 def test_ranks_of_a_siglip_run_are_those_of_its_embeddings(evaluated, runs, data):
     from medft.data.images import open_image
     from medft.siglip.embedder import Embedder

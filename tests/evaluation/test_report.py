@@ -2,7 +2,8 @@
 
 from hand_made import predictions
 
-from medft.evaluation.report import SHOWN_CASES, evaluation_sections, interval, shown_cases
+from medft.evaluation.labels import interval
+from medft.evaluation.report import SHOWN_CASES, evaluation_sections, shown_cases
 from medft.metrics.scores import score
 
 
@@ -13,7 +14,8 @@ def test_the_page_escapes_what_models_write_and_marks_what_differs():
             "shuffled": lambda i, reference: "x",
         }
     )
-    page = "".join(evaluation_sections(made, score(made), {}))
+    metrics = {**score(made), "overlap": None, "unseen": None}
+    page = "".join(evaluation_sections(made, metrics, {}))
     assert "<script>" not in page
     assert "<ins>&lt;script&gt;" in page
     assert "<del>Small left" in page
