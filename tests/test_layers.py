@@ -14,7 +14,8 @@ HOUSE = """
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
-    data/ template images table_row encoding csv_rows json_rows tables dicom_reports dicom
+    data/ template images stored_image table_row encoding csv_rows json_rows tables
+    data/ dicom_reports dicom
     data/ splits sources groups pairs kept_split assign pairing report prepare
     data/ messages rows overlap prompts chat tokens
     models/ base saved adapter lora frozen

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medft.data.dicom import open_dicom
-from medft.data.pairs import StoredImage, store_encoded_image, store_image
 from medft.data.sources import LANGUAGE, SourceSection, SourcesFile
 from medft.data.splits import SplitSection
+from medft.data.stored_image import StoredImage, store_encoded_image, store_image
 from medft.data.tables import Rejected, TableRow
 from medft.data.template import IMAGE_PLACEHOLDER, fill_template, template_names, text_of
 from medft.errors import DataError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
-from medft.data.pairs import thumbnail
+from medft.data.stored_image import thumbnail
 from medft.errors import DataError
 from medft.evaluation.items import Item, items_of, open_item_images
 

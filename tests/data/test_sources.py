@@ -9,10 +9,11 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from medft.data.pairs import perceptual_hash, read_pairs
+from medft.data.pairs import read_pairs
 from medft.data.prepare import prepare
 from medft.data.sources import load_sources
 from medft.data.splits import join_groups
+from medft.data.stored_image import perceptual_hash
 from medft.errors import DataError, RecipeError, RunError
 
 

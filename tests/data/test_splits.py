@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medft.data.pairs import perceptual_hash, store_encoded_image
 from medft.data.splits import (
     NEAR_BITS,
     NEAR_GRAY,
@@ -20,6 +19,7 @@ from medft.data.splits import (
     near_copies,
     refuse_divided,
 )
+from medft.data.stored_image import perceptual_hash, store_encoded_image
 from medft.errors import DataError
 
 
