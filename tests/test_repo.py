@@ -12,10 +12,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from medft.config.recipe import DecoderRecipe, SiglipRecipe
+from medft.data.sources import load_sources
 from medft.files import packaged_file
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    path for kind in ("decoder", "siglip") for path in (ROOT / "recipes" / kind).glob("*.yaml")
+)
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
@@ -29,6 +32,14 @@ def test_the_recipes_that_ship_are_counted():
         "siglip/siglip_base_448.yaml",
         "siglip/tiny.yaml",
     }
+
+
+def test_the_sources_that_ship_load_and_name_themselves():
+    files = sorted((ROOT / "recipes" / "sources").glob("*.yaml"))
+    assert [path.stem for path in files] == ["path_vqa", "slake", "vqa_rad"]
+    for path in files:
+        assert len(load_sources(path).sources) > 1
+        assert f"medft data prepare recipes/sources/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

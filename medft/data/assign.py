@@ -26,7 +26,7 @@ from medft.data.splits import (
     join_groups,
     refuse_divided,
 )
-from medft.data.tables import table_rows, takes
+from medft.data.tables import tables_rows, takes
 from medft.data.template import text_of
 
 
@@ -82,7 +82,7 @@ def _table_groups(source: SourceSection, root: Path) -> set[str]:
     if source.group is None or source.kind == "dicom":
         return set()
     columns = [source.group, *(source.where or {})]
-    rows = table_rows(source.kind, root / source.path, source.read_options(root), columns=columns)
+    rows = tables_rows(source.kind, source.tables(root), source.read_options(root), columns=columns)
     taken = (row for row in rows if isinstance(row, dict) and takes(row, source.where))
     return {text_of(row.get(source.group)) for row in taken}
 

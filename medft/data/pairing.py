@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from medft.data.dicom import open_dicom
 from medft.data.sources import LANGUAGE, SourceSection, SourcesFile
-from medft.data.splits import SplitSection
+from medft.data.splits import SOURCE, SplitSection
 from medft.data.stored_image import StoredImage, store_encoded_image, store_image
 from medft.data.tables import Rejected, TableRow
 from medft.data.template import IMAGE_PLACEHOLDER, fill_template, template_names, text_of
@@ -176,10 +176,12 @@ class Maker:
     def _own_split(self, rows: list[TableRow]) -> str:
         if isinstance(self.split, SplitSection):
             return ""
-        values = {text_of(row.get(self.split.column)) for row in rows}
+        column = self.split.column
+        otherwise = self.source.name if column == SOURCE else None
+        values = {text_of(row.get(column, otherwise)) for row in rows}
         split, *others = {self.split.split_of(value) for value in values}
         if split is None or others:
-            raise Rejected("no_split", f"{self.split.column} is {', '.join(sorted(values))!r}")
+            raise Rejected("no_split", f"{column} is {', '.join(sorted(values))!r}")
         return split
 
     def _images(self, row: TableRow) -> list[SpooledImage]:
@@ -251,8 +253,12 @@ class Maker:
 
 
 def content_hash(pair: Pair) -> str:
-    """SHA-256 of a pair's images, question and text, independent of ids and file names."""
+    """SHA-256 of a pair's images, question and text, independent of ids and file names.
+
+    The same content in another split of a table's own is another pair.
+    """
     content = [[image.stored.sha256 for image in pair.images], pair.question, pair.text]
+    content += [pair.split] if pair.split else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -11,9 +11,9 @@ from medft.config.strict_yaml import Section, StrictYaml, errors_of, nearest
 from medft.data.dicom import dicom_rows
 from medft.data.encoding import check_encoding
 from medft.data.images import MAX_PIXELS
-from medft.data.splits import OwnSplitSection, SplitSection
+from medft.data.splits import SOURCE, OwnSplitSection, SplitSection
 from medft.data.table_row import ReadOptions, TableCounts
-from medft.data.tables import Rejected, TableRow, first_row, table_rows
+from medft.data.tables import Rejected, TableRow, first_row, tables_rows
 from medft.data.template import IMAGE_PLACEHOLDER, template_names, text_of
 from medft.errors import DataError, RecipeError
 
@@ -40,7 +40,7 @@ class SourceSection(Section):
     """Format: a table file, or a folder (imagefolder: images and metadata; dicom: .dcm files)."""
 
     path: str
-    """The table or folder, relative to SOURCES.yaml."""
+    """The table or folder, relative to SOURCES.yaml; tables may be several: data/train-*.csv."""
 
     encoding: str | None = None
     """Codec of the text of the source, such as cp1252; default: UTF-8, with or without BOM."""
@@ -153,6 +153,25 @@ class SourceSection(Section):
         """The folder that image paths start from, in that of SOURCES.yaml."""
         folder = self.images or (self.path if self.kind == "imagefolder" else ".")
         return root / folder
+
+    def tables(self, root: Path) -> list[Path]:
+        """The files of the source, in the order of their names.
+
+        Args:
+            root: folder of SOURCES.yaml.
+
+        Raises:
+            DataError: a pattern matches no file.
+        """
+        if "*" not in self.path:
+            return [root / self.path]
+        found = sorted(root.glob(self.path))
+        if not found:
+            raise DataError(
+                f"expected files that match {self.path} in {root}, found none: correct source "
+                f"{self.name}"
+            )
+        return found
 
     def read_options(self, root: Path) -> ReadOptions:
         """How its table is read.
@@ -287,7 +306,7 @@ def source_rows(
     """
     options = source.read_options(root)
     if source.kind != "dicom":
-        return table_rows(source.kind, root / source.path, options, counts)
+        return tables_rows(source.kind, source.tables(root), options, counts)
     return dicom_rows(
         root / source.path,
         table=root / source.table if source.table else None,
@@ -301,7 +320,7 @@ def source_rows(
 
 def _columns_read(source: SourceSection, split: SplitSection | OwnSplitSection) -> list[str]:
     own = [split.column] if isinstance(split, OwnSplitSection) else []
-    return list(dict.fromkeys([*source.columns, *own]))
+    return list(dict.fromkeys([*source.columns, *(name for name in own if name != SOURCE)]))
 
 
 def columns_of(template: str) -> list[str]:
@@ -341,11 +360,12 @@ def check_columns(source: SourceSection, root: Path, split: SplitSection | OwnSp
     if source.kind == "dicom":  # tags and columns are checked where the two are joined
         next(source_rows(source, root, split), None)
         return
-    first = first_row(source.kind, root / source.path, source.read_options(root))
     wanted = dict.fromkeys([*_columns_read(source, split), *source.image_columns])
-    missing = [name for name in wanted if name not in first]
-    if missing:
-        raise DataError(
-            f"expected the columns {', '.join(missing)} in {root / source.path}, it has "
-            f"{', '.join(first)}: correct source {source.name}"
-        )
+    for table in source.tables(root):
+        first = first_row(source.kind, table, source.read_options(root))
+        missing = [name for name in wanted if name not in first]
+        if missing:
+            raise DataError(
+                f"expected the columns {', '.join(missing)} in {table}, it has "
+                f"{', '.join(first)}: correct source {source.name}"
+            )

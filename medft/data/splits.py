@@ -33,6 +33,10 @@ BLANK_GRAY = 2.0
 _TRIED = 1000
 
 
+SOURCE = "source"
+"""What a split may name in place of a column: the name of the source."""
+
+
 class SplitSection(Section):
     """Fractions of the rows held out for validation and test."""
 
@@ -58,7 +62,7 @@ class OwnSplitSection(Section):
     """A split given by a column of the tables."""
 
     column: str
-    """Column with the split, in the table of every source."""
+    """Column with the split, in the table of every source; `source`: the source's name."""
 
     train: list[str] = Field(min_length=1)
     """Values of the column that mean train."""

@@ -29,6 +29,13 @@ class TableCounts:
     na_cells: int = 0
     """Cells that na_values emptied and that had held something."""
 
+    def add(self, other: "TableCounts") -> None:
+        """Add the counts of another table."""
+        self.na_cells += other.na_cells
+        if other.lines is not None and other.records is not None:
+            self.lines = (self.lines or 0) + other.lines
+            self.records = (self.records or 0) + other.records
+
     def summary(self) -> dict[str, int]:
         """The counts by name, lines and records of CSV files only."""
         counts = {"na_cells": self.na_cells, "lines": self.lines, "records": self.records}

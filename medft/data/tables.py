@@ -50,6 +50,22 @@ def table_rows(
         yield row if isinstance(row, Rejected) else options.emptied(row, counts)
 
 
+def tables_rows(
+    kind: str,
+    tables: Sequence[Path],
+    options: ReadOptions,
+    counts: TableCounts | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+) -> Iterator[TableRow | Rejected]:
+    """The rows of several tables, as from `table_rows`, one table after another."""
+    for table in tables:
+        own = TableCounts()
+        yield from table_rows(kind, table, options, own, columns=columns)
+        if counts is not None:
+            counts.add(own)
+
+
 def first_row(kind: str, table: Path, options: ReadOptions) -> TableRow:
     """The first row of the table that is not rejected.
 
