@@ -14,7 +14,8 @@ HOUSE = """
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
-    data/ template images tables dicom splits sources pairs pairing report prepare
+    data/ template images tables dicom splits sources identifiers group_key clearing
+    data/ pairs pairing report prepare
     data/ messages rows prompts chat tokens
     models/ base saved adapter lora frozen
     training/ process arguments trainer checkpoints callbacks curves resume run launch

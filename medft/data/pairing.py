@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medft.data.clearing import Clearer, Search, Written
 from medft.data.dicom import open_dicom
 from medft.data.pairs import StoredImage, store_encoded_image, store_image
 from medft.data.sources import SourceSection, SourcesFile
@@ -81,12 +82,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A pair or None, the rows that it has, and the rejected rows."""
+    """A pair or None, the rows that it has, the rejected rows, and what the search found."""
 
     source: int
     pair: Pair | None
     taken: list[int]
     rejected: list[tuple[int, str, str]]
+    search: Search | None = None
 
 
 class Maker:
@@ -95,18 +97,26 @@ class Maker:
     CACHED_IMAGES = 10_000
 
     def __init__(
-        self, source: SourceSection, spec: SourcesFile, root: Path, spool: BinaryIO
+        self,
+        source: SourceSection,
+        spec: SourcesFile,
+        root: Path,
+        spool: BinaryIO,
+        key: bytes | None,
     ) -> None:
         self.source = source
+        self.clearer = Clearer(source, key)
         self.limits = spec.images
         self.split = spec.split
         self.spool = spool
         folder = source.images or (source.path if source.kind == "imagefolder" else ".")
         self.folder = (root / folder).resolve()
         self._cache: dict[Path, SpooledImage] = {}
+        self._search: Search | None = None
 
     def result(self, task: Task) -> Result:
         """The pair of a row or a study, and its rejected rows."""
+        self._search = None
         images: list[SpooledImage] = []
         good: list[tuple[int, TableRow]] = []
         rejected: list[tuple[int, str, str]] = []
@@ -125,7 +135,7 @@ class Maker:
             except Rejected as verdict:
                 rejected += [(number, verdict.reason, verdict.detail) for number, _ in good]
         taken = [number for number, _ in good] if pair else []
-        return Result(task.source, pair, taken, rejected)
+        return Result(task.source, pair, taken, rejected, self._search)
 
     def _pair(self, rows: list[TableRow], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]
@@ -143,7 +153,7 @@ class Maker:
         if isinstance(license_name, dict):
             license_name = text_of(first.get(license_name["column"])) or None
         pair = Pair(
-            id="",
+            id=text_of(first.get(source.id)) if source.id else "",
             images=images,
             text=texts[0],
             question=question,
@@ -153,15 +163,36 @@ class Maker:
             license=license_name,
             split=self._own_split(rows),
         )
-        given = text_of(first.get(source.id)) if source.id else ""
+        pair = self._cleared(pair, rows)
         group = text_of(first.get(source.group)) if source.group else ""
         pair = replace(
             pair,
-            id=given or content_hash(pair)[:16],
+            id=pair.id or content_hash(pair)[:16],
             group_id=f"{source.name}/{group}" if group else f"image/{images[0].stored.sha256}",
         )
         _check_encodable(pair)
         return pair
+
+    def _cleared(self, pair: Pair, rows: list[TableRow]) -> Pair:
+        """The pair without the identifiers of its rows and, with a key, without its clear group."""
+        fields = {f"field {name}": value for name, value in pair.fields.items()}
+        texts = {"text": pair.text, "question": pair.question or "", "license": pair.license or ""}
+        names = [image.stored.name for image in pair.images]
+        written = Written(id=pair.id, texts={**texts, **fields}, names=names)
+        cleared, self._search = self.clearer.cleared(written, rows)
+        self.clearer.check(cleared, self._search)
+        return replace(
+            pair,
+            id=cleared.id,
+            images=[
+                replace(image, stored=replace(image.stored, name=name))
+                for image, name in zip(pair.images, cleared.names, strict=True)
+            ],
+            text=cleared.texts["text"],
+            question=cleared.texts["question"] or None,
+            fields={name: cleared.texts[f"field {name}"] for name in pair.fields},
+            license=cleared.texts["license"] or None,
+        )
 
     def _own_split(self, rows: list[TableRow]) -> str:
         if isinstance(self.split, SplitSection):

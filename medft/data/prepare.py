@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from medft.data.clearing import Clearer, SearchCounts
+from medft.data.group_key import check_group_stays_hidden, keyed, read_group_key
 from medft.data.pairing import Maker, Pair, Result, Task, content_hash
 from medft.data.pairs import write_pairs
 from medft.data.report import write_data_report
@@ -66,6 +68,7 @@ class SourceCounts:
     rejected: int = 0
     pairs: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    searches: SearchCounts = field(default_factory=SearchCounts)
 
 
 @dataclass(slots=True)
@@ -98,12 +101,13 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     for source in spec.sources:
         check_prompts(spec.prompts, source)
         check_columns(source, root, spec.split)
+    key = _group_key(spec, root)
     check_folder_for_output(out, allow_content=True)
     draft = out / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        summary = _prepare_into(draft, spec, root, max_rejects, out)
+        summary = _prepare_into(draft, spec, root, key, max_rejects, out)
         for name in ("rejects.jsonl", "summary.json", "report.html", "pairs.parquet"):
             os.replace(draft / name, out / name)
     except OSError as error:
@@ -117,7 +121,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
 
 
 def _prepare_into(
-    draft: Path, spec: SourcesFile, root: Path, max_rejects: float, out: Path
+    draft: Path, spec: SourcesFile, root: Path, key: bytes | None, max_rejects: float, out: Path
 ) -> dict[str, Any]:
     counts = [SourceCounts() for _ in spec.sources]
     collected = _Collected()
@@ -125,9 +129,9 @@ def _prepare_into(
         (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
-        closing(_results(spec, root, draft)) as results,
+        closing(_results(spec, root, draft, key)) as results,
     ):
-        for pair in _accepted_pairs(results, spec, counts, collected, rejects):
+        for pair in _accepted_pairs(results, spec, key, counts, collected, rejects):
             thumbnails.write(b"".join(image.stored.thumbnail for image in pair.images))
             records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
     try:
@@ -142,8 +146,9 @@ def _prepare_into(
     splits = collected.splits
     if isinstance(spec.split, SplitSection):
         splits = assign_splits(groups, spec.split)
-    check_no_overlap(groups, splits)
-    rows = _whole_rows(draft, groups, splits)
+    shown_groups = keyed(groups, key) if key else groups
+    check_no_overlap(shown_groups, splits)
+    rows = _whole_rows(draft, shown_groups, splits)
     write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts)
     summary = {
         "sources": {
@@ -154,11 +159,13 @@ def _prepare_into(
                 "pairs": count.pairs,
                 "reasons": dict(sorted(count.reasons.items())),
                 "grouped_by": source.group or "image",
+                **count.searches.summary(source, is_keyed=key is not None),
             }
             for source, count in zip(spec.sources, counts, strict=True)
         },
         "pairs": len(groups),
         "groups": len(set(groups)),
+        "group_ids": "keyed" if key else "clear",
         "largest_group": max(Counter(groups).values(), default=0),
         "joins": joins,
         "splits": dict(sorted(Counter(splits).items())),
@@ -170,9 +177,18 @@ def _prepare_into(
     return summary
 
 
+def _group_key(spec: SourcesFile, root: Path) -> bytes | None:
+    if spec.group_key is None:
+        return None
+    for source in spec.sources:
+        check_group_stays_hidden(source)
+    return read_group_key(root / spec.group_key)
+
+
 def _accepted_pairs(
     results: Iterator[Result],
     spec: SourcesFile,
+    key: bytes | None,
     counts: list[SourceCounts],
     collected: _Collected,
     rejects: TextIO,
@@ -180,8 +196,10 @@ def _accepted_pairs(
     """The accepted pairs of all sources; rejected rows are counted and written to `rejects`."""
     ids: set[str] = set()
     contents: set[str] = set()
+    clearers = [Clearer(source, key) for source in spec.sources]
     for result in results:
         pair, count = result.pair, counts[result.source]
+        count.searches.add(result.search)
         rejected = list(result.rejected)
         if pair is not None:
             content = content_hash(pair)
@@ -199,6 +217,7 @@ def _accepted_pairs(
         for number, reason_code, detail in rejected:
             count.reasons[reason_code] += 1
             name = spec.sources[result.source].name
+            detail = clearers[result.source].detail(reason_code, detail)
             line = {"source": name, "row": number, "reason": reason_code, "detail": detail}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
         if pair is None:
@@ -250,7 +269,9 @@ def _unchanged(path: Path, length: int, modified: int) -> bytes:
     )
 
 
-def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, None, None]:
+def _results(
+    spec: SourcesFile, root: Path, draft: Path, key: bytes | None
+) -> Generator[Result, None, None]:
     """The workers' results for all rows, in the order of the tasks."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
     workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -266,7 +287,7 @@ def _results(spec: SourcesFile, root: Path, draft: Path) -> Generator[Result, No
 
     progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
     context = multiprocessing.get_context("fork")
-    with context.Pool(workers, _start_worker, (spec, root, draft)) as pool, progress:
+    with context.Pool(workers, _start_worker, (spec, root, draft, key)) as pool, progress:
         try:
             for number, result in enumerate(pool.imap(_work, tasks(), chunksize=CHUNK), start=1):
                 room.release()
@@ -302,9 +323,9 @@ def _tasks(
 _worker: list[Maker] = []
 
 
-def _start_worker(spec: SourcesFile, root: Path, draft: Path) -> None:
+def _start_worker(spec: SourcesFile, root: Path, draft: Path, key: bytes | None) -> None:
     spool = (draft / f"images-{os.getpid()}").open("wb")
-    _worker[:] = [Maker(source, spec, root, spool) for source in spec.sources]
+    _worker[:] = [Maker(source, spec, root, spool, key) for source in spec.sources]
 
 
 def _work(task: Task) -> Result:

@@ -66,6 +66,12 @@ class SourceSection(Section):
     group: str | None = None
     """Column; rows of one group are always in one split."""
 
+    identifiers: list[str] = Field([])
+    """Columns or DICOM tags whose values must not stand in the row's other texts, fields or names."""
+
+    on_identifier: Literal["reject", "mask"] = "reject"
+    """What becomes of a row in which such a value stands."""
+
     id: str | None = None
     """Column; default: a hash of the content."""
 
@@ -97,7 +103,7 @@ class SourceSection(Section):
     @property
     def columns(self) -> list[str]:
         """Every column that the source reads, except those with images."""
-        names = [*columns_of(self.text), *self.keep, *(self.where or {})]
+        names = [*columns_of(self.text), *self.keep, *(self.where or {}), *self.identifiers]
         names += columns_of(self.question) if self.question else []
         names += [name for name in (self.study, self.group, self.id) if name]
         names += [self.license["column"]] if isinstance(self.license, dict) else []
@@ -124,6 +130,9 @@ class SourcesFile(Section):
     images: ImagesSection = ImagesSection()
     split: SplitSection | OwnSplitSection = SplitSection()
     """Fractions of the accepted rows, or the column with the tables' own split."""
+
+    group_key: str | None = None
+    """File with a secret, relative to SOURCES.yaml: group ids become hashes with this key."""
 
 
 def load_sources(path: Path) -> SourcesFile:
