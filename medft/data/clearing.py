@@ -123,7 +123,7 @@ class Clearer:
             written: as the rows have it.
             rows: of the pair, whose identifiers are searched for.
         """
-        if not self.source.identifiers and self.key is None:
+        if not self.withholds:
             return written, None
         columns = self.source.identifiers
         identifiers = Identifiers({name: [row.get(name) for row in rows] for name in columns})
@@ -152,13 +152,13 @@ class Clearer:
         )
         return cleared, search
 
-    def check(self, cleared: Written, search: Search | None) -> None:
+    def check(self, cleared: Written, search: Search) -> None:
         """Raise for a pair that is not to be written.
 
         Raises:
             Rejected: an identifier was found and not masked, or masks are all that is left.
         """
-        if search is None or not search.found:
+        if not search.found:
             return
         if self.source.on_identifier == "reject":
             places = [f"{column} in {', '.join(where)}" for column, where in search.found.items()]
@@ -174,10 +174,14 @@ class Clearer:
             return keyed([given], self.key)[0]
         return ""
 
+    @property
+    def withholds(self) -> bool:
+        """Whether no cell or file name of the source may be quoted."""
+        return bool(self.source.identifiers) or self.key is not None
+
     def detail(self, reason: str, detail: str) -> str:
         """The detail of a rejected row as it may be written."""
-        is_open = not self.source.identifiers and self.key is None
-        return detail if is_open or reason in _QUOTES_NO_CELL else _WITHHELD
+        return _WITHHELD if self.withholds and reason not in _QUOTES_NO_CELL else detail
 
 
 def _found(

@@ -188,6 +188,7 @@ def _value(header: Any, tag: str) -> str:
 
 
 def _pydicom() -> Any:
+    """The package, its warnings of invalid values off: they quote the header."""
     try:
         import pydicom
     except ImportError as error:
@@ -195,4 +196,5 @@ def _pydicom() -> Any:
             "expected pydicom for sources of kind dicom, it is not installed: "
             "pip install medft[dicom]"
         ) from error
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     return pydicom

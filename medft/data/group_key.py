@@ -4,13 +4,30 @@ import hmac
 from collections.abc import Iterable
 from pathlib import Path
 
-from medft.data.sources import SourceSection, columns_of
+from medft.data.sources import SourceSection, SourcesFile, columns_of
 from medft.errors import RecipeError
 
 MIN_KEY_BYTES = 16
 """Bytes of the shortest key that is accepted."""
 
 _SHOWN_DIGITS = 32
+
+
+def group_key_of(spec: SourcesFile, root: Path) -> bytes | None:
+    """The key of SOURCES.yaml; None without.
+
+    Args:
+        spec: the content of SOURCES.yaml.
+        root: its folder.
+
+    Raises:
+        RecipeError: the file is missing or short, or a source writes its groups in the clear.
+    """
+    if spec.group_key is None:
+        return None
+    for source in spec.sources:
+        _check_group_stays_hidden(source)
+    return read_group_key(root / spec.group_key)
 
 
 def read_group_key(path: Path) -> bytes:
@@ -45,18 +62,12 @@ def keyed(ids: Iterable[str], key: bytes) -> list[str]:
     ]
 
 
-def check_group_stays_hidden(source: SourceSection) -> None:
-    """Raise for a source that would write its group column in the clear beside the keyed ids.
-
-    Raises:
-        RecipeError: keep, text, question or license reads the group column.
-    """
-    license_column = source.license["column"] if isinstance(source.license, dict) else None
+def _check_group_stays_hidden(source: SourceSection) -> None:
     read = {
         "keep": source.keep,
         "text": columns_of(source.text),
         "question": columns_of(source.question) if source.question else [],
-        "license": [license_column],
+        "license": [source.license["column"]] if isinstance(source.license, dict) else [],
     }
     places = [name for name, columns in read.items() if source.group in columns]
     if source.group is not None and places:

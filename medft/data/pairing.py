@@ -176,10 +176,14 @@ class Maker:
     def _cleared(self, pair: Pair, rows: list[TableRow]) -> Pair:
         """The pair without the identifiers of its rows and, with a key, without its clear group."""
         fields = {f"field {name}": value for name, value in pair.fields.items()}
-        texts = {"text": pair.text, "question": pair.question or "", "license": pair.license or ""}
+        texts = {"text": pair.text, "question": pair.question or "", **fields}
+        if isinstance(self.source.license, dict):
+            texts["license"] = pair.license or ""
         names = [image.stored.name for image in pair.images]
-        written = Written(id=pair.id, texts={**texts, **fields}, names=names)
+        written = Written(id=pair.id, texts=texts, names=names)
         cleared, self._search = self.clearer.cleared(written, rows)
+        if self._search is None:
+            return pair
         self.clearer.check(cleared, self._search)
         return replace(
             pair,
@@ -191,7 +195,7 @@ class Maker:
             text=cleared.texts["text"],
             question=cleared.texts["question"] or None,
             fields={name: cleared.texts[f"field {name}"] for name in pair.fields},
-            license=cleared.texts["license"] or None,
+            license=cleared.texts.get("license", pair.license) or None,
         )
 
     def _own_split(self, rows: list[TableRow]) -> str:

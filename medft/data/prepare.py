@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medft.data.clearing import Clearer, SearchCounts
-from medft.data.group_key import check_group_stays_hidden, keyed, read_group_key
+from medft.data.group_key import group_key_of, keyed
 from medft.data.pairing import Maker, Pair, Result, Task, content_hash
 from medft.data.pairs import write_pairs
 from medft.data.report import write_data_report
@@ -101,7 +101,7 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     for source in spec.sources:
         check_prompts(spec.prompts, source)
         check_columns(source, root, spec.split)
-    key = _group_key(spec, root)
+    key = group_key_of(spec, root)
     check_folder_for_output(out, allow_content=True)
     draft = out / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -146,9 +146,9 @@ def _prepare_into(
     splits = collected.splits
     if isinstance(spec.split, SplitSection):
         splits = assign_splits(groups, spec.split)
-    shown_groups = keyed(groups, key) if key else groups
-    check_no_overlap(shown_groups, splits)
-    rows = _whole_rows(draft, shown_groups, splits)
+    withheld = {source.name for source in spec.sources if Clearer(source, key).withholds}
+    check_no_overlap(keyed(groups, key or os.urandom(16)) if withheld else groups, splits)
+    rows = _whole_rows(draft, keyed(groups, key) if key else groups, splits, withheld)
     write_pairs(draft / "pairs.parquet", rows, prompts=spec.prompts)
     summary = {
         "sources": {
@@ -175,14 +175,6 @@ def _prepare_into(
         draft / "pairs.parquet", draft / "rejects.jsonl", summary, draft / "report.html"
     )
     return summary
-
-
-def _group_key(spec: SourcesFile, root: Path) -> bytes | None:
-    if spec.group_key is None:
-        return None
-    for source in spec.sources:
-        check_group_stays_hidden(source)
-    return read_group_key(root / spec.group_key)
 
 
 def _accepted_pairs(
@@ -233,14 +225,18 @@ def _accepted_pairs(
         yield pair
 
 
-def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[dict[str, Any]]:
+def _whole_rows(
+    draft: Path, groups: list[str], splits: list[str], withheld: set[str]
+) -> Iterator[dict[str, Any]]:
     """The complete rows of pairs.parquet, images read back from spools or original files."""
     with ExitStack() as stack, (draft / "records.jsonl").open(encoding="utf-8") as records:
         spools: dict[str, BinaryIO] = {}
 
         def content_of(file: str, offset: int, length: int, modified: int | None) -> bytes:
             if modified is not None:
-                return _unchanged(Path(file), length, modified)
+                source = record["source"]
+                shown = f"one of source {source}" if source in withheld else file
+                return _unchanged(Path(file), length, modified, shown)
             if file not in spools:
                 spools[file] = stack.enter_context((draft / file).open("rb"))
             spools[file].seek(offset)
@@ -254,7 +250,7 @@ def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[d
             yield {**record, "images": images, "group_id": group, "split": split}
 
 
-def _unchanged(path: Path, length: int, modified: int) -> bytes:
+def _unchanged(path: Path, length: int, modified: int, shown: str) -> bytes:
     """The content of an original image file; raises if it was modified since it was hashed."""
     try:
         with path.open("rb") as file:
@@ -264,7 +260,7 @@ def _unchanged(path: Path, length: int, modified: int) -> bytes:
     except OSError:
         pass
     raise DataError(
-        f"expected the images to stay as they are until pairs.parquet is written, {path} was "
+        f"expected the images to stay as they are until pairs.parquet is written, {shown} was "
         f"changed meanwhile: prepare again"
     )
 

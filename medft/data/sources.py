@@ -67,7 +67,7 @@ class SourceSection(Section):
     """Column; rows of one group are always in one split."""
 
     identifiers: list[str] = Field([])
-    """Columns or DICOM tags whose values must not stand in the row's other texts, fields or names."""
+    """Columns or tags whose values must not stand in the row's texts, fields and file names."""
 
     on_identifier: Literal["reject", "mask"] = "reject"
     """What becomes of a row in which such a value stands."""
