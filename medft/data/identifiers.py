@@ -48,17 +48,17 @@ _DASH = r"\-\u2010-\u2015"
 _SEPARATOR = rf"[\s{_DASH}_./\\:#,]"
 _JOINT = rf"[\s,;^=._{_DASH}'\u2019]{{1,3}}"
 _START, _END = r"(?<![^\W\d_])", r"(?:['\u2019]?s)?(?![^\W\d_])"
-_INVISIBLE = "\u00ad\u200b-\u200d\u2060"
-_MARKS = f"[\u0300-\u036f{_INVISIBLE}]*"
-_MARKS_BUT_DIAERESIS = f"[\u0300-\u0307\u0309-\u036f{_INVISIBLE}]*"
-_DIGRAPHS = {
-    "ae": "\u00e4\u00e6",
-    "oe": "\u00f6\u0153",
-    "ue": "\u00fc",
-    "ss": "\u00df",
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\u0300-\u036f]")
+_DIGRAPHS = {"ae": "\u00e4", "oe": "\u00f6", "ue": "\u00fc", "ss": "\u00df"}
+_UMLAUTS = {sign: digraph for digraph, sign in _DIGRAPHS.items()}
+_OTHERS = {
+    "\u00e6": "\u00e4",
+    "\u0153": "\u00f6",
+    "\u00f8": "o",
+    "\u0142": "l",
+    "\u0111": "d",
+    "\u0131": "i",
 }
-_SPELLED = {sign: digraph for digraph, signs in _DIGRAPHS.items() for sign in signs}
-_SPELLED |= {"\u00f8": "o", "\u0142": "l", "\u0111": "d", "\u0131": "i"}
 _FIRST_WITHOUT_SPACES = "\u2e80"
 """From here on stand the scripts of Chinese, Japanese and Korean."""
 
@@ -99,29 +99,34 @@ class Identifiers:
 
     def columns_in(self, text: str) -> list[str]:
         """The columns of which a value stands in a text."""
+        folded = _folded(_composed(text))
         return [
             column
             for column, patterns in self._patterns.items()
-            if any(pattern.search(text) for pattern in patterns)
+            if any(pattern.search(folded) for pattern in patterns)
         ]
 
     def masked(self, text: str) -> str:
-        """The text with MASK for every occurrence of a value; searched again, it has none."""
-        while spans := self._spans(text):
+        """The text with MASK for every occurrence of a value; searched again, it has none.
+
+        A text without any stays as it is; one with some also loses signs that are not seen.
+        """
+        while spans := self._spans(composed := _composed(text)):
             parts, position = [], 0
             for start, end in spans:
-                parts += [text[position:start], MASK]
+                parts += [composed[position:start], MASK]
                 position = end
-            text = "".join([*parts, text[position:]])
+            text = "".join([*parts, composed[position:]])
         return text
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Where values stand, overlapping ones joined, in the order of the text."""
+        folded = _folded(text)
         found = sorted(
             match.span()
             for patterns in self._patterns.values()
             for pattern in patterns
-            for match in pattern.finditer(text)
+            for match in pattern.finditer(folded)
         )
         joined: list[tuple[int, int]] = []
         for start, end in found:
@@ -146,7 +151,7 @@ def _texts(cell: Any) -> Iterator[str]:
 @lru_cache(maxsize=4096)
 def _forms(value: str) -> tuple[list[re.Pattern[str]], bool]:
     """Patterns of a value's ways of writing, and whether a part of it is not searched for."""
-    value = unicodedata.normalize("NFC", value)
+    value = _folded(_composed(value))
     if len(value) > MAX_VALUE:
         return [], True
     patterns = [_date_pattern(*date) for date in _dates(value)]
@@ -190,9 +195,10 @@ def _code_patterns(value: str) -> list[str]:
         return []
     if len(code) >= _LONG_CODE:
         chunks = list(code)
-    written = f"{_SEPARATOR}{{0,2}}".join(map(_letters, chunks))
+    spaced = f"{_SEPARATOR}{{0,2}}".join(map(_letters, chunks))
     before, after = ("[0-9]" if sign.isdigit() else r"[^\W\d_]" for sign in (code[0], code[-1]))
-    return [f"(?<!{before}){written}(?!{after})"]
+    as_is = _letters(re.sub(r"^[\W_]+|[\W_]+$", "", value))
+    return [f"(?<!{before})(?:{spaced}|{as_is})(?!{after})"]
 
 
 def _name_patterns(words: list[str]) -> tuple[list[str], bool]:
@@ -227,40 +233,39 @@ def _is_searched(part: str) -> bool:
 
 
 def _letters(word: str) -> str:
-    """A pattern of a word's letters, whichever way its umlauts and accents are written."""
-    folded = "".join(map(_folded, word.casefold()))
-    pieces = re.findall(f"{'|'.join(_DIGRAPHS)}|.", folded)
-    return "".join(_written(piece) for piece in pieces)
+    """A pattern of a folded word, whichever way its umlauts are written."""
+    pieces = re.findall(f"{'|'.join(_DIGRAPHS)}|.", word.lower(), re.DOTALL)
+    pairs = ((_UMLAUTS.get(piece, piece), piece) for piece in pieces)
+    return "".join(
+        f"(?:{pair}|{_DIGRAPHS[pair]})" if pair in _DIGRAPHS else re.escape(piece)
+        for pair, piece in pairs
+    )
 
 
-def _folded(sign: str) -> str:
-    """A letter without accent, an umlaut as two letters; letters that are not Latin as they are."""
-    if sign in _SPELLED:
-        return _SPELLED[sign]
-    base = unicodedata.normalize("NFD", sign)[0]
-    return base if base.isascii() else sign
+def _composed(text: str) -> str:
+    """The text in composed form, without soft hyphens and other signs that are not seen."""
+    if text.isascii():
+        return text
+    return _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
 
 
-@lru_cache(maxsize=1024)
-def _written(piece: str) -> str:
-    if piece in _DIGRAPHS:
-        umlaut = f"|{piece[0]}\u0308" if piece != "ss" else ""
-        return f"(?:{''.join(map(_written, piece))}|[{_DIGRAPHS[piece]}]{_MARKS}{umlaut})"
-    if not ("a" <= piece <= "z"):
-        return re.escape(piece)
-    marks = _MARKS_BUT_DIAERESIS if piece in "aou" else _MARKS
-    return f"[{piece}{_accented().get(piece, '')}]{marks}"
+def _folded(text: str) -> str:
+    """The text without accents, but with its umlauts; of the same length."""
+    return text if text.isascii() else text.translate(_plain_letters())
 
 
 @lru_cache(maxsize=1)
-def _accented() -> dict[str, str]:
-    """The Latin letters with accents that count as each plain letter."""
-    found: dict[str, str] = {}
-    for sign in map(chr, [*range(0xC0, 0x250), *range(0x1E00, 0x1F00)]):
-        base = _folded(sign)
-        if len(base) == 1 and base != sign and sign.casefold() not in _SPELLED:
-            found[base.lower()] = found.get(base.lower(), "") + sign
-    for sign, base in _SPELLED.items():
-        if len(base) == 1:
-            found[base] += sign
-    return found
+def _plain_letters() -> dict[int, str]:
+    """The letter without accent for each Latin letter that has one and is no umlaut."""
+    table = {ord(sign): plain for sign, plain in _OTHERS.items()}
+    table |= {
+        ord(sign.upper()): plain.upper() for sign, plain in _OTHERS.items() if sign != "\u0131"
+    }
+    for code in [*range(0xC0, 0x250), *range(0x1E00, 0x1F00)]:
+        parts = unicodedata.normalize("NFD", chr(code))
+        umlaut = unicodedata.normalize("NFC", parts[:2])
+        if umlaut.lower() in _UMLAUTS:
+            table[code] = umlaut
+        elif parts[0].isascii():
+            table[code] = parts[0]
+    return table

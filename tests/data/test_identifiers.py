@@ -130,6 +130,24 @@ def test_every_occurrence_is_masked_and_a_second_search_finds_nothing():
     assert once == "[...] *[...], [...][...], [...] [...] [...]/[...]."
 
 
+def test_whatever_a_value_holds_it_is_found_as_it_is_and_masked_for_good():
+    draw = random.Random(2)
+    signs = "aAeEsSoOuU0189'-^,. /\\[](){}*+?|$\n\t"
+    signs += "\u00e4\u00d6\u00fc\u00df\u1e9e\u0130\u0308\u00e9\u2019\ud83d"
+    searched = 0
+    for _ in range(800):
+        value = "".join(draw.choices(signs, k=draw.randrange(25)))
+        text = "".join(draw.choices(signs, k=40)) + f" {value} end"
+        identifiers = Identifiers({"c": [value]})
+        once = identifiers.masked(text)
+        assert identifiers.columns_in(once) == []
+        if not identifiers.empty and not identifiers.not_searched:
+            searched += 1
+            assert identifiers.columns_in(text) == ["c"], (value, text)
+            assert MASK in once
+    assert searched > 200
+
+
 @pytest.mark.parametrize(
     "text",
     [
