@@ -1,13 +1,16 @@
 """The final group and split of every accepted pair, once all of them are known."""
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medft.data.clearing import Clearer
+from medft.data.group_key import group_key_of, keyed
 from medft.data.groups import (
     GroupMap,
     NamedGroups,
@@ -17,7 +20,8 @@ from medft.data.groups import (
 )
 from medft.data.kept_split import EarlierSplit, kept_sides, read_earlier_split
 from medft.data.pairs import GroupFacts
-from medft.data.sources import SourceSection, SourcesFile
+from medft.data.source_section import SourceSection
+from medft.data.sources import SourcesFile
 from medft.data.splits import (
     OwnSplitSection,
     SplitSection,
@@ -58,6 +62,8 @@ class Known:
     """Of each source."""
 
     earlier: EarlierSplit | None
+    key: bytes | None
+    """That group ids are hashed with."""
 
     @classmethod
     def read(cls, spec: SourcesFile, root: Path) -> "Known":
@@ -69,12 +75,15 @@ class Known:
 
         Raises:
             DataError: a file cannot be read, or groups are written in several ways.
+            RecipeError: the key is missing or short, or a source writes its groups in the clear.
         """
+        key = group_key_of(spec, root)
         maps = [read_group_map(root / s.group_map) if s.group_map else None for s in spec.sources]
-        check_group_forms(spec.sources, [_table_groups(s, root) for s in spec.sources], maps)
+        values = [_table_groups(source, root) for source in spec.sources]
+        check_group_forms(spec.sources, values, maps, hides=_hides(spec, key))
         keep = spec.split.keep if isinstance(spec.split, SplitSection) else None
-        earlier = read_earlier_split(root / keep, key_id=None) if keep else None
-        return cls(maps=maps, earlier=earlier)
+        earlier = read_earlier_split(root / keep, key_id=_key_id(key)) if keep else None
+        return cls(maps=maps, earlier=earlier, key=key)
 
 
 def _table_groups(source: SourceSection, root: Path) -> set[str]:
@@ -119,7 +128,8 @@ def assign(
     by_source: list[set[str]] = [set() for _ in spec.sources]
     for source, value in zip(collected.sources, collected.groups, strict=True):
         by_source[source].add(value)
-    check_group_forms(spec.sources, by_source, known.maps)
+    hides = _hides(spec, known.key)
+    check_group_forms(spec.sources, by_source, known.maps, hides=hides)
     first = [hashes[0] for hashes in collected.hashes]
     named = name_groups(spec.sources, collected.sources, collected.groups, first, known.maps)
     groups, joins = join_groups(
@@ -129,17 +139,22 @@ def assign(
     splits = collected.splits
     if isinstance(spec.split, SplitSection):
         if known.earlier:
-            kept = kept_sides(known.earlier, named.names, collected.hashes, groups)
+            names = _written(named.names, known.key)
+            kept = kept_sides(known.earlier, names, collected.hashes, groups)
         splits = assign_splits(groups, spec.split, kept)
     divided = divided_groups(groups, splits)
     if not (isinstance(spec.split, OwnSplitSection) and spec.split.shared_groups == "report"):
-        refuse_divided(divided, len(set(groups)))
+        shown = keyed(divided, known.key or os.urandom(16)) if hides else divided
+        refuse_divided(dict(zip(shown, divided.values(), strict=True)), len(set(groups)))
+    joined = {n: g for n, g in zip(named.names, groups, strict=True) if n != g}
     return Assigned(
-        groups=groups,
+        groups=_written(groups, known.key),
         splits=splits,
         facts=GroupFacts(
-            key_id=None,
-            joined={n: g for n, g in zip(named.names, groups, strict=True) if n != g},
+            key_id=_key_id(known.key),
+            joined=dict(
+                zip(_written(joined, known.key), _written(joined.values(), known.key), strict=True)
+            ),
         ),
         named=named,
         summary={
@@ -153,6 +168,21 @@ def assign(
             "kept": _counted(kept, groups) if known.earlier else None,
         },
     )
+
+
+def _hides(spec: SourcesFile, key: bytes | None) -> bool:
+    """Whether sentences may not quote groups."""
+    return any(Clearer(source, key).withholds for source in spec.sources)
+
+
+def _written(ids: Iterable[str], key: bytes | None) -> list[str]:
+    """Group ids as they are written."""
+    return keyed(ids, key) if key else list(ids)
+
+
+def _key_id(key: bytes | None) -> str | None:
+    """What identifies a key and tells nothing of it."""
+    return keyed(["the key of group ids"], key)[0] if key else None
 
 
 def _counted(chosen: Mapping[str, Any], groups: Sequence[str]) -> dict[str, int]:

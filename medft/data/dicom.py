@@ -190,6 +190,7 @@ def _value(header: Any, tag: str) -> str:
 
 
 def _pydicom() -> Any:
+    """The package, its warnings of invalid values off: they quote the header."""
     try:
         import pydicom
     except ImportError as error:
@@ -197,4 +198,5 @@ def _pydicom() -> Any:
             "expected pydicom for sources of kind dicom, it is not installed: "
             "pip install medft[dicom]"
         ) from error
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     return pydicom

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medft.data.sources import SourceSection
+from medft.data.source_section import SourceSection
 from medft.data.tables import Rejected, table_rows
 from medft.data.template import text_of
 from medft.errors import DataError
@@ -76,6 +76,8 @@ def check_group_forms(
     sources: Sequence[SourceSection],
     values: Sequence[Iterable[str]],
     maps: Sequence[GroupMap | None],
+    *,
+    hides: bool,
 ) -> None:
     """Raise if values meet in their loose form alone and no `group_form` says what that means.
 
@@ -83,6 +85,7 @@ def check_group_forms(
         sources: all of SOURCES.yaml.
         values: of each source's `group` column, "" where there is none.
         maps: of each source.
+        hides: whether the error shows the form of values alone, ### for 123.
 
     Raises:
         DataError: there are such values.
@@ -100,17 +103,19 @@ def check_group_forms(
     decided |= {f"{s.name} before its group_map" for s in sources if _namespace(s) in decided}
     for name, entries in lists.items():
         if name not in decided:
-            _check_list(entries)
+            _check_list(entries, hides=hides)
 
 
-def _check_list(entries: Iterable[tuple[str, str]]) -> None:
+def _check_list(entries: Iterable[tuple[str, str]], *, hides: bool) -> None:
     ways: dict[str, dict[str, str]] = defaultdict(dict)  # source by value, by loose form
     for value, source in entries:
         ways[loose_form(value)].setdefault(value, source)
     several = [list(found.items()) for found in ways.values() if len(found) > 1]
     if several:
         shown = "; ".join(
-            " and ".join(f"{value!r} ({source})" for value, source in found[:2])
+            " and ".join(
+                f"{_form_of(value) if hides else value!r} ({source})" for value, source in found[:2]
+            )
             for found in several[:SHOWN_PAIRS]
         )
         raise DataError(
@@ -118,6 +123,12 @@ def _check_list(entries: Iterable[tuple[str, str]]) -> None:
             f"zeros, '.0', case or separators alone, such as {shown}: write group_form: loose in "
             f"these sources if such values mean one patient, as_written if they do not"
         )
+
+
+def _form_of(value: str) -> str:
+    """A value with its digits but leading zeros as #, and its letters as a or A."""
+    digits = re.sub(r"(?<![0-9])(0*)([0-9]+)", lambda m: m[1] + "#" * len(m[2]), value)
+    return re.sub(r"[^\W\d_]", lambda m: "A" if m[0].isupper() else "a", digits)
 
 
 def name_groups(

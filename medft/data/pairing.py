@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medft.data.clearing import Clearer, Search, Written
 from medft.data.dicom import open_dicom
-from medft.data.sources import LANGUAGE, SourceSection, SourcesFile
+from medft.data.source_section import LANGUAGE, SourceSection
+from medft.data.sources import SourcesFile
 from medft.data.splits import SOURCE, SplitSection
 from medft.data.stored_image import StoredImage, store_encoded_image, store_image
 from medft.data.tables import Rejected, TableRow
@@ -82,12 +84,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A pair or None, the rows that it has, and the rejected rows."""
+    """A pair or None, the rows that it has, the rejected rows, and what the search found."""
 
     source: int
     pair: Pair | None
     taken: list[int]
     rejected: list[tuple[int, str, str]]
+    search: Search | None = None
 
 
 class Maker:
@@ -96,17 +99,25 @@ class Maker:
     CACHED_IMAGES = 10_000
 
     def __init__(
-        self, source: SourceSection, spec: SourcesFile, root: Path, spool: BinaryIO
+        self,
+        source: SourceSection,
+        spec: SourcesFile,
+        root: Path,
+        spool: BinaryIO,
+        key: bytes | None,
     ) -> None:
         self.source = source
+        self.clearer = Clearer(source, key)
         self.limits = spec.images
         self.split = spec.split
         self.spool = spool
         self.folder = source.image_root(root).resolve()
         self._cache: dict[Path, SpooledImage] = {}
+        self._search: Search | None = None
 
     def result(self, task: Task) -> Result:
         """The pair of a row or a study, and its rejected rows."""
+        self._search = None
         images: list[SpooledImage] = []
         good: list[tuple[int, TableRow]] = []
         rejected: list[tuple[int, str, str]] = []
@@ -125,7 +136,7 @@ class Maker:
             except Rejected as verdict:
                 rejected += [(number, verdict.reason, verdict.detail) for number, _ in good]
         taken = [number for number, _ in good] if pair else []
-        return Result(task.source, pair, taken, rejected)
+        return Result(task.source, pair, taken, rejected, self._search)
 
     def _pair(self, rows: list[TableRow], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]
@@ -144,7 +155,7 @@ class Maker:
         if source.group and not group and source.empty_group == "reject":
             raise Rejected("empty_group", f"{source.group} is empty")
         pair = Pair(
-            id="",
+            id=text_of(first.get(source.id)) if source.id else "",
             images=images,
             text=text,
             question=question,
@@ -154,8 +165,8 @@ class Maker:
             license=license_name,
             split=self._own_split(rows),
         )
-        given = text_of(first.get(source.id)) if source.id else ""
-        pair = replace(pair, id=given or content_hash(pair)[:16])
+        pair = self._cleared(pair, rows)
+        pair = replace(pair, id=pair.id or content_hash(pair)[:16])
         _check_encodable(pair)
         if IMAGE_PLACEHOLDER in pair.text or IMAGE_PLACEHOLDER in (pair.question or ""):
             raise Rejected("image_placeholder", f"a text holds {IMAGE_PLACEHOLDER}")
@@ -172,6 +183,31 @@ class Maker:
         return fields | {
             name: "; ".join(_different(column, rows)) for name, column in columns.items()
         }
+
+    def _cleared(self, pair: Pair, rows: list[TableRow]) -> Pair:
+        """The pair without the identifiers of its rows and, with a key, without its clear group."""
+        fields = {f"field {name}": value for name, value in pair.fields.items()}
+        texts = {"text": pair.text, "question": pair.question or "", **fields}
+        if isinstance(self.source.license, dict):
+            texts["license"] = pair.license or ""
+        names = [image.stored.name for image in pair.images]
+        written = Written(id=pair.id, texts=texts, names=names)
+        cleared, self._search = self.clearer.cleared(written, rows)
+        if self._search is None:
+            return pair
+        self.clearer.check(cleared, self._search)
+        return replace(
+            pair,
+            id=cleared.id,
+            images=[
+                replace(image, stored=replace(image.stored, name=name))
+                for image, name in zip(pair.images, cleared.names, strict=True)
+            ],
+            text=cleared.texts["text"],
+            question=cleared.texts["question"] or None,
+            fields={name: cleared.texts[f"field {name}"] for name in pair.fields},
+            license=cleared.texts.get("license", pair.license) or None,
+        )
 
     def _own_split(self, rows: list[TableRow]) -> str:
         if isinstance(self.split, SplitSection):

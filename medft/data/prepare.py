@@ -6,66 +6,27 @@ of the tables. Output files appear only when all of them are complete.
 """
 
 import json
-import logging
-import multiprocessing
 import os
-import sys
-import threading
-from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from medft.data.accounting import SourceCounts, accepted_pairs, check_rejects
 from medft.data.assign import Collected, Known, assign
-from medft.data.pairing import Maker, Pair, Result, Task, content_hash
+from medft.data.clearing import Clearer
 from medft.data.pairs import write_pairs
 from medft.data.report import write_data_report
-from medft.data.sources import (
-    SourceSection,
-    SourcesFile,
-    check_columns,
-    check_prompts,
-    load_sources,
-    source_rows,
-)
-from medft.data.splits import OwnSplitSection, SplitSection
-from medft.data.table_row import TableCounts
-from medft.data.tables import Rejected, TableRow, takes
-from medft.data.template import text_of
+from medft.data.sources import SourcesFile, check_columns, check_prompts, load_sources
+from medft.data.workers import results_of
 from medft.errors import DataError, RecipeError
 from medft.files import check_folder_for_output, complete_files, write_json
 
 OUTPUTS = ("pairs.parquet", "rejects.jsonl", "summary.json", "report.html")
 
-CHUNK = 16
-"""Tasks that a worker takes at a time."""
-
-IN_FLIGHT = 4 * CHUNK
-"""Tasks per worker that may be queued, in progress or not yet consumed; bounds the memory."""
-
 _BUFFER = 2**20
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class SourceCounts:
-    """Numbers of a source's rows by outcome, and of its pairs."""
-
-    read: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    pairs: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-    """The first row and detail by reason."""
-    table: TableCounts = field(default_factory=TableCounts)
 
 
 def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[str, Any]:
@@ -114,28 +75,27 @@ def _prepare_into(
         (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
-        closing(_results(spec, root, draft, counts)) as results,
+        closing(
+            results_of(spec, root, draft, key=known.key, counts=[count.table for count in counts])
+        ) as results,
     ):
-        for pair in _accepted_pairs(results, spec, counts, collected, rejects):
+        pairs = accepted_pairs(results, spec, counts, collected, rejects, key=known.key)
+        for pair in pairs:
             thumbnails.write(b"".join(image.stored.thumbnail for image in pair.images))
             records.write(json.dumps(pair.record(), ensure_ascii=False) + "\n")
-    _check_rejects(spec, counts, max_rejects)
+    check_rejects(spec, counts, max_rejects)
     pixels = np.zeros((0, 1024), np.uint8)
     if collected.groups:
         pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
     assigned = assign(spec, collected, pixels, known)
-    rows = _whole_rows(draft, assigned.groups, assigned.splits)
+    withheld = {s.name for s in spec.sources if Clearer(s, known.key).withholds}
+    rows = _whole_rows(draft, assigned.groups, assigned.splits, withheld)
     prompts = {source.name: spec.prompts_of(source) for source in spec.sources}
     write_pairs(draft / "pairs.parquet", rows, prompts=prompts, groups=assigned.facts)
     summary = {
         "sources": {
             source.name: {
-                "read": count.read,
-                "accepted": count.accepted,
-                "rejected": count.rejected,
-                "pairs": count.pairs,
-                "reasons": dict(sorted(count.reasons.items())),
-                **count.table.summary(),
+                **count.summary(source, is_keyed=known.key is not None),
                 "grouped_by": source.group or "image",
                 "empty_group": source.empty_group if source.group else None,
                 "empty_groups": count.reasons["empty_group"] or assigned.named.empty[index],
@@ -144,6 +104,7 @@ def _prepare_into(
             for index, (source, count) in enumerate(zip(spec.sources, counts, strict=True))
         },
         "pairs": len(assigned.groups),
+        "group_ids": "keyed" if known.key else "clear",
         **assigned.summary,
     }
     write_json(draft / "summary.json", summary)
@@ -153,60 +114,18 @@ def _prepare_into(
     return summary
 
 
-def _accepted_pairs(
-    results: Iterator[Result],
-    spec: SourcesFile,
-    counts: list[SourceCounts],
-    collected: Collected,
-    rejects: TextIO,
-) -> Iterator[Pair]:
-    """The accepted pairs of all sources; rejected rows are counted and written to `rejects`."""
-    ids: set[str] = set()
-    contents: set[str] = set()
-    for result in results:
-        pair, count = result.pair, counts[result.source]
-        rejected = list(result.rejected)
-        if pair is not None:
-            content = content_hash(pair)
-            if content in contents:
-                reason = ("duplicate", "the same images, question and text came before")
-            elif pair.id in ids:
-                reason = ("duplicate_id", f"the id {pair.id!r} came before")
-            else:
-                reason = None
-            if reason is not None:
-                rejected += [(number, *reason) for number in result.taken]
-                pair = None
-        count.read += len(result.taken) + len(result.rejected)
-        count.rejected += len(rejected)
-        for number, reason_code, detail in rejected:
-            count.reasons[reason_code] += 1
-            count.examples.setdefault(reason_code, f"row {number}: {detail}")
-            name = spec.sources[result.source].name
-            line = {"source": name, "row": number, "reason": reason_code, "detail": detail}
-            rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if pair is None:
-            continue
-        ids.add(pair.id)
-        contents.add(content)
-        count.accepted += len(result.taken)
-        count.pairs += 1
-        collected.sources.append(result.source)
-        collected.groups.append(pair.group)
-        collected.hashes.append([image.stored.sha256 for image in pair.images])
-        collected.phashes.append([image.stored.phash for image in pair.images])
-        collected.splits.append(pair.split)
-        yield pair
-
-
-def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[dict[str, Any]]:
+def _whole_rows(
+    draft: Path, groups: list[str], splits: list[str], withheld: set[str]
+) -> Iterator[dict[str, Any]]:
     """The complete rows of pairs.parquet, images read back from spools or original files."""
     with ExitStack() as stack, (draft / "records.jsonl").open(encoding="utf-8") as records:
         spools: dict[str, BinaryIO] = {}
 
         def content_of(file: str, offset: int, length: int, modified: int | None) -> bytes:
             if modified is not None:
-                return _unchanged(Path(file), length, modified)
+                source = record["source"]
+                shown = f"one of source {source}" if source in withheld else file
+                return _unchanged(Path(file), length, modified, shown)
             if file not in spools:
                 spools[file] = stack.enter_context((draft / file).open("rb"))
             spools[file].seek(offset)
@@ -220,7 +139,7 @@ def _whole_rows(draft: Path, groups: list[str], splits: list[str]) -> Iterator[d
             yield {**record, "images": images, "group_id": group, "split": split}
 
 
-def _unchanged(path: Path, length: int, modified: int) -> bytes:
+def _unchanged(path: Path, length: int, modified: int, shown: str) -> bytes:
     """The content of an original image file; raises if it was modified since it was hashed."""
     try:
         with path.open("rb") as file:
@@ -230,92 +149,6 @@ def _unchanged(path: Path, length: int, modified: int) -> bytes:
     except OSError:
         pass
     raise DataError(
-        f"expected the images to stay as they are until pairs.parquet is written, {path} was "
+        f"expected the images to stay as they are until pairs.parquet is written, {shown} was "
         f"changed meanwhile: prepare again"
     )
-
-
-def _results(
-    spec: SourcesFile, root: Path, draft: Path, counts: list[SourceCounts]
-) -> Generator[Result, None, None]:
-    """The workers' results for all rows, in the order of the tasks; fills `table` of the counts."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
-    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    room, stopped = threading.Semaphore(IN_FLIGHT * workers), threading.Event()
-
-    def tasks() -> Iterator[Task]:
-        for index, source in enumerate(spec.sources):
-            for task in _tasks(index, source, root, spec.split, counts[index].table):
-                room.acquire()
-                if stopped.is_set():
-                    return
-                yield task
-
-    progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
-    context = multiprocessing.get_context("fork")
-    with context.Pool(workers, _start_worker, (spec, root, draft)) as pool, progress:
-        try:
-            for number, result in enumerate(pool.imap(_work, tasks(), chunksize=CHUNK), start=1):
-                room.release()
-                progress.update()
-                if number % 5000 == 0 and progress.disable:
-                    logger.info("%s rows", number)
-                yield result
-        finally:  # the pool waits for the thread that hands out tasks, which may wait for room
-            stopped.set()
-            room.release(IN_FLIGHT * workers)
-
-
-def _tasks(
-    index: int,
-    source: SourceSection,
-    root: Path,
-    split: SplitSection | OwnSplitSection,
-    counts: TableCounts,
-) -> Iterator[Task]:
-    rows = enumerate(source_rows(source, root, split, counts), start=1)
-    if source.study is None:
-        for number, row in rows:
-            if isinstance(row, Rejected) or takes(row, source.where):
-                yield Task(index, [(number, row)])
-        return
-    studies: dict[str, list[tuple[int, TableRow | Rejected]]] = {}
-    for number, row in rows:
-        if isinstance(row, Rejected):
-            yield Task(index, [(number, row)])
-        elif takes(row, source.where):
-            study = text_of(row.get(source.study)) or f"row {number} of no study"
-            studies.setdefault(study, []).append((number, row))
-    for members in studies.values():
-        yield Task(index, members)
-
-
-_worker: list[Maker] = []
-
-
-def _start_worker(spec: SourcesFile, root: Path, draft: Path) -> None:
-    spool = (draft / f"images-{os.getpid()}").open("wb")
-    _worker[:] = [Maker(source, spec, root, spool) for source in spec.sources]
-
-
-def _work(task: Task) -> Result:
-    return _worker[task.source].result(task)
-
-
-def _check_rejects(spec: SourcesFile, counts: list[SourceCounts], max_rejects: float) -> None:
-    for source, count in zip(spec.sources, counts, strict=True):
-        broken = count.rejected - count.reasons["duplicate"]
-        if count.read == 0:
-            raise DataError(
-                f"expected rows in source {source.name}, found none: check where and the file"
-            )
-        if broken > max_rejects * count.read:
-            common = "; ".join(
-                f"{reason} {n}, {count.examples[reason]}"
-                for reason, n in count.reasons.most_common(3)
-            )
-            raise DataError(
-                f"expected at most {max_rejects:.0%} of the rows of source {source.name} to be "
-                f"rejected, {broken} of {count.read} were ({common}): raise --max-rejects, which "
-                f"also writes rejects.jsonl with every row and its reason"
-            )

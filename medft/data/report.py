@@ -39,7 +39,7 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
     sheets: dict[str, list[str]] = defaultdict(list)
     for row in read_rows(pairs, facts.shown()):
         sheets[row["source"]].append(_figure(row))
-    sections = [_groups(summary), _sources(summary), _splits(summary, facts)]
+    sections = [_groups(summary), _sources(summary), _splits(summary, facts), _identifiers(summary)]
     for name in summary["sources"]:
         sections.append(f"<h2>{html.escape(name)}</h2>")
         sections.append(_measures(facts, name))
@@ -170,6 +170,27 @@ def _splits(summary: dict[str, Any], facts: _Facts) -> str:
         f"<h2>Splits</h2>{table(['split', 'pairs', 'groups'], rows)}"
         f"<h3>Groups</h3>{table(['', 'count'], joins)}"
     )
+
+
+def _identifiers(summary: dict[str, Any]) -> str:
+    """Counts of the search for identifiers, and whether group ids stand in the clear."""
+    rows = []
+    for name, counts in summary["sources"].items():
+        for column, one in counts["identifiers"].items():
+            numbers = [counts["searched"], one["found"], one["not_searched"], one["empty"]]
+            where = ", ".join(f"{place} {count}" for place, count in one["where"].items())
+            rows.append([name, column, *numbers, where, counts["on_identifier"]])
+    head = ["source", "column", "pairs", "found", "not searched", "empty", "where", "then"]
+    note = (
+        "An exact search of the values that a row has in the named columns, in its other cells and "
+        "file names; this is no de-identification. Not searched: pairs in which a value or a part "
+        "of it is too short, or is a particle."
+    )
+    section = f"<h2>Identifiers</h2>{table(head, rows)}<p class='note'>{note}</p>" if rows else ""
+    ids = "Group ids are keyed hashes."
+    if summary["group_ids"] == "clear":
+        ids = "Group ids stand in the clear in pairs.parquet; group_key makes them keyed hashes."
+    return f"{section}<p class='note'>{ids}</p>"
 
 
 def _measures(facts: _Facts, source: str) -> str:

@@ -281,3 +281,34 @@ def test_a_report_within_a_quoted_cell_of_another_is_an_error(tmp_path):
     _, texts, rejects = prepared_files(tmp_path, ["A", "", "C", "-"], JOINED)
     assert texts == ["as\nC\n-, the one before\n, and so on"]
     assert [line["reason"] for line in rejects] == ["no_report"] * 3
+
+
+def test_tags_that_a_source_names_as_identifiers_are_searched_for(tmp_path, caplog):
+    texts = ["Frau Meier.", "Normal chest.", "geb. 7.3.50", "Nr. A 1799"]
+    for index, text in enumerate(texts):
+        write(tmp_path / "files" / f"{index}.dcm", RAMP + index, PatientName="Meier^Anna",
+              PatientBirthDate="19500307", AccessionNumber="A1799", PatientID="p7",
+              StudyInstanceUID="1.2.meier")  # fmt: skip
+        (tmp_path / "files" / f"{index}.txt").write_text(text)
+    (tmp_path / "files" / "meier.dcm").write_bytes(b"corrupt")
+    sources = tmp_path / "SOURCES.yaml"
+    sources.write_text(
+        "sources:\n  - name: d\n    kind: dicom\n    path: files\n    text: text\n"
+        "    identifiers: [PatientName, PatientBirthDate, AccessionNumber, StudyInstanceUID]\n"
+    )
+    caplog.clear()
+    prepare(sources, tmp_path / "out", max_rejects=1.0)
+    assert "meier" not in caplog.text
+    rejects = (tmp_path / "out" / "rejects.jsonl").read_text()
+    lines = [json.loads(line) for line in rejects.splitlines()]
+    assert [(line["row"], line["reason"]) for line in lines] == [
+        (1, "identifier"), (3, "identifier"), (4, "identifier"), (5, "bad_dicom"),
+    ]  # fmt: skip
+    assert [line["detail"] for line in lines[:3]] == [
+        "PatientName in text",
+        "PatientBirthDate in text",
+        "AccessionNumber in text",
+    ]
+    assert "meier" not in rejects.lower()
+    [row] = read_pairs(tmp_path / "out" / "pairs.parquet")
+    assert (row["text"], row["images"][0]["path"]) == ("Normal chest.", "1.dcm")

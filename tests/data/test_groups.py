@@ -70,6 +70,15 @@ def test_ways_of_writing_that_meet_loosely_are_an_error_before_images_are_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_error_shows_the_form_of_values_alone_where_groups_are_hidden(exports, tmp_path):
+    sources = exports(**WAYS)
+    (sources.parent / "key").write_text("0123456789abcdef")
+    sources.write_text(sources.read_text() + "group_key: key\n")
+    with pytest.raises(DataError) as caught:
+        prepare(sources, tmp_path / "out")
+    assert "00### (table) and ### (lines); A-# (table) and a# (lines)" in str(caught.value)
+
+
 @pytest.mark.parametrize(("form", "groups"), [("loose", 3), ("as_written", 6)])
 def test_the_form_decides_what_they_mean(exports, tmp_path, form, groups):
     ways = {name: (rows, {**options, "group_form": form}) for name, (rows, options) in WAYS.items()}

@@ -110,6 +110,26 @@ def test_group_ids_of_another_kind_cannot_be_kept(exports, tmp_path, first, chan
         prepare(later(exports, first, patients("1")), tmp_path / "out")
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_keyed_groups_are_kept_by_the_same_key_alone(exports, tmp_path, same):
+    def keyed(split, folder, names, key):
+        sources = exports(split, folder=folder, a=(patients(*names), {}))
+        (sources.parent / "key").write_text(key)
+        sources.write_text(sources.read_text() + "group_key: key\n")
+        return sources
+
+    prepare(keyed(SHARES, "one", range(20), "0123456789abcdef"), tmp_path / "one_out")
+    key = "0123456789abcdef" if same else "another key of 16 bytes"
+    later = keyed(keeping(tmp_path / "one_out"), "two", range(30), key)
+    if not same:
+        with pytest.raises(DataError, match="group_key differs"):
+            prepare(later, tmp_path / "two_out")
+        return
+    assert prepare(later, tmp_path / "two_out")["kept"]["groups"] == 20
+    before, now = side(tmp_path / "one_out"), side(tmp_path / "two_out")
+    assert {name: now[name] for name in before} == before
+
+
 def test_a_file_of_other_patients_is_an_error(exports, tmp_path, first):
     with pytest.raises(DataError, match="among the rows, none is"):
         prepare(later(exports, first, patients("a", "b")), tmp_path / "out")

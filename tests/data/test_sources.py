@@ -9,6 +9,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+from medft.data.accounting import accepted_pairs
 from medft.data.pairs import read_pairs
 from medft.data.prepare import prepare
 from medft.data.sources import load_sources
@@ -300,12 +301,11 @@ def test_a_full_disk_ends_the_command_with_a_sentence_and_leaves_nothing(
         def record(self):
             raise OSError(28, "No space left on device")
 
-    def broken(*arguments):
-        next(accepted(*arguments))
+    def broken(*arguments, **options):
+        next(accepted_pairs(*arguments, **options))
         yield Unwritable()
 
-    accepted = prepare_module._accepted_pairs
-    monkeypatch.setattr(prepare_module, "_accepted_pairs", broken)
+    monkeypatch.setattr(prepare_module, "accepted_pairs", broken)
     with pytest.raises(RunError, match="its disk is full"):
         prepare(sources, tmp_path / "out")
     assert not (tmp_path / "out").exists()
