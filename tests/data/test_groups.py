@@ -76,7 +76,7 @@ def test_the_error_shows_the_form_of_values_alone_where_groups_are_hidden(export
     sources.write_text(sources.read_text() + "group_key: key\n")
     with pytest.raises(DataError) as caught:
         prepare(sources, tmp_path / "out")
-    assert "00### (table) and ### (lines); A-# (table) and a# (lines)" in str(caught.value)
+    assert "'00###' (table) and '###' (lines); 'A-#' (table) and 'a#' (lines)" in str(caught.value)
 
 
 @pytest.mark.parametrize(("form", "groups"), [("loose", 3), ("as_written", 6)])
