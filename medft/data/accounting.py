@@ -77,6 +77,9 @@ def accepted_pairs(
             content = content_hash(pair)
             if content in contents:
                 reason = ("duplicate", "the same images, question and text came before")
+                if pair.group:
+                    hashes = [image.stored.sha256 for image in pair.images]
+                    collected.repeated.append((result.source, pair.group, hashes))
             elif pair.id in ids:
                 reason = ("duplicate_id", f"the id {pair.id!r} came before")
             else:

@@ -53,6 +53,10 @@ class Collected:
     splits: list[str] = field(default_factory=list)
     """Given by the tables; empty where medft splits."""
 
+    repeated: list[tuple[int, str, list[str]]] = field(default_factory=list)
+    """Source, value of `group` and images of pairs left out because others came before them: they
+    still tell that their patient is that of the pair with the same image."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
@@ -126,27 +130,28 @@ def assign(
             their split.
     """
     by_source: list[set[str]] = [set() for _ in spec.sources]
-    for source, value in zip(collected.sources, collected.groups, strict=True):
+    owners = [*collected.sources, *(source for source, _, _ in collected.repeated)]
+    values = [*collected.groups, *(value for _, value, _ in collected.repeated)]
+    hashes = [*collected.hashes, *(images for _, _, images in collected.repeated)]
+    for source, value in zip(owners, values, strict=True):
         by_source[source].add(value)
     hides = _hides(spec, known.key)
     check_group_forms(spec.sources, by_source, known.maps, hides=hides)
-    first = [hashes[0] for hashes in collected.hashes]
-    named = name_groups(spec.sources, collected.sources, collected.groups, first, known.maps)
-    groups, joins = join_groups(
-        named.names, collected.hashes, collected.phashes, thumbnails, named.same
-    )
+    named = name_groups(spec.sources, owners, values, [row[0] for row in hashes], known.maps)
+    every, joins = join_groups(named.names, hashes, collected.phashes, thumbnails, named.same)
+    groups = every[: len(collected.groups)]
     kept: Mapping[str, str] = {}
     splits = collected.splits
     if isinstance(spec.split, SplitSection):
         if known.earlier:
             names = _written(named.names, known.key)
-            kept = kept_sides(known.earlier, names, collected.hashes, groups)
+            kept = kept_sides(known.earlier, names, hashes, every)
         splits = assign_splits(groups, spec.split, kept)
     divided = divided_groups(groups, splits)
     if not (isinstance(spec.split, OwnSplitSection) and spec.split.shared_groups == "report"):
         shown = keyed(divided, known.key or os.urandom(16)) if hides else divided
         refuse_divided(dict(zip(shown, divided.values(), strict=True)), len(set(groups)))
-    joined = {n: g for n, g in zip(named.names, groups, strict=True) if n != g}
+    joined = {n: g for n, g in zip(named.names, every, strict=True) if n != g}
     return Assigned(
         groups=_written(groups, known.key),
         splits=splits,

@@ -116,14 +116,14 @@ def join_groups(
     most belong to different patients.
 
     Args:
-        groups: of each row.
+        groups: of each row, then of rows left out whose images earlier rows have.
         hashes: of each row's images.
-        phashes: of each row's images, in hexadecimal.
+        phashes: of each row's images, in hexadecimal; not of rows left out.
         thumbnails: [images, 1024] gray values, in the order of the rows.
         same: pairs of groups that are one.
 
     Returns:
-        A name per row, and the numbers of joins made and not made.
+        A name for each of `groups`, and the numbers of joins made and not made.
     """
     union = _Union()
     for one, other in same:

@@ -210,3 +210,33 @@ def test_a_published_split_that_shares_groups_is_let_through_and_counted(exports
     summary = prepare(sources, tmp_path / "out")
     assert summary["shared_between_splits"] == {"groups": 1, "pairs": 2}
     assert places(tmp_path / "out")["group/1"] == {"train", "test"}
+
+
+def test_a_repeated_row_still_tells_that_two_names_are_one_patient(exports, tmp_path):
+    first = [{"image": f"{n}.png", "patient": f"a{n}", "text": f"t{n}"} for n in range(1, 21)]
+    exports(drawn=([{}] * 20, {}))  # images 1 to 20
+    other = [{**row, "patient": row["patient"].replace("a", "b")} for row in first]
+    others = [{"patient": f"b{n}"} for n in range(1, 21)]
+    sources = exports(
+        {"validation": 0.5, "test": 0.0}, a=(first, {}), b=([*other, *others], {})
+    )
+    summary = prepare(sources, tmp_path / "out", max_rejects=1.0)
+    assert summary["sources"]["b"]["reasons"] == {"duplicate": 20}
+    assert (summary["groups"], summary["joins"]["joined_by_equal_images"]) == (20, 20)
+    assert summary["splits"] == {"train": 20, "validation": 20}
+    assert {len(found) for found in places(tmp_path / "out").values()} == {1}
+
+
+def test_an_earlier_patient_whose_rows_only_repeat_others_keeps_the_side(exports, tmp_path):
+    exports(drawn=([{}] * 12, {}))
+    rows = [{"image": f"{n}.png", "patient": f"a{n}", "text": f"t{n}"} for n in range(1, 12)]
+    prepare(exports({"validation": 0.5, "test": 0.0}, a=(rows, {})), tmp_path / "old")
+    [(group, side), *_] = sorted(places(tmp_path / "old").items())
+    assert group == "group/a1"
+    again = {"image": "12.png", "patient": "new", "text": "t"}
+    rows = [again, {**again, "patient": "a1"}, *rows[1:]]
+    split = {"validation": 0.5, "test": 0.0, "keep": "../old/pairs.parquet"}
+    prepare(exports(split, a=(rows, {})), tmp_path / "out", max_rejects=1.0)
+    found = places(tmp_path / "out")
+    assert "group/new" not in found
+    assert found["group/a1"] == side
