@@ -1,6 +1,7 @@
 """A source in SOURCES.yaml: a table, or several, and the meaning of its columns."""
 
 import os
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -165,7 +166,8 @@ class SourceSection(Section):
         """
         if "*" not in self.path:
             return [root / self.path]
-        found = sorted(root.glob(self.path))
+        # of glob, since Path.glob raises for absolute patterns and for ** inside a name
+        found = sorted({root / name for name in glob(self.path, root_dir=root, recursive=True)})
         if not found:
             raise DataError(
                 f"expected files that match {self.path} in {root}, found none: correct source "

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from medft.config.strict_yaml import Section, StrictYaml, errors_of, nearest
 from medft.data.dicom import dicom_rows
@@ -17,6 +17,14 @@ from medft.data.template import IMAGE_PLACEHOLDER, template_names
 from medft.errors import DataError, RecipeError
 
 DEFAULT_PROMPTS = ["Describe this medical image."]
+
+_SHARES, _COLUMN = "split by shares", "split by a column"
+"""Tags of the two forms of split, in the places of pydantic's errors."""
+
+
+def _form_of(split: Any) -> str:
+    is_own = isinstance(split, dict) and not split.keys().isdisjoint(("column", "train"))
+    return _COLUMN if is_own or isinstance(split, OwnSplitSection) else _SHARES
 
 
 class ImagesSection(Section):
@@ -37,7 +45,10 @@ class SourcesFile(Section):
     """Templates over `fields` for rows without question; a row's id selects one."""
 
     images: ImagesSection = ImagesSection()
-    split: SplitSection | OwnSplitSection = SplitSection()
+    split: Annotated[
+        Annotated[SplitSection, Tag(_SHARES)] | Annotated[OwnSplitSection, Tag(_COLUMN)],
+        Discriminator(_form_of),
+    ] = SplitSection()
     """Fractions of the accepted rows, or the column with the tables' own split."""
 
     group_key: str | None = None
@@ -65,25 +76,29 @@ def load_sources(path: Path) -> SourcesFile:
         RecipeError: it cannot be read, or anything in it is wrong.
     """
     source = StrictYaml.read(path)
-    errors = errors_of(lambda: SourcesFile.model_validate(source.raw))
-    problems = source.describe(errors, _explain)
+    tagged = errors_of(lambda: SourcesFile.model_validate(source.raw))
+    form = OwnSplitSection if any(_COLUMN in error["loc"] for error in tagged) else SplitSection
+    errors = [
+        {**error, "loc": tuple(part for part in error["loc"] if part not in (_SHARES, _COLUMN))}
+        for error in tagged
+    ]
+    problems = source.describe(errors, lambda error: _explain(error, form))
     if problems:
         raise RecipeError(*problems)
     return SourcesFile.model_validate(source.raw)
 
 
-def _explain(error: dict[str, Any]) -> str | None:
+def _explain(error: dict[str, Any], split: type[Section]) -> str | None:
     if error["type"] != "extra_forbidden":
         return None
     *inner, key = error["loc"]
-    splits = {**SplitSection.model_fields, **OwnSplitSection.model_fields}
     known = {
         "sources": SourceSection.model_fields,
         "images": ImagesSection.model_fields,
-        "split": splits,
+        "split": split.model_fields,
     }
     names = known[inner[0]] if inner else SourcesFile.model_fields
-    place = ".".join(str(part) for part in error["loc"] if not str(part).endswith("Section"))
+    place = ".".join(map(str, error["loc"]))
     return f"unknown key {place}: {nearest(str(key), names)}"
 
 

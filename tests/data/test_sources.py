@@ -223,6 +223,9 @@ def test_too_many_rejects_stop_with_their_reasons_and_leave_the_earlier_files(ex
     assert len(rejects(out)) == 2
 
 
+SPLIT = "sources:\n  - {name: a, kind: csv, path: t, image: i, text: t}\nsplit: %s\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -232,6 +235,13 @@ def test_too_many_rejects_stop_with_their_reasons_and_leave_the_earlier_files(ex
         ("split: {validation: 0.1}\n", "sources is required"),
         (YAML.replace("0.0", "0.6, test: 0.5") % "", "validation and test together below 1"),
         (YAML.replace("image: file", "image: []") % "", "sources.0.image"),
+        (SPLIT % "{validtion: 0.1}", "unknown key split.validtion: did you mean validation?"),
+        (SPLIT % "{validation: 2}", ":3: split.validation: expected less than 1, got 2"),
+        (SPLIT % "{column: x}", "split.train is required and missing"),
+        (SPLIT % "{train: [x]}", "split.column is required and missing"),
+        (SPLIT % "{column: x, train: [x], keep: y}", "unknown key split.keep: known here are"),
+        (SPLIT % "{shared_groups: report}", "unknown key split.shared_groups: known here are"),
+        (SPLIT % "3", "split: expected a valid dictionary"),
     ],
 )
 def test_a_wrong_sources_file_names_the_place(tmp_path, text, message):
@@ -240,6 +250,8 @@ def test_a_wrong_sources_file_names_the_place(tmp_path, text, message):
     with pytest.raises(RecipeError) as caught:
         load_sources(path)
     assert any(message in problem for problem in caught.value.problems)
+    assert "Section" not in str(caught.value).replace("instance of SplitSection", "")
+    assert "split by" not in str(caught.value)
 
 
 def test_prompts_may_only_use_kept_columns(export, tmp_path):
@@ -309,3 +321,19 @@ def test_a_full_disk_ends_the_command_with_a_sentence_and_leaves_nothing(
     with pytest.raises(RunError, match="its disk is full"):
         prepare(sources, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["{}/t-*.csv", "../*/t-*.csv", "**/t-*.csv", "t-**.csv"])
+def test_tables_of_a_pattern_of_any_form_are_read(export, tmp_path, pattern):
+    sources = export(b"", (YAML % "").replace("table.csv", f"'{pattern.format(tmp_path)}'"))
+    for number in range(2):
+        (tmp_path / f"t-{number}.csv").write_text(f"file,report\n0.png,text {number}\n")
+    summary = prepare(sources, tmp_path / "out")
+    assert summary["pairs"] == 2
+
+
+@pytest.mark.parametrize("pattern", ["{}/no-*.csv", "no/**/t.csv", "no-**.csv"])
+def test_a_pattern_that_matches_no_file_is_one_sentence(export, tmp_path, pattern):
+    sources = export(b"", (YAML % "").replace("table.csv", f"'{pattern.format(tmp_path)}'"))
+    with pytest.raises(DataError, match="expected files that match"):
+        prepare(sources, tmp_path / "out")
