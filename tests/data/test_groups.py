@@ -217,9 +217,7 @@ def test_a_repeated_row_still_tells_that_two_names_are_one_patient(exports, tmp_
     exports(drawn=([{}] * 20, {}))  # images 1 to 20
     other = [{**row, "patient": row["patient"].replace("a", "b")} for row in first]
     others = [{"patient": f"b{n}"} for n in range(1, 21)]
-    sources = exports(
-        {"validation": 0.5, "test": 0.0}, a=(first, {}), b=([*other, *others], {})
-    )
+    sources = exports({"validation": 0.5, "test": 0.0}, a=(first, {}), b=([*other, *others], {}))
     summary = prepare(sources, tmp_path / "out", max_rejects=1.0)
     assert summary["sources"]["b"]["reasons"] == {"duplicate": 20}
     assert (summary["groups"], summary["joins"]["joined_by_equal_images"]) == (20, 20)

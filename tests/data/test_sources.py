@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from medft.data.accounting import accepted_pairs
+from medft.data.pairing import Maker
 from medft.data.pairs import read_pairs
 from medft.data.prepare import prepare
 from medft.data.sources import load_sources
@@ -337,3 +340,23 @@ def test_a_pattern_that_matches_no_file_is_one_sentence(export, tmp_path, patter
     sources = export(b"", (YAML % "").replace("table.csv", f"'{pattern.format(tmp_path)}'"))
     with pytest.raises(DataError, match="expected files that match"):
         prepare(sources, tmp_path / "out")
+
+
+def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(export, tmp_path, monkeypatch):
+    """As the kernel does it where memory is short; a pool that waits for it waits for ever."""
+    rows = b"file,report\n" + b"".join(f"0.png,report {i}\n".encode() for i in range(500))
+    sources = export(rows, YAML % "")
+    whole = Maker.result
+
+    def killed(self, task):
+        [(number, _)] = task.rows
+        if number == 200:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, task)
+
+    monkeypatch.setattr(Maker, "result", killed)
+    with pytest.raises(RunError, match="one was stopped, as for lack of memory"):
+        prepare(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert prepare(sources, tmp_path / "out")["pairs"] == 500
