@@ -84,9 +84,13 @@ class Known:
         key = group_key_of(spec, root)
         maps = [read_group_map(root / s.group_map) if s.group_map else None for s in spec.sources]
         values = [_table_groups(source, root) for source in spec.sources]
-        check_group_forms(spec.sources, values, maps, hides=_hides(spec, key))
+        hides = _hides(spec, key)
+        check_group_forms(spec.sources, values, maps, hides=hides)
         keep = spec.split.keep if isinstance(spec.split, SplitSection) else None
-        earlier = read_earlier_split(root / keep, key_id=_key_id(key)) if keep else None
+        earlier = None
+        if keep:
+            hides = hides and key is None  # keyed groups tell nothing
+            earlier = read_earlier_split(root / keep, key_id=_key_id(key), hides=hides)
         return cls(maps=maps, earlier=earlier, key=key)
 
 
@@ -145,7 +149,9 @@ def assign(
     if isinstance(spec.split, SplitSection):
         if known.earlier:
             names = _written(named.names, known.key)
-            kept = kept_sides(known.earlier, names, hashes, every)
+            kept = kept_sides(
+                known.earlier, names, hashes, every, hides=hides and known.key is None
+            )
         splits = assign_splits(groups, spec.split, kept)
     divided = divided_groups(groups, splits)
     if not (isinstance(spec.split, OwnSplitSection) and spec.split.shared_groups == "report"):

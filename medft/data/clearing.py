@@ -28,6 +28,7 @@ _QUOTES_NO_CELL = {
     "empty_text",
     "identifier",
     "image_placeholder",
+    "not_text",
     "wrong_cell_count",
 }
 """Reasons whose details hold names of columns and numbers only."""

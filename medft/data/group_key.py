@@ -69,6 +69,7 @@ def _check_group_stays_hidden(source: SourceSection) -> None:
         "text": columns_of(source.text),
         "question": columns_of(source.question) if source.question else [],
         "license": [source.license["column"]] if isinstance(source.license, dict) else [],
+        "language": [source.language["column"]] if isinstance(source.language, dict) else [],
     }
     places = [name for name, columns in read.items() if source.group in columns]
     if source.group is not None and places:

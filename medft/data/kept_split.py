@@ -28,12 +28,13 @@ class EarlierSplit:
     """Group and split by the SHA-256 of an image."""
 
 
-def read_earlier_split(path: Path, *, key_id: str | None) -> EarlierSplit:
+def read_earlier_split(path: Path, *, key_id: str | None, hides: bool) -> EarlierSplit:
     """The split of an earlier pairs.parquet.
 
     Args:
         path: the file.
         key_id: what identifies the key that group ids are hashed with; None if they are clear.
+        hides: whether the error shows no group.
 
     Raises:
         DataError: it is no pairs.parquet, its group ids have another form, or a group is in
@@ -52,8 +53,8 @@ def read_earlier_split(path: Path, *, key_id: str | None) -> EarlierSplit:
     for group, split, hashes in zip(rows["group_id"], rows["split"], rows["sha256"], strict=True):
         if of_group.setdefault(group, split) != split:
             raise DataError(
-                f"expected every group of {path} in one split, {group} stands in several: it "
-                f"cannot be kept, remove split.keep"
+                f"expected every group of {path} in one split, {'one' if hides else group} stands "
+                f"in several: it cannot be kept, remove split.keep"
             )
         of_image.update(dict.fromkeys(hashes, (group, split)))
     for name, root in facts.joined.items():
@@ -66,6 +67,8 @@ def kept_sides(
     names: Sequence[str],
     hashes: Sequence[Sequence[str]],
     groups: Sequence[str],
+    *,
+    hides: bool,
 ) -> dict[str, str]:
     """The splits of the groups that were there earlier.
 
@@ -74,6 +77,7 @@ def kept_sides(
         names: of each row's group before groups were joined, hashed as in the earlier file.
         hashes: SHA-256 of each row's images.
         groups: of each row, joined.
+        hides: whether the error shows the splits alone.
 
     Raises:
         DataError: a group joins earlier ones of two splits, or none is known.
@@ -85,7 +89,10 @@ def kept_sides(
         found[group].update(earlier.of_image[d] for d in row if d in earlier.of_image)
     for known in found.values():
         if len(set(known.values())) > 1:
-            shown = ", ".join(f"{n} ({s})" for n, s in sorted(known.items())[:SHOWN_GROUPS])
+            shown = ", ".join(
+                f"{'one' if hides else name} ({split})"
+                for name, split in sorted(known.items())[:SHOWN_GROUPS]
+            )
             raise DataError(
                 f"expected groups that keep the split of {earlier.path}, these are one group now: "
                 f"{shown}, joined by an image or a name: correct the rows, or remove split.keep"

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from medft.data.clearing import Clearer, Search, Written
 from medft.data.dicom import open_dicom
-from medft.data.source_section import LANGUAGE, SourceSection
+from medft.data.source_section import LANGUAGE, SourceSection, columns_of
 from medft.data.sources import SourcesFile
 from medft.data.splits import SOURCE, SplitSection
 from medft.data.stored_image import StoredImage, store_encoded_image, store_image
@@ -155,7 +155,7 @@ class Maker:
         if source.group and not group and source.empty_group == "reject":
             raise Rejected("empty_group", f"{source.group} is empty")
         pair = Pair(
-            id=text_of(first.get(source.id)) if source.id else "",
+            id=_filled(source.id, first) if source.id else "",
             images=images,
             text=text,
             question=question,
@@ -212,9 +212,8 @@ class Maker:
     def _own_split(self, rows: list[TableRow]) -> str:
         if isinstance(self.split, SplitSection):
             return ""
-        column = self.split.column
-        otherwise = self.source.name if column == SOURCE else None
-        values = {text_of(row.get(column, otherwise)) for row in rows}
+        column, name = self.split.column, self.source.name
+        values = {name} if column == SOURCE else {text_of(row.get(column)) for row in rows}
         split, *others = {self.split.split_of(value) for value in values}
         if split is None or others:
             raise Rejected("no_split", f"{column} is {', '.join(sorted(values))!r}")
@@ -298,6 +297,10 @@ def content_hash(pair: Pair) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+_KINDS = {list: "a list", dict: "an object", bytes: "bytes"}
+"""Cells of JSON and Parquet that are no text, which Python would write in its own syntax."""
+
+
 def _check_encodable(pair: Pair) -> None:
     """Reject a lone surrogate, as a cut emoji leaves, which UTF-8 cannot encode."""
     own = [pair.id, pair.group, pair.text, pair.question or "", pair.license or ""]
@@ -326,6 +329,9 @@ def _different(template: str, rows: list[TableRow]) -> list[str]:
 
 
 def _filled(template: str, row: TableRow) -> str:
+    for column in columns_of(template):
+        if isinstance(cell := row.get(column), list | dict | bytes):
+            raise Rejected("not_text", f"{column} holds {_KINDS[type(cell)]}")
     if "{" not in template:
         return text_of(row.get(template))
     return fill_template(template, {name: row.get(name) for name in template_names(template)})

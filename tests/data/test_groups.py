@@ -238,3 +238,15 @@ def test_an_earlier_patient_whose_rows_only_repeat_others_keeps_the_side(exports
     found = places(tmp_path / "out")
     assert "group/new" not in found
     assert found["group/a1"] == side
+
+
+def test_a_split_by_source_is_by_its_name_whatever_a_column_of_that_name_holds(exports, tmp_path):
+    rows = [{"patient": "1", "source": "b"}, {"patient": "2"}]
+    split = {"column": "source", "train": ["a"], "test": ["b"]}
+    sources = exports(split, a=(rows, {"kind": "jsonl"}), b=(patients("3"), {}))
+    prepare(sources, tmp_path / "out")
+    assert places(tmp_path / "out") == {
+        "group/1": {"train"},
+        "group/2": {"train"},
+        "group/3": {"test"},
+    }

@@ -207,6 +207,24 @@ def test_parquet_with_bytes_structs_and_paths(tmp_path):
     assert pairs[0]["images"][0]["bytes"] == gray()
 
 
+@pytest.mark.parametrize("key", ["text", "question", "group", "keep", "id"])
+@pytest.mark.parametrize(
+    ("cell", "kind"), [(["a"], "a list"), ({"a": 1}, "an object"), (b"a", "bytes")]
+)
+def test_a_cell_that_is_no_text_is_rejected_and_never_written_in_pythons_syntax(
+    tmp_path, key, cell, kind
+):
+    (tmp_path / "0.png").write_bytes(gray())
+    rows = [{"a": "0.png", "t": "first", "x": cell}, {"a": "0.png", "t": "second", "x": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    source = {"name": "p", "kind": "parquet", "path": "t.parquet", "image": "a", "text": "t"}
+    given = {"text": "{t} {x}", "question": "{t}? {x}", "keep": ["x"]}.get(key, "x")
+    further = {"empty_group": "image"} if key == "group" else {}
+    _, pairs, [line] = prepared(tmp_path, {**source, **further, key: given})
+    assert (line["row"], line["reason"], line["detail"]) == (1, "not_text", f"x holds {kind}")
+    assert [row["text"] for row in pairs] == ["second"]
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_an_image_folder(tmp_path, name):
     (tmp_path / "f" / "sub").mkdir(parents=True)

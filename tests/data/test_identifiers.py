@@ -564,7 +564,10 @@ def test_with_a_key_a_source_may_not_write_its_group_in_the_clear(export, tmp_pa
     rows = [row(patient="pat-7")]
     with pytest.raises(RecipeError, match="the column view of source a, keep would write it"):
         export(rows, "", KEY, yaml=YAML.replace("group: patient", "group: view"))
-    assert export(rows, "", KEY)[0]["pairs"] == 1
+    by_patient = "language: {column: patient}"
+    with pytest.raises(RecipeError, match="the column patient of source a, language would write"):
+        export(rows, by_patient, KEY)
+    assert export(rows, by_patient.replace("patient", "view"), KEY)[0]["pairs"] == 1
 
 
 def test_dates_and_numbers_of_parquet_are_values_too(tmp_path):

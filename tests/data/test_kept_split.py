@@ -93,6 +93,18 @@ def test_a_patient_who_was_joined_with_another_keeps_the_side_without_the_image(
     assert side(tmp_path / "out") == {"group/zoe": "test"}
 
 
+def test_the_error_names_no_group_where_a_source_has_identifiers(exports, tmp_path, first):
+    _, _, by_side, images = first
+    name = by_side["train"].removeprefix("group/")
+    rows = [{"patient": name, "image": images["test"], "born": "19500307"}]
+    with pytest.raises(DataError) as caught:
+        prepare(later(exports, first, rows, identifiers=["born"]), tmp_path / "out")
+    assert "one (test), one (train)" in str(caught.value).replace(
+        "one (train), one (test)", "one (test), one (train)"
+    )
+    assert by_side["train"] not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
