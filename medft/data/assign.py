@@ -145,11 +145,12 @@ def assign(
     every, joins = join_groups(named.names, hashes, collected.phashes, thumbnails, named.same)
     groups = every[: len(collected.groups)]
     kept: Mapping[str, str] = {}
+    not_found = 0
     splits = collected.splits
     if isinstance(spec.split, SplitSection):
         if known.earlier:
             names = _written(named.names, known.key)
-            kept = kept_sides(
+            kept, not_found = kept_sides(
                 known.earlier, names, hashes, every, hides=hides and known.key is None
             )
         splits = assign_splits(groups, spec.split, kept)
@@ -176,7 +177,7 @@ def assign(
             "joins": joins,
             "splits": dict(sorted(Counter(splits).items())),
             "shared_between_splits": _counted(divided, groups),
-            "kept": _counted(kept, groups) if known.earlier else None,
+            "kept": {**_counted(kept, groups), "not_found": not_found} if known.earlier else None,
         },
     )
 

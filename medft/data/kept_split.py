@@ -21,8 +21,8 @@ class EarlierSplit:
     """The split of an earlier pairs.parquet."""
 
     path: Path
-    of_group: dict[str, str]
-    """Split by group, and by the names that were joined with one."""
+    of_group: dict[str, tuple[str, str]]
+    """Group and split by its name, and by the names that were joined with it."""
 
     of_image: dict[str, tuple[str, str]]
     """Group and split by the SHA-256 of an image."""
@@ -48,10 +48,10 @@ def read_earlier_split(path: Path, *, key_id: str | None, hides: bool) -> Earlie
             f"earlier export again, with the same group_key"
         )
     rows = open_pairs(path).read(columns=["group_id", "split", "sha256"]).to_pydict()
-    of_group: dict[str, str] = {}
+    of_group: dict[str, tuple[str, str]] = {}
     of_image: dict[str, tuple[str, str]] = {}
     for group, split, hashes in zip(rows["group_id"], rows["split"], rows["sha256"], strict=True):
-        if of_group.setdefault(group, split) != split:
+        if of_group.setdefault(group, (group, split)) != (group, split):
             raise DataError(
                 f"expected every group of {path} in one split, {'one' if hides else group} stands "
                 f"in several: it cannot be kept, remove split.keep"
@@ -69,8 +69,8 @@ def kept_sides(
     groups: Sequence[str],
     *,
     hides: bool,
-) -> dict[str, str]:
-    """The splits of the groups that were there earlier.
+) -> tuple[dict[str, str], int]:
+    """The splits of the groups that were there earlier, and the number of earlier ones not found.
 
     Args:
         earlier: from `read_earlier_split`.
@@ -85,7 +85,7 @@ def kept_sides(
     found: dict[str, dict[str, str]] = defaultdict(dict)  # split by earlier group, by group
     for name, row, group in zip(names, hashes, groups, strict=True):
         if name in earlier.of_group:
-            found[group][name] = earlier.of_group[name]
+            found[group].update([earlier.of_group[name]])
         found[group].update(earlier.of_image[d] for d in row if d in earlier.of_image)
     for known in found.values():
         if len(set(known.values())) > 1:
@@ -103,4 +103,5 @@ def kept_sides(
             f"expected groups of {earlier.path} among the rows, none is: give the file of an "
             f"earlier export of the same patients"
         )
-    return sides
+    seen = {group for known in found.values() for group in known}
+    return sides, len({group for group, _ in earlier.of_group.values()} - seen)

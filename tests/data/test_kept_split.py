@@ -31,7 +31,10 @@ def test_three_growing_exports_keep_every_earlier_side(exports, tmp_path):
         if earlier:
             before = side(earlier)
             assert {name: now[name] for name in before} == before
-            assert summary["kept"] == {"groups": len(before), "pairs": len(before)}
+            number_before = len(before)
+            assert summary["kept"] == {
+                "groups": number_before, "pairs": number_before, "not_found": 0,
+            }  # fmt: skip
         assert summary["splits"] == {"test": count // 5, "train": count * 3 // 5,
                                      "validation": count // 5}  # fmt: skip
         earlier = tmp_path / f"out{number}"
@@ -140,6 +143,15 @@ def test_keyed_groups_are_kept_by_the_same_key_alone(exports, tmp_path, same):
     assert prepare(later, tmp_path / "two_out")["kept"]["groups"] == 20
     before, now = side(tmp_path / "one_out"), side(tmp_path / "two_out")
     assert {name: now[name] for name in before} == before
+
+
+def test_earlier_groups_that_are_not_found_are_counted(exports, tmp_path, first):
+    """Patients who left, or who are written in another way than then and are drawn anew."""
+    rows = patients(*(f"00{i}" for i in range(5)), *range(5, 20))
+    summary = prepare(later(exports, first, rows), tmp_path / "out")
+    assert summary["kept"] == {"groups": 15, "pairs": 15, "not_found": 5}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "5 groups of it are not among the rows" in page
 
 
 def test_a_file_of_other_patients_is_an_error(exports, tmp_path, first):
