@@ -82,8 +82,10 @@ class Known:
             RecipeError: the key is missing or short, or a source writes its groups in the clear.
         """
         key = group_key_of(spec, root)
-        maps = [read_group_map(root / s.group_map) if s.group_map else None for s in spec.sources]
         values = [_table_groups(source, root) for source in spec.sources]
+        maps = [
+            _map_of(source, root, own) for source, own in zip(spec.sources, values, strict=True)
+        ]
         hides = _hides(spec, key)
         check_group_forms(spec.sources, values, maps, hides=hides)
         keep = spec.split.keep if isinstance(spec.split, SplitSection) else None
@@ -92,6 +94,13 @@ class Known:
             hides = hides and key is None  # keyed groups tell nothing
             earlier = read_earlier_split(root / keep, key_id=_key_id(key), hides=hides)
         return cls(maps=maps, earlier=earlier, key=key)
+
+
+def _map_of(source: SourceSection, root: Path, values: set[str]) -> GroupMap | None:
+    if source.group_map is None:
+        return None
+    na_values = source.read_options(root).na_values
+    return read_group_map(root / source.group_map, na_values=na_values, values=values)
 
 
 def _table_groups(source: SourceSection, root: Path) -> set[str]:

@@ -28,8 +28,9 @@ class Reports:
     rejected: list[Rejected] = field(default_factory=list)
     """Malformed rows, and rows without that value."""
 
-    within: set[str] = field(default_factory=set)
-    """Values of that column in lines of quoted cells, were they rows of their own."""
+    within: dict[str, int] = field(default_factory=dict)
+    """Values of that column in lines of quoted cells, were they rows of their own, and the line
+    on which the row around them ends."""
 
     @classmethod
     def read(
@@ -47,7 +48,7 @@ class Reports:
 
         def note_key(row: TableRow) -> bool:
             if len(row) > 1:  # a number alone on a line of a report is no row
-                found.within.add(text_of(row.get(column)))
+                found.within.setdefault(text_of(row.get(column)), counts.lines or 0)
             return False
 
         seen: set[tuple[Any, ...]] = set()
@@ -102,8 +103,9 @@ class Reports:
             return None
         if key and key in self.within:
             raise DataError(
-                f"expected a row of {self.table} to end before the next one, that with {value} "
-                f"stands inside a quoted cell of another: close the quote before"
+                f"expected a row of {self.table} to end before the next one, a quoted cell of the "
+                f"row that ends on line {self.within[key]} holds that of another DICOM file: close "
+                f"the quote before"
             )
         return Rejected("no_report", f"{name}: no row with {value}")
 

@@ -7,11 +7,12 @@ loose form alone, such as 00123 and 123.0, are an error until `group_form` says 
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medft.data.source_section import SourceSection
+from medft.data.table_row import ReadOptions
 from medft.data.tables import Rejected, table_rows
 from medft.data.template import text_of
 from medft.errors import DataError
@@ -51,14 +52,26 @@ def loose_form(value: str) -> str:
     return "".join(filter(str.isalnum, without_zeros)) or folded
 
 
-def read_group_map(path: Path) -> dict[str, list[str]]:
+def read_group_map(
+    path: Path, *, na_values: frozenset[str] = frozenset(), values: Container[str] = ()
+) -> dict[str, list[str]]:
     """A table of two columns: a value, and what the same patient is called in the other list.
 
+    Args:
+        path: a CSV file with a header.
+        na_values: texts of cells that count as empty.
+        values: of the source, of which the header is none.
+
     Raises:
-        DataError: it cannot be read, or has other columns or an empty cell.
+        DataError: it cannot be read, or has other columns, an empty cell or no header.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    for row in table_rows("csv", path):
+    for row in table_rows("csv", path, ReadOptions(na_values=na_values)):
+        if not isinstance(row, Rejected) and next(iter(row), None) in values:
+            raise DataError(
+                f"expected a header in {path}, its first line holds a value of group: write the "
+                f"names of the two lists above it"
+            )
         cells = [] if isinstance(row, Rejected) else [text_of(cell) for cell in row.values()]
         if len(cells) != 2 or not all(cells):
             raise DataError(

@@ -111,12 +111,24 @@ def test_a_map_joins_two_lists_of_pseudonyms(exports, tmp_path):
     assert summary["sources"]["ris"]["not_in_group_map"] == 0
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,\n", "a,b,c\n1,2,3\n", "a,b\n", "a\n1\n"])
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,\n", "a,b,c\n1,2,3\n", "a,b\n", "a\n1\n", "a,b\n1,NULL\n"]
+)
 def test_a_map_that_is_none_is_one_sentence(exports, tmp_path, text):
     sources = exports(pacs=(patients("1"), {"group_map": "map.csv"}))
     (sources.parent / "map.csv").write_text(text)
     with pytest.raises(DataError, match="correct group_map"):
         prepare(sources, tmp_path / "out")
+
+
+def test_a_map_without_header_does_not_lose_its_first_patient(exports, tmp_path):
+    sources = exports(pacs=(patients("1", "2"), {"group_map": "map.csv"}))
+    (sources.parent / "map.csv").write_text("1,R1\n2,R2\n")
+    with pytest.raises(DataError, match="its first line holds a value of group"):
+        prepare(sources, tmp_path / "out")
+    (sources.parent / "map.csv").write_text("pacs,ris\n1,R1\n2,R2\n")
+    prepare(sources, tmp_path / "out")
+    assert set(places(tmp_path / "out")) == {"group/R1", "group/R2"}
 
 
 def test_a_map_whose_values_are_written_otherwise_is_an_error(exports, tmp_path):
