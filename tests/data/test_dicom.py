@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pydicom.data
 import pytest
+from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset
@@ -313,3 +314,26 @@ def test_tags_that_a_source_names_as_identifiers_are_searched_for(tmp_path, capl
     assert "meier" not in rejects.lower()
     [row] = read_pairs(tmp_path / "out" / "pairs.parquet")
     assert (row["text"], row["images"][0]["path"]) == ("Normal chest.", "1.dcm")
+
+
+def test_patient_ids_of_headers_are_compared_with_those_of_tables(tmp_path):
+    for index, patient in enumerate(["00007", "00008"]):
+        write(tmp_path / "files" / f"{index}.dcm", RAMP * (index + 1), PatientID=patient)
+        (tmp_path / "files" / f"{index}.txt").write_text(f"Report {index}.")
+    noise = np.random.default_rng(5).integers(0, 255, (64, 64), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("file,report,patient\na.png,Text.,7\n")
+
+    def both(form):
+        (tmp_path / "SOURCES.yaml").write_text(
+            "sources:\n  - {name: t, kind: csv, path: t.csv, image: file, text: report, "
+            f"group: patient{form}}}\n"
+            "  - {name: d, kind: dicom, path: files, text: text, group: PatientID}\n"
+        )
+        return prepare(tmp_path / "SOURCES.yaml", tmp_path / "out")
+
+    with pytest.raises(DataError, match=r"'7' \(t\) and '00007' \(d\)"):
+        both("")
+    assert not (tmp_path / "out").exists()
+    assert both(", group_form: loose")["shared_by_sources"] == {"t, d": 1}
+    assert both(", group_form: as_written")["shared_by_sources"] == {}

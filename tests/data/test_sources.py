@@ -15,6 +15,7 @@ from medft.data.accounting import accepted_pairs
 from medft.data.pairing import Maker
 from medft.data.pairs import read_pairs
 from medft.data.prepare import prepare
+from medft.data.rows import load_rows
 from medft.data.sources import load_sources
 from medft.data.splits import join_groups
 from medft.data.stored_image import perceptual_hash
@@ -360,3 +361,14 @@ def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(export, tmp_pa
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert prepare(sources, tmp_path / "out")["pairs"] == 500
+
+
+def test_files_without_a_pair_are_written_where_that_is_allowed_and_never_trained(export, tmp_path):
+    sources = export(b"file,report\n0.png,\n1.png,NULL\n", YAML % "")
+    with pytest.raises(DataError, match=r"2 of 2 were \(empty_text 2"):
+        prepare(sources, tmp_path / "out")
+    counts = prepare(sources, tmp_path / "out", max_rejects=1.0)["sources"]["a"]
+    assert (counts["read"], counts["accepted"], counts["rejected"]) == (2, 0, 2)
+    assert len(rejects(tmp_path / "out")) == 2
+    with pytest.raises(DataError, match="expected rows of split train"):
+        load_rows(tmp_path / "out" / "pairs.parquet", split="train")

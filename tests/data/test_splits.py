@@ -4,6 +4,7 @@ import io
 import math
 import random
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -177,3 +178,8 @@ def test_a_group_in_several_splits_is_found():
     assert divided == {"a": ["test", "train"]}
     with pytest.raises(DataError, match="1 of 2 stand in several, first a"):
         refuse_divided(divided, 2)
+
+
+def test_the_default_shares_are_a_twentieth_each():
+    splits = assign_splits([f"g{i}" for i in range(200)], SplitSection())
+    assert Counter(splits) == {"train": 180, "validation": 10, "test": 10}
