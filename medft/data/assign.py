@@ -153,16 +153,14 @@ def assign(
     named = name_groups(spec.sources, owners, values, [row[0] for row in hashes], known.maps)
     every, joins = join_groups(named.names, hashes, collected.phashes, thumbnails, named.same)
     groups = every[: len(collected.groups)]
-    kept: Mapping[str, str] = {}
-    not_found = 0
+    kept = None
     splits = collected.splits
     if isinstance(spec.split, SplitSection):
         if known.earlier:
             names = _written(named.names, known.key)
-            kept, not_found = kept_sides(
-                known.earlier, names, hashes, every, hides=hides and known.key is None
-            )
-        splits = assign_splits(groups, spec.split, kept)
+            clear = hides and known.key is None
+            kept = kept_sides(known.earlier, names, hashes, every, hides=clear)
+        splits = assign_splits(groups, spec.split, kept.sides if kept else {})
     divided = divided_groups(groups, splits)
     if not (isinstance(spec.split, OwnSplitSection) and spec.split.shared_groups == "report"):
         shown = keyed(divided, known.key or os.urandom(16)) if hides else divided
@@ -186,7 +184,7 @@ def assign(
             "joins": joins,
             "splits": dict(sorted(Counter(splits).items())),
             "shared_between_splits": _counted(divided, groups),
-            "kept": {**_counted(kept, groups), "not_found": not_found} if known.earlier else None,
+            "kept": kept and {**_counted(kept.sides, groups), "not_found": kept.not_found},
         },
     )
 

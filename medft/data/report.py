@@ -89,7 +89,7 @@ def group_lines(summary: dict[str, Any]) -> list[str]:
     if kept:
         lines.append(
             f"{kept['groups']:,} groups ({kept['pairs']:,} pairs) keep the split of the earlier "
-            f"file; {kept['not_found']:,} groups of it are not among the rows."
+            f"file, {kept['not_found']:,} of its groups are not among the rows."
         )
     return lines
 

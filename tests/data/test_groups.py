@@ -1,13 +1,10 @@
 """One patient is one group, however many exports and ways of writing there are."""
 
 import json
-import sys
-from collections import defaultdict
 
 import pytest
 from exports import patients, places
 
-from medft.cli import main
 from medft.data import pairing
 from medft.data.groups import loose_form
 from medft.data.pairs import read_pairs
@@ -265,35 +262,3 @@ def test_a_split_by_source_is_by_its_name_whatever_a_column_of_that_name_holds(e
         "group/2": {"train"},
         "group/3": {"test"},
     }
-
-
-@pytest.mark.parametrize("empty_group", ["reject", "image"])
-def test_no_patient_of_two_exports_stands_on_two_sides(
-    exports, tmp_path, capsys, monkeypatch, empty_group
-):
-    """200 patients, 60 of them in both exports in three ways of writing, a tenth of cells empty."""
-    ways = [lambda n: f"{n:05d}", lambda n: n, float]
-    rows = [{"patient": f"{n:06d}", "text": f"{n} a"} for n in range(1, 131)]
-    other = [{"patient": ways[n % 3](n), "text": f"{n} b"} for n in range(71, 201)]
-    for table in (rows, other):
-        for index in range(0, 130, 10):
-            table[index]["patient"] = ""
-    options = {"kind": "jsonl", "group_form": "loose", "empty_group": empty_group}
-    sources = exports(None, first=(rows, options), second=(other, options))
-    summary = prepare(sources, tmp_path / "out")
-    sides = defaultdict(set)
-    for row in read_pairs(tmp_path / "out" / "pairs.parquet", images=False):
-        if row["group_id"].startswith("group/"):
-            sides[row["text"].split()[0]].add(row["split"])
-    assert {len(found) for found in sides.values()} == {1}
-    named = [{int(r["text"].split()[0]) for r in t if r["patient"] != ""} for t in (rows, other)]
-    assert summary["shared_group_values"] == len(named[0] & named[1]) > 50
-    assert [c["empty_groups"] for c in summary["sources"].values()] == [13, 13]
-    became = {"reject": "rejected", "image": "grouped by image"}[empty_group]
-    words = ["medft", "data", "prepare", str(sources), "--out", str(tmp_path / "again")]
-    monkeypatch.setattr(sys, "argv", words)
-    assert main() == 0
-    page = (tmp_path / "out" / "report.html").read_text()
-    for shown in (page, capsys.readouterr().out):
-        assert f"{summary['shared_group_values']} group values stand in several sources" in shown
-        assert f"second: 13 rows have no patient and were {became}." in shown

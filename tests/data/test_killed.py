@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -93,6 +94,22 @@ def test_killed_between_two_renames_and_repeated(sources, undisturbed, tmp_path)
         sources, tmp_path / "out", complete, ("move", moves - 1), over_earlier=True
     )
     assert new > 0
+
+
+def test_of_two_preparations_at_once_one_wins_and_the_other_says_so(sources, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "medft.cli", "data", "prepare", str(sources), "--out", str(out)]
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / ".draft" / "records.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert first.wait() == 0
+    assert second.returncode == 2
+    assert second.stderr.count("medft: error: ") == 1
+    assert "expected no other process that writes" in second.stderr
+    assert contents(out) == undisturbed[0]
+    assert {path.name for path in out.iterdir()} == set(FILES)
 
 
 @pytest.mark.proof
