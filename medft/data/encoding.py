@@ -36,6 +36,8 @@ def read_text(path: Path, encoding: str | None) -> str:
         DataError: it cannot be read, or is not text in this encoding.
     """
     try:
+        if path.is_fifo():  # which is read once, and may wait for ever
+            raise OSError("a pipe, no file")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

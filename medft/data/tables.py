@@ -58,10 +58,17 @@ def tables_rows(
     *,
     columns: Sequence[str] | None = None,
 ) -> Iterator[TableRow | Rejected]:
-    """The rows of several tables, as from `table_rows`, one table after another."""
+    """The rows of several tables, as from `table_rows`, one table after another.
+
+    The detail of a Rejected names its table where there are several.
+    """
     for table in tables:
         own = TableCounts()
-        yield from table_rows(kind, table, options, own, columns=columns)
+        for row in table_rows(kind, table, options, own, columns=columns):
+            if isinstance(row, Rejected) and len(tables) > 1:
+                yield Rejected(row.reason, f"{table.name}, {row.detail}")
+            else:
+                yield row
         if counts is not None:
             counts.add(own)
 

@@ -372,3 +372,24 @@ def test_files_without_a_pair_are_written_where_that_is_allowed_and_never_traine
     assert len(rejects(tmp_path / "out")) == 2
     with pytest.raises(DataError, match="expected rows of split train"):
         load_rows(tmp_path / "out" / "pairs.parquet", split="train")
+
+
+def test_a_bad_row_of_several_tables_is_named_with_its_table(export, tmp_path):
+    sources = export(b"", (YAML % "").replace("table.csv", "'t-*.csv'"))
+    (tmp_path / "t-1.csv").write_text("file,report\n0.png,one\n1.png\n")
+    (tmp_path / "t-2.csv").write_text("file,report\n2.png,two\n3.png\n")
+    prepare(sources, tmp_path / "out", max_rejects=0.5)
+    found = [(line["row"], line["detail"]) for line in rejects(tmp_path / "out")]
+    assert found == [
+        (2, "t-1.csv, line 3: 1 cells for 2 columns"),
+        (4, "t-2.csv, line 3: 1 cells for 2 columns"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_a_pipe_in_place_of_a_table_is_not_waited_for(export, tmp_path, kind):
+    sources = export(b"", (YAML % "").replace("csv", kind), f"table.{kind}")
+    (tmp_path / f"table.{kind}").unlink()
+    os.mkfifo(tmp_path / f"table.{kind}")
+    with pytest.raises(DataError, match="a pipe, no file"):
+        prepare(sources, tmp_path / "out")
