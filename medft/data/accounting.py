@@ -77,9 +77,6 @@ def accepted_pairs(
             content = content_hash(pair)
             if content in contents:
                 reason = ("duplicate", "the same images, question and text came before")
-                if pair.group:
-                    hashes = [image.stored.sha256 for image in pair.images]
-                    collected.repeated.append((result.source, pair.group, hashes))
             elif pair.id in ids:
                 reason = ("duplicate_id", f"the id {pair.id!r} came before")
             else:
@@ -97,6 +94,7 @@ def accepted_pairs(
             line = {"source": name, "row": number, "reason": reason_code, "detail": detail}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
         if pair is None:
+            collected.rejected += [(result.source, *link) for link in result.links]
             continue
         ids.add(pair.id)
         contents.add(content)

@@ -53,9 +53,9 @@ class Collected:
     splits: list[str] = field(default_factory=list)
     """Given by the tables; empty where medft splits."""
 
-    repeated: list[tuple[int, str, list[str]]] = field(default_factory=list)
-    """Source, value of `group` and images of pairs left out because others came before them: they
-    still tell that their patient is that of the pair with the same image."""
+    rejected: list[tuple[int, str, list[str]]] = field(default_factory=list)
+    """Source, value of `group` and images of rejected rows: they still tell that their patient is
+    that of the pairs with the same image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,9 +143,9 @@ def assign(
             their split.
     """
     by_source: list[set[str]] = [set() for _ in spec.sources]
-    owners = [*collected.sources, *(source for source, _, _ in collected.repeated)]
-    values = [*collected.groups, *(value for _, value, _ in collected.repeated)]
-    hashes = [*collected.hashes, *(images for _, _, images in collected.repeated)]
+    owners = [*collected.sources, *(source for source, _, _ in collected.rejected)]
+    values = [*collected.groups, *(value for _, value, _ in collected.rejected)]
+    hashes = [*collected.hashes, *(images for _, _, images in collected.rejected)]
     for source, value in zip(owners, values, strict=True):
         by_source[source].add(value)
     hides = _hides(spec, known.key)
@@ -165,7 +165,8 @@ def assign(
     if not (isinstance(spec.split, OwnSplitSection) and spec.split.shared_groups == "report"):
         shown = keyed(divided, known.key or os.urandom(16)) if hides else divided
         refuse_divided(dict(zip(shown, divided.values(), strict=True)), len(set(groups)))
-    joined = {n: g for n, g in zip(named.names, every, strict=True) if n != g}
+    final = set(groups)
+    joined = {n: g for n, g in zip(named.names, every, strict=True) if n != g and g in final}
     return Assigned(
         groups=_written(groups, known.key),
         splits=splits,

@@ -6,7 +6,7 @@ Runs in worker processes, each with its own spool file for images.
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,6 +91,8 @@ class Result:
     taken: list[int]
     rejected: list[tuple[int, str, str]]
     search: Search | None = None
+    links: list[tuple[str, list[str]]] = field(default_factory=list)
+    """The value of `group` and the images of each row that has both."""
 
 
 class Maker:
@@ -121,12 +123,15 @@ class Maker:
         images: list[SpooledImage] = []
         good: list[tuple[int, TableRow]] = []
         rejected: list[tuple[int, str, str]] = []
+        links: list[tuple[str, list[str]]] = []
         for number, row in task.rows:
             try:
                 if isinstance(row, Rejected):
                     raise row
-                images += self._images(row)
+                images += (own := self._images(row))
                 good.append((number, row))
+                if self.source.group and (group := text_of(row.get(self.source.group))):
+                    links.append((group, [image.stored.sha256 for image in own]))
             except Rejected as verdict:
                 rejected.append((number, verdict.reason, verdict.detail))
         pair = None
@@ -136,7 +141,7 @@ class Maker:
             except Rejected as verdict:
                 rejected += [(number, verdict.reason, verdict.detail) for number, _ in good]
         taken = [number for number, _ in good] if pair else []
-        return Result(task.source, pair, taken, rejected, self._search)
+        return Result(task.source, pair, taken, rejected, self._search, links)
 
     def _pair(self, rows: list[TableRow], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]

@@ -116,9 +116,9 @@ def join_groups(
     most belong to different patients.
 
     Args:
-        groups: of each row, then of rows left out whose images earlier rows have.
+        groups: of each row, then of rejected rows, which join the groups of rows with their images.
         hashes: of each row's images.
-        phashes: of each row's images, in hexadecimal; not of rows left out.
+        phashes: of each row's images, in hexadecimal; not of rejected rows.
         thumbnails: [images, 1024] gray values, in the order of the rows.
         same: pairs of groups that are one.
 
@@ -128,15 +128,19 @@ def join_groups(
     union = _Union()
     for one, other in same:
         union.join(f"group/{one}", f"group/{other}")
-    given = len({union.root(f"group/{group}") for group in groups})
+    own = groups[: len(phashes)]
+    given = len({union.root(f"group/{group}") for group in own})
     images: dict[str, int] = {}  # index of the first occurrence of each image, by SHA-256
     owners: list[str] = []
-    for group, row in zip(groups, hashes, strict=True):
+    for group, row in zip(own, hashes, strict=False):
         for digest in row:
             union.join(f"group/{group}", f"sha256/{digest}")
             images.setdefault(digest, len(owners))
             owners.append(f"group/{group}")
-    after_bytes = len({union.root(f"group/{group}") for group in groups})
+    for group, row in zip(groups[len(own) :], hashes[len(own) :], strict=True):
+        for digest in filter(images.__contains__, row):
+            union.join(f"group/{group}", f"sha256/{digest}")
+    after_bytes = len({union.root(f"group/{group}") for group in own})
     places = np.array(sorted(images.values()), dtype=np.int64)
     flat = [int(value, 16) for row in phashes for value in row]
     near, agree = near_copies(np.array(flat, dtype=np.uint64)[places], thumbnails[places])
@@ -150,7 +154,7 @@ def join_groups(
     report = {
         "groups_given": given,
         "joined_by_equal_images": given - after_bytes,
-        "joined_by_near_copies": after_bytes - len(set(final)),
+        "joined_by_near_copies": after_bytes - len(set(final[: len(own)])),
         "near_hashes_left_apart": left,
     }
     return final, report

@@ -224,17 +224,44 @@ def test_a_published_split_that_shares_groups_is_let_through_and_counted(exports
     assert places(tmp_path / "out")["group/1"] == {"train", "test"}
 
 
-def test_a_repeated_row_still_tells_that_two_names_are_one_patient(exports, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "options", "reason", "read"),
+    [
+        ("{}", {}, "duplicate", 20),
+        ("", {}, "empty_text", 20),
+        ("<image>", {}, "image_placeholder", 20),
+        ("other {}", {"id": "id"}, "duplicate_id", 19),
+    ],
+)
+def test_a_rejected_row_still_tells_that_two_names_are_one_patient(
+    exports, tmp_path, text, options, reason, read
+):
     first = [{"image": f"{n}.png", "patient": f"a{n}", "text": f"t{n}"} for n in range(1, 21)]
     exports(drawn=([{}] * 20, {}))  # images 1 to 20
-    other = [{**row, "patient": row["patient"].replace("a", "b")} for row in first]
-    others = [{"patient": f"b{n}"} for n in range(1, 21)]
-    sources = exports({"validation": 0.5, "test": 0.0}, a=(first, {}), b=([*other, *others], {}))
+    other = [
+        {**row, "patient": f"b{n}", "text": text.format(row["text"]), "id": "same"}
+        for n, row in enumerate(first, start=1)
+    ]
+    others = [{"patient": f"b{n}", "id": n} for n in range(1, 21)]
+    sources = exports(
+        {"validation": 0.5, "test": 0.0}, a=(first, {}), b=([*other, *others], options)
+    )
     summary = prepare(sources, tmp_path / "out", max_rejects=1.0)
-    assert summary["sources"]["b"]["reasons"] == {"duplicate": 20}
+    assert summary["sources"]["b"]["reasons"] == {reason: read}
     assert (summary["groups"], summary["joins"]["joined_by_equal_images"]) == (20, 20)
-    assert summary["splits"] == {"train": 20, "validation": 20}
     assert {len(found) for found in places(tmp_path / "out").values()} == {1}
+
+
+def test_a_rejected_row_joins_no_groups_by_an_image_that_no_accepted_row_has(exports, tmp_path):
+    """Such as the image that an archive sends where it has none."""
+    exports(drawn=([{}], {}))
+    rows = [{"patient": n, "image": "1.png", "text": ""} for n in "123"]
+    summary = prepare(exports(a=([*rows, *patients(*"123")], {})), tmp_path / "out", max_rejects=1)
+    assert (summary["pairs"], summary["groups"]) == (3, 3)
+    assert summary["joins"] == {
+        "groups_given": 3, "joined_by_equal_images": 0, "joined_by_near_copies": 0,
+        "near_hashes_left_apart": 0,
+    }  # fmt: skip
 
 
 def test_an_earlier_patient_whose_rows_only_repeat_others_keeps_the_side(exports, tmp_path):
@@ -262,3 +289,12 @@ def test_a_split_by_source_is_by_its_name_whatever_a_column_of_that_name_holds(e
         "group/2": {"train"},
         "group/3": {"test"},
     }
+
+
+def test_an_empty_cell_is_no_way_of_writing(exports, tmp_path):
+    rows = patients("NULL", "null")
+    sources = exports(a=(rows, {"empty_group": "image"}))
+    counts = prepare(sources, tmp_path / "out")["sources"]["a"]
+    assert (counts["accepted"], counts["empty_groups"]) == (2, 1)
+    with pytest.raises(DataError, match="'NULL'"):
+        prepare(exports(a=(rows, {"na_values": []})), tmp_path / "as_written")
