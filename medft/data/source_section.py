@@ -124,6 +124,10 @@ class SourceSection(Section):
             raise ValueError(f"a key group beside {given[0]}")
         if self.group_namespace in ("group", "image"):
             raise ValueError(f"another group_namespace than {self.group_namespace}")
+        if "*" in self.path and self.kind in ("imagefolder", "dicom"):
+            raise ValueError(
+                f"a path without *, since {self.kind} is one folder: a source for each"
+            )
         if self.kind == "parquet" and self.encoding is not None:
             raise ValueError("no key encoding for parquet, which is UTF-8")
         return self

@@ -239,6 +239,8 @@ SPLIT = "sources:\n  - {name: a, kind: csv, path: t, image: i, text: t}\nsplit: 
         ("split: {validation: 0.1}\n", "sources is required"),
         (YAML.replace("0.0", "0.6, test: 0.5") % "", "validation and test together below 1"),
         (YAML.replace("image: file", "image: []") % "", "sources.0.image"),
+        (YAML.replace("csv, path: table.csv", "imagefolder, path: 'x*'") % "", "a path without *"),
+        ("sources: [{name: a, kind: dicom, path: x/*, text: t}]", "since dicom is one folder"),
         (SPLIT % "{validtion: 0.1}", "unknown key split.validtion: did you mean validation?"),
         (SPLIT % "{validation: 2}", ":3: split.validation: expected less than 1, got 2"),
         (SPLIT % "{column: x}", "split.train is required and missing"),
@@ -393,3 +395,12 @@ def test_a_pipe_in_place_of_a_table_is_not_waited_for(export, tmp_path, kind):
     os.mkfifo(tmp_path / f"table.{kind}")
     with pytest.raises(DataError, match="a pipe, no file"):
         prepare(sources, tmp_path / "out")
+
+
+def test_pairs_whose_swap_was_interrupted_are_the_new_ones(export, tmp_path):
+    out = tmp_path / "out"
+    prepare(export(b"file,report\n0.png,old\n", YAML % ""), out)
+    prepare(export(b"file,report\n0.png,new\n", YAML % ""), tmp_path / "new")
+    (tmp_path / "new").rename(out / ".complete")  # as a kill between two renames leaves it
+    assert [row["text"] for row in read_pairs(out / "pairs.parquet")] == ["new"]
+    assert not (out / ".complete").exists()
