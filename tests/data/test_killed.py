@@ -124,3 +124,24 @@ def test_killed_at_any_moment_and_repeated(sources, undisturbed, tmp_path):
         seen.add(killed_and_repeated(sources, out, complete, moment, over_earlier=number % 2 == 1))
         shutil.rmtree(out)
     assert seen == {0, 1, 2, 3, 4}  # killed between the renames too
+
+
+def test_the_workers_of_a_killed_run_end_with_it_and_free_the_folder(sources, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "medft.cli",
+        "data",
+        "prepare",
+        str(sources),
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not list(out.glob(".draft/images-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=30)  # the workers hold its output open
+    assert prepare(sources, out).returncode == 0
