@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,7 +52,19 @@ pre { font-size: .78rem }
 @media (max-width: 30rem) { .case > img { width: 5.5rem } }
 .warning { background: #fff4d6; border: 1px solid #ecd48a }
 .warning { border-radius: 6px; padding: .5rem .8rem }
+ul.warning { padding-left: 1.8rem; margin: .9rem 0 } ul.warning li { overflow-wrap: anywhere }
+.charts { display: grid; gap: 0 1.2rem }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)) }
+.charts svg { min-width: 0 }
+h2 { overflow-wrap: anywhere } td { max-width: 26rem; overflow-wrap: break-word }
 """
+
+_CUT = " ..."
+
+_UNSPACED = re.compile("[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+"""Chinese and Japanese signs, which are written without blanks."""
+
+_UNSPACED_PUNCTUATION = "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
 
 
 def page(title: str, note: str, sections: Iterable[str]) -> str:
@@ -86,6 +100,38 @@ def figure(image: str, head: str, text: str) -> str:
     above = f"<b>{html.escape(head)}</b>" if head else ""
     caption = f"<figcaption>{above}{html.escape(text)}</figcaption>"
     return f'<figure><img src="{image}" alt="">{caption}</figure>'
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text with single blanks, cut between two words where it is longer, which " ..." shows.
+
+    Words are what blanks separate. Chinese and Japanese texts are cut after punctuation, else
+    between two signs. Of a text whose first word is too long, the length of that word is given.
+
+    Args:
+        text: any text.
+        limit: most characters that come out, 40 or more.
+    """
+    text = " ".join(text.split())
+    if len(text) <= limit:
+        return text
+    ends = range(limit - len(_CUT), 0, -1)
+    late = (end for end in ends if end > limit // 2 and _ends_phrase(text, end))
+    end = next(late, 0) or next((end for end in ends if _is_between_words(text, end)), 0)
+    if not end:
+        return f"(a word of {len(text.split(maxsplit=1)[0]):,} characters){_CUT}"
+    return text[:end].rstrip() + _CUT
+
+
+def _ends_phrase(text: str, end: int) -> bool:
+    return text[end] == " " or text[end - 1] in _UNSPACED_PUNCTUATION
+
+
+def _is_between_words(text: str, end: int) -> bool:
+    before, after = text[end - 1], text[end]
+    if unicodedata.category(after).startswith("M"):  # it belongs to the sign before
+        return False
+    return " " in (before, after) or bool(_UNSPACED.match(before) or _UNSPACED.match(after))
 
 
 def thumbnail_of(image: Image.Image) -> bytes:
