@@ -157,7 +157,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from medft.data.prepare import prepare
-    from medft.data.report import group_lines
+    from medft.data.sentences import group_lines
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)

@@ -6,13 +6,18 @@ One self-contained page with embedded thumbnails, without scripts.
 import html
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from medft.data.charts import Bar, binned, chart
 from medft.data.images import open_image
 from medft.data.pairs import SPLITS, read_pairs, read_rows
+from medft.data.sentences import (
+    SHOWN_NAMES,
+    Sentence,
+    group_sentences,
+    identifier_sentences,
+)
 from medft.data.statistics import Statistics, spread
 from medft.pages import figure, inline, page, shortened, table, thumbnail_of
 
@@ -68,95 +73,6 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
     target.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
-def group_lines(summary: dict[str, Any]) -> list[str]:
-    """What was counted about groups, in sentences for the terminal and the page.
-
-    Args:
-        summary: as in summary.json.
-    """
-    return [line for line, _ in _group_lines(summary)]
-
-
-def _group_lines(summary: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Sentences on groups, and whether each names something that needs a look."""
-    sources = summary["sources"]
-    divided, kept = summary["shared_between_splits"], summary["kept"]
-    lines = [("No group stands in two splits.", False)]
-    if divided["groups"]:
-        line = (
-            f"{divided['groups']:,} groups ({divided['pairs']:,} pairs) stand in several splits, "
-            f"as the table's split has them."
-        )
-        lines = [(line, True)]
-    by_image = [name for name, counts in sources.items() if counts["grouped_by"] == "image"]
-    if len(sources) - len(by_image) > 1:
-        between = "; ".join(f"{names} {n:,}" for names, n in summary["shared_by_sources"].items())
-        line = (
-            f"{summary['shared_group_values']:,} group values stand in several sources"
-            f"{f' ({between})' if between else ''}; a patient who has others there is not found."
-        )
-        lines.append((line, True))
-    if by_image:
-        line = (
-            f"{', '.join(by_image)} {'are' if len(by_image) > 1 else 'is'} split by image: without "
-            f"a group column, whether a patient stands in two splits cannot be checked."
-        )
-        lines.append((line, True))
-    for name, counts in sources.items():
-        lines += [(line, True) for line in _missing_groups(name, counts)]
-    if kept:
-        line = (
-            f"{kept['groups']:,} groups ({kept['pairs']:,} pairs) keep the split of the earlier "
-            f"file."
-        )
-        lines.append((line, False))
-    return lines
-
-
-def _missing_groups(name: str, counts: Mapping[str, Any]) -> list[str]:
-    """Sentences on rows without group, and on groups that the map lacks."""
-    lines = []
-    if counts["empty_groups"]:
-        became = "rejected" if counts["empty_group"] == "reject" else "grouped by image"
-        lines.append(
-            f"{name}: {counts['empty_groups']:,} rows have no {counts['grouped_by']} and were "
-            f"{became}."
-        )
-    if counts["not_in_group_map"]:
-        lines.append(
-            f"{name}: {counts['not_in_group_map']:,} values of {counts['grouped_by']} are not in "
-            f"its group_map."
-        )
-    return lines
-
-
-def _identifier_lines(summary: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Sentences on identifiers, and whether each names something that needs a look."""
-    lines, unnamed = [], []
-    for name, counts in summary["sources"].items():
-        columns = counts["identifiers"]
-        if not columns:
-            unnamed.append(name)
-            continue
-        became = "rejected" if counts["on_identifier"] == "reject" else "masked"
-        parts = []
-        for key, then in (("found", f" ({became})"), ("not_searched", ""), ("empty", "")):
-            some = ", ".join(f"{c} {one[key]:,}" for c, one in columns.items() if one[key])
-            parts += [f"{key.replace('_', ' ')}: {some}{then}"] if some else []
-        found = "; ".join(parts) or f"none of {', '.join(columns)} found"
-        searched = f"{name}: {counts['searched']:,} pairs were searched for identifiers"
-        lines.append((f"{searched}; {found}.", bool(parts)))
-    if unnamed:
-        whose = ", ".join(unnamed) if lines else "Every source"
-        lines.append((f"{whose}: no identifiers are named, so none were searched for.", False))
-    clear = summary["group_ids"] == "clear"
-    lines.append((_CLEAR if clear else "Group ids are keyed hashes.", False))
-    return lines
-
-
-_CLEAR = "Group ids stand in the clear in pairs.parquet; group_key makes them keyed hashes."
-
-
 def _cards(summary: dict[str, Any], statistics: Statistics) -> str:
     """The numbers that one looks for first."""
     sources = summary["sources"].values()
@@ -165,7 +81,7 @@ def _cards(summary: dict[str, Any], statistics: Statistics) -> str:
     cards = [
         (summary["pairs"], "pairs", f"of {read:,} rows read"),
         (summary["groups"], "groups", f"largest: {summary['largest_group']:,} pairs"),
-        (statistics.images, "images", f"in {uses:,} places"),
+        (statistics.images, "images", f"{uses:,} with repeats"),
         (rejected, "rows rejected", f"of {read:,}, {_percent(rejected, read)}"),
     ]
     for split, pairs in _splits(summary).items():
@@ -190,11 +106,25 @@ def _percent(part: int, whole: int) -> str:
 
 def _sentences(summary: dict[str, Any]) -> str:
     """The sentences on groups and identifiers, those that need a look in a list of warnings."""
-    lines = [*_group_lines(summary), *_identifier_lines(summary)]
-    warnings = "".join(f"<li>{html.escape(line)}</li>" for line, needs_look in lines if needs_look)
-    notes = [html.escape(line) for line, needs_look in lines if not needs_look]
-    above = f'<ul class="warning">{warnings}</ul>' if warnings else ""
-    return above + "".join(f'<p class="note">{line}</p>' for line in notes)
+    warnings: dict[str, list[Sentence]] = defaultdict(list)
+    notes = ""
+    for one in [*group_sentences(summary), *identifier_sentences(summary)]:
+        if one.needs_look:
+            warnings[one.topic or one.text].append(one)
+        else:
+            notes += f'<p class="note">{html.escape(one.text)}</p>'
+    items = "".join(_warning(topic, some) for topic, some in warnings.items())
+    return f'<ul class="warning">{items}</ul>{notes}' if items else notes
+
+
+def _warning(topic: str, sentences: list[Sentence]) -> str:
+    """Items of a list; of many sources one item that opens, so that what follows stays near."""
+    items = "".join(f"<li>{html.escape(one.text)}</li>" for one in sentences)
+    if len(sentences) <= SHOWN_NAMES:
+        return items
+    total = sum(one.count for one in sentences)
+    line = html.escape(f"{total:,} {topic}, in {len(sentences):,} sources")
+    return f"<li><details><summary>{line}</summary><ul>{items}</ul></details></li>"
 
 
 def _charts(summary: dict[str, Any], statistics: Statistics) -> str:
@@ -240,6 +170,9 @@ def _sources(summary: dict[str, Any]) -> str:
 def _groups(summary: dict[str, Any]) -> str:
     joins = [[name.replace("_", " "), count] for name, count in summary["joins"].items()]
     joins.append(["pairs in the largest group", summary["largest_group"]])
+    joins += [
+        [f"shared by {names}", count] for names, count in summary["shared_by_sources"].items()
+    ]
     return f"<h2>Groups</h2>{table(['', 'count'], joins)}"
 
 
