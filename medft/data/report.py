@@ -207,7 +207,7 @@ def _measures(statistics: Statistics, source: str, repeated: list[tuple[str, int
     if repeated:
         texts = ", ".join(f'"{text}" {count:,}' for text, count in repeated)
         notes.append(f"most frequent texts: {texts}")
-    head = ["", "least", "5 %", "median", "95 %", "most"]
+    head = ["", "least", "5\u00a0%", "median", "95\u00a0%", "most"]
     lines = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
     return table(head, rows) + lines
 

@@ -74,10 +74,18 @@ def identifier_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
         whose = _listed(unnamed, "; ") if sentences else "Every source"
         text = f"{whose}: no identifiers are named, so none were searched for."
         sentences.append(Sentence(text, False))
-    ids = "Group ids are keyed hashes."
+    return [*sentences, Sentence(_how_group_ids_stand(summary), False)]
+
+
+def _how_group_ids_stand(summary: Mapping[str, Any]) -> str:
     if summary["group_ids"] == "clear":
-        ids = "Group ids stand in the clear in pairs.parquet; group_key makes them keyed hashes."
-    return [*sentences, Sentence(ids, False)]
+        return "Group ids stand in the clear in pairs.parquet; group_key makes them keyed hashes."
+    sources = summary["sources"].values()
+    ids, names = (sum(c[key] for c in sources) for key in ("keyed_ids", "dropped_file_names"))
+    return (
+        f"Group ids are keyed hashes, as are {ids:,} ids that held a group or an identifier; "
+        f"{names:,} file names that held a group were dropped."
+    )
 
 
 def _of_sources_together(summary: Mapping[str, Any]) -> list[Sentence]:

@@ -190,6 +190,21 @@ def test_where_nothing_needs_a_look_there_is_no_warning(prepared):
         assert re.search(f'<p class="note">[^<]*{re.escape(line)}</p>', page)
 
 
+def test_keyed_ids_and_dropped_file_names_are_counted(exports, tmp_path):
+    rows = [{"patient": f"pat-{i}", "key": f"pat-{i}/x" if i < 3 else i} for i in range(5)]
+    spec = exports(a=(rows, {"id": "key"}))
+    image = spec.parent / "images" / "1.png"
+    image.rename(image.with_name("pat-0.png"))
+    table = spec.parent / "a.csv"
+    table.write_text(table.read_text().replace(",1.png,", ",pat-0.png,"))
+    (spec.parent / "key.txt").write_text("a secret of some length")
+    spec.write_text(spec.read_text() + "group_key: key.txt\n")
+    prepare(spec, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "keyed hashes, as are 3 ids that held a group or an identifier; 1 file names" in page
+    assert "pat-" not in page
+
+
 def test_a_group_in_two_splits_is_a_warning_and_a_kept_split_is_none(prepared, tmp_path):
     own = {"column": "fold", "train": ["x"], "test": ["y"], "shared_groups": "report"}
     rows = [{"patient": p, "fold": f} for p, f in ((1, "x"), (1, "y"), (2, "x"))]
