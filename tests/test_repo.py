@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from medft.config.recipe import DecoderRecipe, SiglipRecipe
-from medft.data.sources import load_sources
+from medft.data.source_section import SourceSection
+from medft.data.sources import SourcesFile, load_sources
 from medft.files import packaged_file
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,16 @@ def test_the_sources_that_ship_load_and_name_themselves():
     for path in files:
         assert len(load_sources(path).sources) > 1
         assert f"medft data prepare recipes/sources/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_the_sources_in_the_documentation_load(page, tmp_path):
+    [block] = re.findall(r"```yaml\n(sources:.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    (tmp_path / "SOURCES.yaml").write_text(block)
+    shown = load_sources(tmp_path / "SOURCES.yaml")
+    if page == "docs/data.md":  # all keys, with their defaults
+        assert shown.sources[0].model_fields_set == set(SourceSection.model_fields)
+        assert shown.model_fields_set == set(SourcesFile.model_fields)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

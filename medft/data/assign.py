@@ -135,13 +135,13 @@ def assign(
     groups, joins = join_groups(
         named.names, collected.hashes, collected.phashes, thumbnails, named.same
     )
-    kept: Mapping[str, str] = {}
+    kept = None
     splits = collected.splits
     if isinstance(spec.split, SplitSection):
         if known.earlier:
             names = _written(named.names, known.key)
             kept = kept_sides(known.earlier, names, collected.hashes, groups)
-        splits = assign_splits(groups, spec.split, kept)
+        splits = assign_splits(groups, spec.split, kept.sides if kept else {})
     divided = divided_groups(groups, splits)
     if not (isinstance(spec.split, OwnSplitSection) and spec.split.shared_groups == "report"):
         shown = keyed(divided, known.key or os.urandom(16)) if hides else divided
@@ -165,7 +165,7 @@ def assign(
             "joins": joins,
             "splits": dict(sorted(Counter(splits).items())),
             "shared_between_splits": _counted(divided, groups),
-            "kept": _counted(kept, groups) if known.earlier else None,
+            "kept": kept and {**_counted(kept.sides, groups), "not_found": kept.not_found},
         },
     )
 

@@ -21,11 +21,25 @@ class EarlierSplit:
     """The split of an earlier pairs.parquet."""
 
     path: Path
-    of_group: dict[str, str]
-    """Split by group, and by the names that were joined with one."""
+    splits: dict[str, str]
+    """Split by group."""
 
-    of_image: dict[str, tuple[str, str]]
-    """Group and split by the SHA-256 of an image."""
+    of_name: dict[str, str]
+    """Group by its own name, and by the names that were joined with it."""
+
+    of_image: dict[str, str]
+    """Group by the SHA-256 of an image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """What of an earlier split is kept."""
+
+    sides: dict[str, str]
+    """Split by group of now."""
+
+    not_found: int
+    """Earlier groups that no row belongs to."""
 
 
 def read_earlier_split(path: Path, *, key_id: str | None) -> EarlierSplit:
@@ -47,18 +61,17 @@ def read_earlier_split(path: Path, *, key_id: str | None) -> EarlierSplit:
             f"earlier export again, with the same group_key"
         )
     rows = open_pairs(path).read(columns=["group_id", "split", "sha256"]).to_pydict()
-    of_group: dict[str, str] = {}
-    of_image: dict[str, tuple[str, str]] = {}
+    splits: dict[str, str] = {}
+    of_image: dict[str, str] = {}
     for group, split, hashes in zip(rows["group_id"], rows["split"], rows["sha256"], strict=True):
-        if of_group.setdefault(group, split) != split:
+        if splits.setdefault(group, split) != split:
             raise DataError(
                 f"expected every group of {path} in one split, {group} stands in several: it "
                 f"cannot be kept, remove split.keep"
             )
-        of_image.update(dict.fromkeys(hashes, (group, split)))
-    for name, root in facts.joined.items():
-        of_group[name] = of_group[root]
-    return EarlierSplit(path=path, of_group=of_group, of_image=of_image)
+        of_image.update(dict.fromkeys(hashes, group))
+    of_name = {**{group: group for group in splits}, **facts.joined}
+    return EarlierSplit(path=path, splits=splits, of_name=of_name, of_image=of_image)
 
 
 def kept_sides(
@@ -66,7 +79,7 @@ def kept_sides(
     names: Sequence[str],
     hashes: Sequence[Sequence[str]],
     groups: Sequence[str],
-) -> dict[str, str]:
+) -> Kept:
     """The splits of the groups that were there earlier.
 
     Args:
@@ -78,22 +91,21 @@ def kept_sides(
     Raises:
         DataError: a group joins earlier ones of two splits, or none is known.
     """
-    found: dict[str, dict[str, str]] = defaultdict(dict)  # split by earlier group, by group
+    found: dict[str, set[str]] = defaultdict(set)  # earlier groups by group
     for name, row, group in zip(names, hashes, groups, strict=True):
-        if name in earlier.of_group:
-            found[group][name] = earlier.of_group[name]
-        found[group].update(earlier.of_image[d] for d in row if d in earlier.of_image)
+        same = (earlier.of_name.get(name), *map(earlier.of_image.get, row))
+        found[group].update(filter(None, same))
     for known in found.values():
-        if len(set(known.values())) > 1:
-            shown = ", ".join(f"{n} ({s})" for n, s in sorted(known.items())[:SHOWN_GROUPS])
+        if len({earlier.splits[group] for group in known}) > 1:
+            shown = ", ".join(f"{g} ({earlier.splits[g]})" for g in sorted(known)[:SHOWN_GROUPS])
             raise DataError(
                 f"expected groups that keep the split of {earlier.path}, these are one group now: "
                 f"{shown}, joined by an image or a name: correct the rows, or remove split.keep"
             )
-    sides = {group: next(iter(known.values())) for group, known in found.items() if known}
+    sides = {group: earlier.splits[min(known)] for group, known in found.items() if known}
     if not sides:
         raise DataError(
             f"expected groups of {earlier.path} among the rows, none is: give the file of an "
             f"earlier export of the same patients"
         )
-    return sides
+    return Kept(sides=sides, not_found=len(earlier.splits.keys() - set().union(*found.values())))

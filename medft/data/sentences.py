@@ -52,9 +52,9 @@ def group_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
     if kept:
         text = (
             f"{kept['groups']:,} groups ({kept['pairs']:,} pairs) keep the split of the earlier "
-            f"file."
+            f"file, {kept['not_found']:,} of its groups are not among the rows."
         )
-        sentences.append(Sentence(text, False))
+        sentences.append(Sentence(text, kept["not_found"] > 0))
     return sentences
 
 

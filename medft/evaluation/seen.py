@@ -40,8 +40,10 @@ def overlap_line(metrics: Mapping[str, Any]) -> str:
         )
     if not overlap["rows"]:
         return "Training has seen none of these rows, nor rows of their groups."
-    rest = f"scores without them stand below, over {unseen['rows']:,} rows" if unseen else "all"
+    rest = "These are all rows, so that there is no score without them."
+    if unseen:
+        rest = f"Scores without them stand below, over {unseen['rows']:,} rows."
     return (
         f"Training has seen {overlap['rows']:,} of these rows: {overlap['groups']:,} groups are in "
-        f"both, {overlap['same']:,} rows have the images and text of a training row; {rest}."
+        f"both, {overlap['same']:,} rows have the images and text of a training row. {rest}"
     )

@@ -31,7 +31,8 @@ def test_three_growing_exports_keep_every_earlier_side(exports, tmp_path):
         if earlier:
             before = side(earlier)
             assert {name: now[name] for name in before} == before
-            assert summary["kept"] == {"groups": len(before), "pairs": len(before)}
+            known = len(before)
+            assert summary["kept"] == {"groups": known, "pairs": known, "not_found": 0}
         assert summary["splits"] == {"test": count // 5, "train": count * 3 // 5,
                                      "validation": count // 5}  # fmt: skip
         earlier = tmp_path / f"out{number}"
@@ -108,6 +109,13 @@ def test_group_ids_of_another_kind_cannot_be_kept(exports, tmp_path, first, chan
     pq.write_table(table.replace_schema_metadata({b"medft": json.dumps(known)}), path)
     with pytest.raises(DataError, match=message):
         prepare(later(exports, first, patients("1")), tmp_path / "out")
+
+
+def test_earlier_patients_that_are_not_found_are_counted(exports, tmp_path, first):
+    summary = prepare(later(exports, first, patients(3, 4, "new")), tmp_path / "out")
+    assert summary["kept"] == {"groups": 2, "pairs": 2, "not_found": 18}
+    padded = later(exports, first, patients("03", 4), group_form="as_written")
+    assert prepare(padded, tmp_path / "padded")["kept"]["not_found"] == 19
 
 
 @pytest.mark.parametrize("same", [True, False])

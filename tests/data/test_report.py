@@ -207,7 +207,9 @@ def test_keyed_ids_and_dropped_file_names_are_counted(exports, tmp_path):
     assert "pat-" not in page
 
 
-def test_a_group_in_two_splits_is_a_warning_and_a_kept_split_is_none(prepared, tmp_path):
+def test_a_group_in_two_splits_is_a_warning_and_a_kept_split_is_one_if_groups_lack(
+    prepared, tmp_path
+):
     own = {"column": "fold", "train": ["x"], "test": ["y"], "shared_groups": "report"}
     rows = [{"patient": p, "fold": f} for p, f in ((1, "x"), (1, "y"), (2, "x"))]
     _, _, page = prepared(own, a=(rows, {}))
@@ -222,6 +224,10 @@ def test_a_group_in_two_splits_is_a_warning_and_a_kept_split_is_none(prepared, t
     *_, page = prepared(keep, a=(patients(*range(12)), {}))
     assert 'class="warning"' not in page
     assert page.index("10 groups (10 pairs) keep the split") < page.index("<h3>Pairs and groups")
+    *_, page = prepared(keep, a=(patients(*range(8)), {}))
+    warnings = page.split('<ul class="warning">')[1].split("</ul>")[0]
+    assert "8 groups (8 pairs) keep the split" in warnings
+    assert "2 of its groups are not among the rows" in warnings
 
 
 def test_warnings_of_many_sources_are_one_that_opens(prepared):
