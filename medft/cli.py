@@ -157,7 +157,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from medft.data.prepare import prepare
-    from medft.data.report import group_lines
+    from medft.data.sentences import all_lines
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)
@@ -170,7 +170,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     splits = ", ".join(f"{split} {count}" for split, count in summary["splits"].items())
     _say(f"{summary['pairs']} pairs in {summary['groups']} groups: {splits}")
     _say(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in summary["joins"].items()))
-    for line in group_lines(summary):
+    for line in all_lines(summary):
         _say(line)
     _say(str(arguments.out / "pairs.parquet"))
 

@@ -17,7 +17,7 @@ HOUSE = """
     data/ template images stored_image table_row encoding csv_rows json_rows tables
     data/ dicom_reports dicom
     data/ splits source_section sources identifiers group_key clearing groups pairs
-    data/ kept_split assign pairing accounting workers report prepare
+    data/ kept_split assign pairing accounting workers charts statistics sentences report prepare
     data/ messages rows overlap prompts chat tokens
     models/ base saved adapter lora frozen
     training/ process arguments trainer checkpoints callbacks curves resume run launch
