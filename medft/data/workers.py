@@ -63,7 +63,7 @@ def results_of(
     progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (spec, root, draft, key))
-    with pool, progress:
+    with progress:
         try:
             for number, result in enumerate(_in_order(pool, tasks, CHUNKS * workers), start=1):
                 progress.update()
@@ -77,7 +77,7 @@ def results_of(
                 "images.max_pixels lower"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # no worker may outlive the draft that it writes
 
 
 def _in_order(pool: Executor, tasks: Iterable[Task], ahead: int) -> Iterator[Result]:

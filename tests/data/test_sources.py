@@ -1,5 +1,6 @@
 """Every row of a table ends in pairs.parquet or, with its reason, in rejects.jsonl."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import signal
 
 import numpy as np
+import psutil
 import pytest
 from datasets import load_dataset
 from PIL import Image
@@ -404,3 +406,17 @@ def test_pairs_whose_swap_was_interrupted_are_the_new_ones(export, tmp_path):
     (tmp_path / "new").rename(out / ".complete")  # as a kill between two renames leaves it
     assert [row["text"] for row in read_pairs(out / "pairs.parquet")] == ["new"]
     assert not (out / ".complete").exists()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_no_worker_outlives_a_preparation(export, tmp_path, fails):
+    """One that starts late would write into a draft that is gone, and keep the folder's lock."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    rows = b"file,report\n" + b"".join(
+        f"{'lost' if fails else 0}.png,report {i}\n".encode() for i in range(40)
+    )
+    sources = export(rows, YAML % "")
+    with contextlib.suppress(DataError):
+        prepare(sources, tmp_path / "out")
+    assert (tmp_path / "out").exists() != fails
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
