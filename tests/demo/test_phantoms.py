@@ -116,7 +116,8 @@ def test_the_demos_exports_give_2317_pairs_and_116_to_validate(tmp_path):
     summary = prepare(sources, tmp_path)
     assert summary["pairs"] == 2317
     assert summary["splits"] == {"train": 2201, "validation": 116}
-    assert summary["largest_group"] <= 10
+    assert summary["shared_by_sources"] == {"chest, ct": 290}  # films and slices of one patient
+    assert summary["largest_group"] <= 12
     assert set(summary["sources"]) == {"knee", "skin", "chest", "ct"}
     chest = summary["sources"]["chest"]
     assert chest["accepted"] > 1.2 * chest["pairs"]  # studies with two views
