@@ -70,20 +70,15 @@ TOKENS = 128
 ROUNDS = 7
 VARIANTS = ("a", "a'", "b", "c", "d", "d'")
 CHECKPOINTED = ("a", "b", "c")
-CPU_ATTENTION = dict(
-    zip(
-        cpu_attention(),
-        (
-            lambda query, key, value, *_, out_val=None, **__: sdpa_flop_count(
-                query.shape, key.shape, value.shape
-            ),
-            lambda gradient, query, key, value, *_, out_val=None, **__: sdpa_backward_flop_count(
-                gradient.shape, query.shape, key.shape, value.shape
-            ),
-        ),
-        strict=True,
-    )
-)
+FORWARD, BACKWARD = cpu_attention()
+CPU_ATTENTION = {
+    FORWARD: lambda query, key, value, *_, out_val=None, **__: sdpa_flop_count(
+        query.shape, key.shape, value.shape
+    ),
+    BACKWARD: lambda gradient, query, key, value, *_, out_val=None, **__: sdpa_backward_flop_count(
+        gradient.shape, query.shape, key.shape, value.shape
+    ),
+}
 """FLOP formulas for the CPU's attention, which torch's registry lacks."""
 
 RESULTS = Path(__file__).parent / "results" / "decoder_step.json"
