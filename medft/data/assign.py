@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def _table_groups(source: SourceSection, root: Path) -> set[str]:
     if source.group is None or source.kind == "dicom":
         return set()
     columns = [source.group, *(source.where or {})]
-    rows = tables_rows(source.kind, source.tables(root), source.read_options(root), columns=columns)
+    options = replace(source.read_options(root), names_image=None)  # `check_columns` has looked
+    rows = tables_rows(source.kind, source.tables(root), options, columns=columns)
     taken = (row for row in rows if isinstance(row, dict) and takes(row, source.where))
     return {text_of(row.get(source.group)) for row in taken}
 

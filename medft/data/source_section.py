@@ -150,6 +150,14 @@ class SourceSection(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _gives_each_field_and_question_once(self) -> Self:
+        if self.language is not None and LANGUAGE in self.keep:
+            raise ValueError(f"the key {LANGUAGE} or a column of that name in keep, not both")
+        if self.prompts is not None and self.question is not None:
+            raise ValueError("prompts or question, since every row has a question of its own")
+        return self
+
     @property
     def _empty_texts(self) -> frozenset[str]:
         return frozenset(value.strip() for value in self.na_values)
@@ -196,14 +204,6 @@ class SourceSection(Section):
             na_values=self._empty_texts,
             names_image=None if self.kind == "dicom" else names_image,
         )
-
-    @model_validator(mode="after")
-    def _gives_each_field_and_question_once(self) -> Self:
-        if self.language is not None and LANGUAGE in self.keep:
-            raise ValueError(f"the key {LANGUAGE} or a column of that name in keep, not both")
-        if self.prompts is not None and self.question is not None:
-            raise ValueError("prompts or question, since every row has a question of its own")
-        return self
 
     @property
     def image_columns(self) -> list[str]:
