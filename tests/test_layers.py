@@ -14,7 +14,7 @@ HOUSE = """
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
-    data/ template images stored_image table_row encoding csv_rows json_rows tables
+    data/ template table_row source_file images stored_image encoding csv_rows json_rows tables
     data/ dicom_reports dicom
     data/ splits source_section sources identifiers group_key clearing groups pairs
     data/ kept_split assign pairing accounting workers charts statistics sentences report prepare

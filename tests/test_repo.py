@@ -124,11 +124,11 @@ def test_tracked_files_are_small():
     assert {name: size for name, size in sizes.items() if size > 250_000} == {}
 
 
-@pytest.mark.parametrize("page", ["silent-failures.md", "data-cases.md"])
+@pytest.mark.parametrize("page", ["silent-failures.md", "data-cases.md", "hostile-cases.md"])
 def test_every_test_in_the_table_of_silent_failures_exists(page):
     text = (ROOT / "docs" / page).read_text()
     named = re.findall(r"`(tests/\S+)::(\w+)`", text)
-    assert len(named) > 25
+    assert named
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     headers = text.count("\n| --- ")
     assert len(named) == len(rows) - headers

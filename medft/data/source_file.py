@@ -1,0 +1,80 @@
+"""Files that somebody else made: inside their folder, regular, and of bounded size.
+
+One rule for every kind of source. A file is opened without waiting, so that a pipe cannot stop the
+command, and it is looked at once it is open, so that nothing can take its place in between.
+"""
+
+import os
+import stat
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+from medft.data.table_row import Rejected
+
+MAX_BYTES = 2**31
+"""Bytes of a file at most, where nothing else bounds it."""
+
+MAX_TEXT_BYTES = 2**24
+"""Bytes of a text beside an image at most."""
+
+
+def inside(path: Path, root: Path) -> Path:
+    """The path with its links resolved, which must lie in a folder.
+
+    Args:
+        path: of a file, which may be missing.
+        root: the folder, resolved.
+
+    Raises:
+        Rejected: outside_root.
+    """
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root):
+        raise Rejected("outside_root", f"{path.name} leaves the folder of its source")
+    return resolved
+
+
+def open_regular(path: Path, *, max_bytes: int = MAX_BYTES) -> BinaryIO:
+    """A regular file, opened to read its bytes.
+
+    Args:
+        path: of the file.
+        max_bytes: its size at most.
+
+    Raises:
+        OSError: it is missing, or may not be read.
+        Rejected: no_regular_file for a folder, a pipe or a device; too_large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    state = os.fstat(descriptor)
+    problem = None
+    if not stat.S_ISREG(state.st_mode):
+        problem = Rejected("no_regular_file", f"{path.name} is a folder, a pipe or a device")
+    elif state.st_size > max_bytes:
+        detail = f"{path.name} has {state.st_size} bytes, at most {max_bytes} are read"
+        problem = Rejected("too_large", detail)
+    if problem is not None:
+        os.close(descriptor)
+        raise problem
+    return os.fdopen(descriptor, "rb")
+
+
+def inflated(content: bytes, *, max_bytes: int) -> bytes:
+    """A raw deflate stream, inflated.
+
+    Args:
+        content: the stream.
+        max_bytes: of the result at most; no more memory is taken.
+
+    Raises:
+        Rejected: too_large.
+        zlib.error: it is damaged or incomplete.
+    """
+    inflator = zlib.decompressobj(-zlib.MAX_WBITS)
+    result = inflator.decompress(content, max_bytes + 1)
+    if len(result) > max_bytes:
+        raise Rejected("too_large", f"more than {max_bytes} bytes once inflated")
+    if not inflator.eof:
+        raise zlib.error("incomplete stream")
+    return result
