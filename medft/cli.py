@@ -156,8 +156,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    from medft.data.image_sentences import all_sentences
     from medft.data.prepare import prepare
-    from medft.data.sentences import all_lines
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)
@@ -170,8 +170,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     splits = ", ".join(f"{split} {count}" for split, count in summary["splits"].items())
     _say(f"{summary['pairs']} pairs in {summary['groups']} groups: {splits}")
     _say(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in summary["joins"].items()))
-    for line in all_lines(summary):
-        _say(line)
+    for sentence in all_sentences(summary):
+        _say(sentence.text)
     _say(str(arguments.out / "pairs.parquet"))
 
 

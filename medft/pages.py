@@ -55,7 +55,7 @@ pre { font-size: .78rem }
 ul.warning { padding-left: 1.8rem; margin: .9rem 0 } ul.warning li { overflow-wrap: anywhere }
 ul.warning details { margin: 0 } ul ul { padding-left: 1.2rem }
 .charts { display: grid; gap: 0 1.2rem }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)) }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)) }
 .charts svg { min-width: 0 }
 h2, h3 { overflow-wrap: anywhere }
 td.t { white-space: normal; min-width: 10rem; max-width: 24rem; overflow-wrap: break-word }

@@ -14,10 +14,12 @@ HOUSE = """
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
-    data/ template table_row source_file images stored_image encoding csv_rows json_rows tables
+    data/ template table_row source_file bit_depth images plain_content stored_image
+    data/ encoding csv_rows json_rows tables
     data/ dicom_reports dicom
     data/ splits source_section sources identifiers group_key clearing groups pairs
-    data/ kept_split assign pairing accounting workers charts statistics sentences report prepare
+    data/ kept_split assign row_images pairing accounting wide_images workers
+    data/ charts statistics sentences image_sentences report prepare
     data/ messages rows overlap prompts chat tokens
     models/ base saved adapter lora frozen
     training/ process arguments trainer checkpoints callbacks curves resume run launch

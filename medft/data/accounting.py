@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from medft.data.assign import Collected
+from medft.data.bit_depth import WideImages
 from medft.data.clearing import Clearer, SearchCounts
 from medft.data.pairing import Pair, Result, content_hash
 from medft.data.source_section import SourceSection
@@ -27,6 +28,10 @@ class SourceCounts:
     examples: dict[str, str] = field(default_factory=dict)
     """The first row and detail by reason."""
     table: TableCounts = field(default_factory=TableCounts)
+    wide: WideImages = field(default_factory=WideImages)
+    """Of the pass over the images before."""
+
+    blank_images: int = 0
     searches: SearchCounts = field(default_factory=SearchCounts)
 
     def summary(self, source: SourceSection, *, is_keyed: bool) -> dict[str, Any]:

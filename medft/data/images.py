@@ -1,28 +1,38 @@
-"""Decodes an image file to one upright 8-bit RGB image, or raises with the reason.
+"""Decodes an image file to one upright image with 8 bits per channel, or raises with the reason.
 
-All images that medft trains on are decoded here: 16-bit values are scaled, not clipped; transparent
-pixels are composited over black; the EXIF orientation is applied; a file with more pixels than
-allowed is not decoded.
+All images that medft trains on are decoded here: values of more than 8 bits are scaled, not
+clipped; transparent pixels are composited over black; the EXIF orientation is applied; a file with
+more pixels than allowed is not decoded.
 """
 
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
+from medft.data.bit_depth import GrayScale, eight_bits_alone, wide_values
+from medft.data.table_row import Rejected
 from medft.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 """Pillow's names of the accepted formats; files of any other are refused undecoded."""
 
+MAX_SCANS = 100
+"""Scans of a progressive JPEG; encoders write about ten."""
+
 _ORIENTATION = 0x0112
 
 MAX_PIXELS = 64_000_000
 """Maximum pixels of an image, checked before decoding."""
+
+
+def max_bytes_of(max_pixels: int) -> int:
+    """Bytes of an image file at most: 8 a pixel, as uncompressed RGBA of 16 bits, and a header."""
+    return 8 * max_pixels + 2**24
 
 
 def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -33,10 +43,15 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
         max_pixels: maximum width times height.
 
     Raises:
-        DataError: not an image of an accepted format, damaged, animated, or too large.
+        DataError: not an image of an accepted format, damaged, animated, too large, or with more
+            than 8 bits of which it does not use 16.
     """
     with opened(source, max_pixels=max_pixels) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+        try:
+            return eight_bits(image, None).convert("RGB")
+        except Rejected as verdict:
+            name = _name_of(source)
+            raise DataError(f"expected an image of 8 bits, {name}: {verdict.detail}") from verdict
 
 
 @contextmanager
@@ -51,7 +66,7 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
         DataError: not an image of an accepted format, animated, or too large; also where the
             caller reads its pixels and they are damaged.
     """
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    name = _name_of(source)
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(stream, formats=FORMATS) as image:
@@ -64,6 +79,11 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 raise DataError(f"expected a single image, {name} has {frames} frames: choose one")
+            if image.format == "JPEG" and (scans := _scans(image)) > MAX_SCANS:
+                raise DataError(
+                    f"expected a JPEG of at most {MAX_SCANS} scans, {name} has {scans}, each of "
+                    f"which takes the time of an image: save it anew"
+                )
             yield image
     except FileNotFoundError as error:
         raise DataError(f"expected an image at {name}, there is no file: check the path") from error
@@ -84,83 +104,51 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
         ) from error
 
 
-def plain_content(content: bytes, image: Image.Image) -> bytes | None:
-    """The file without its metadata, if decoding it gives `to_rgb(image)`; else None.
+def _scans(image: ImageFile) -> int:
+    """Scans of a JPEG file at most, previews within it counted."""
+    assert image.fp is not None
+    position = image.fp.tell()
+    image.fp.seek(0)
+    scans = image.fp.read().count(b"\xff\xda")
+    image.fp.seek(position)
+    return scans
+
+
+def _name_of(source: Path | bytes) -> str:
+    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def eight_bits(image: Image.Image, scale: GrayScale | None) -> Image.Image:
+    """The image upright, of mode L or RGB, transparency composited over black.
 
     Args:
-        content: of a PNG or JPEG file.
-        image: as Pillow opened it, orientation not yet applied.
+        image: as Pillow opened it, not decoded yet.
+        scale: of the wide images of its source; None if the source is not known.
 
-    Returns:
-        None where the image must be re-encoded: other formats, wide or transparent pixels, an
-        orientation to apply, a truncated file.
+    Raises:
+        Rejected: its values have no known range, or are outside it.
     """
-    if image.mode not in ("RGB", "L") or "transparency" in image.info:
-        return None
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        return None
-    if image.format == "PNG":
-        return _without_png_metadata(content)
-    if image.format == "JPEG":
-        return _without_jpeg_metadata(content)
-    return None
-
-
-def _without_png_metadata(content: bytes) -> bytes | None:
-    """The PNG signature and the chunks that hold pixels; no text, time or profile.
-
-    Returns:
-        None where the end chunk is missing, which Pillow tolerates.
-    """
-    kept, position = [content[:8]], 8
-    while position + 12 <= len(content):
-        (length,) = struct.unpack_from(">I", content, position)
-        chunk = content[position : position + 12 + length]
-        if chunk[4:8] in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            kept.append(chunk)
-        position += 12 + length
-        if chunk[4:8] == b"IEND":
-            return b"".join(kept)
-    return None
-
-
-def _without_jpeg_metadata(content: bytes) -> bytes | None:
-    """The JPEG without comment and application segments, except JFIF (APP0) and Adobe (APP14)."""
-    kept, position = [content[:2]], 2
-    while position + 4 <= len(content) and content[position] == 0xFF:
-        marker = content[position + 1]
-        if marker == 0xDA:  # the scan follows, to the end of the file
-            return b"".join([*kept, content[position:]])
-        (length,) = struct.unpack_from(">H", content, position + 2)
-        is_metadata = marker == 0xFE or (0xE1 <= marker <= 0xEF and marker != 0xEE)
-        if not is_metadata:
-            kept.append(content[position : position + 2 + length])
-        position += 2 + length
-    return None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB copy: wide gray values scaled to 0..255, transparency composited over black."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _scaled_gray(image).convert("RGB")
+    is_wide_color = _is_wide_color(image)
+    wide = wide_values(image)
+    if wide is not None:
+        gray = eight_bits_alone(wide) if scale is None else scale.eight_bits(wide)
+        gray.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+        return ImageOps.exif_transpose(gray)
+    image = ImageOps.exif_transpose(image)
+    if is_wide_color and np.asarray(image.convert("RGB")).max() < 128:
+        raise Rejected(
+            "unknown_range",
+            "it is of 16 bits per channel and does not use them, so that it would come out dark: "
+            "write it with 8 bits per channel",
+        )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _scaled_gray(image: Image.Image) -> Image.Image:
-    """An 8-bit gray image from gray values of 16 or 32 bits.
-
-    Integers are scaled from 0..65535 to 0..255 and larger ones clipped, so that equal values stay
-    equal between images. Floating-point images have no fixed range and are scaled by their own
-    minimum and maximum.
-    """
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        low, high = float(values.min()), float(values.max())
-        values = (values - low) / (high - low or 1.0) * 255
-    else:
-        values = values / 257
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+def _is_wide_color(image: Image.Image) -> bool:
+    """Whether the file has 16 bits per channel, of which Pillow reads the upper 8."""
+    tiles = getattr(image, "tile", None) or ()
+    return any(";16" in str(tile[3]) for tile in tiles) and not image.mode.startswith("I")

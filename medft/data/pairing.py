@@ -1,40 +1,18 @@
-"""A row of a table, or the rows of a study -> one pair, its images decoded, hashed and spooled.
-
-Runs in worker processes, each with its own spool file for images.
-"""
+"""A row of a table, or the rows of a study -> one pair. Runs in worker processes."""
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from medft.data.clearing import Clearer, Search, Written
-from medft.data.dicom import open_dicom
+from medft.data.row_images import ImageReader, SpooledImage
 from medft.data.source_section import LANGUAGE, SourceSection, columns_of
 from medft.data.sources import SourcesFile
 from medft.data.splits import SOURCE, SplitSection
-from medft.data.stored_image import StoredImage, store_encoded_image, store_image
 from medft.data.tables import Rejected, TableRow
 from medft.data.template import IMAGE_PLACEHOLDER, fill_template, template_names, text_of
-from medft.errors import DataError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpooledImage:
-    """An image whose bytes stay in a file until its row is written."""
-
-    file: str
-    """Name of a spool in the draft folder, or path of the original file if stored unchanged."""
-
-    offset: int
-    length: int
-    stored: StoredImage
-    """The image's properties; its content is empty."""
-
-    modified: int | None = None
-    """Modification time of the original file, in ns since the epoch; None for a spool."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,9 +74,7 @@ class Result:
 
 
 class Maker:
-    """Makes pairs from a source's rows; caches decoded images, which several rows may name."""
-
-    CACHED_IMAGES = 10_000
+    """Makes pairs from a source's rows."""
 
     def __init__(
         self,
@@ -110,11 +86,8 @@ class Maker:
     ) -> None:
         self.source = source
         self.clearer = Clearer(source, key)
-        self.limits = spec.images
+        self.images = ImageReader(source, spec.images, root, spool)
         self.split = spec.split
-        self.spool = spool
-        self.folder = source.image_root(root).resolve()
-        self._cache: dict[Path, SpooledImage] = {}
         self._search: Search | None = None
 
     def result(self, task: Task) -> Result:
@@ -128,7 +101,7 @@ class Maker:
             try:
                 if isinstance(row, Rejected):
                     raise row
-                images += (own := self._images(row))
+                images += (own := self.images.read(row))
                 good.append((number, row))
                 if self.source.group and (group := text_of(row.get(self.source.group))):
                     links.append((group, [image.stored.sha256 for image in own]))
@@ -223,73 +196,6 @@ class Maker:
         if split is None or others:
             raise Rejected("no_split", f"{column} is {', '.join(sorted(values))!r}")
         return split
-
-    def _images(self, row: TableRow) -> list[SpooledImage]:
-        if self.source.kind == "dicom":
-            every = self.source.frames == "every"
-            frames = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
-            name, side = row["path"].name, self.limits.max_side
-            return [self._spooled(store_image(frame, name=name, max_side=side)) for frame in frames]
-        return [self._image(row.get(name), name) for name in self.source.image_columns]
-
-    def _image(self, value: Any, column: str) -> SpooledImage:
-        if isinstance(value, dict):  # the layout of datasets.Image
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes):
-            return self._spooled(self._stored(value, None, column))
-        name = text_of(value)
-        if not name:
-            raise Rejected("no_image", f"{column} is empty")
-        try:
-            path = (self.folder / name).resolve()
-            if not path.is_relative_to(self.folder):
-                raise Rejected("outside_root", f"{name} leaves the image root")
-            if not path.is_file():
-                raise Rejected("missing_image", f"no file {name}")
-            if path in self._cache:
-                return self._cache[path]
-            with path.open("rb") as file:
-                modified = os.fstat(file.fileno()).st_mtime_ns
-                content = file.read()
-        except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
-            reason = getattr(error, "strerror", None) or "not a path"
-            raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
-        if len(self._cache) == self.CACHED_IMAGES:
-            self._cache.clear()
-        self._cache[path] = self._from_file(path, content, modified, name)
-        return self._cache[path]
-
-    def _from_file(self, path: Path, content: bytes, modified: int, shown: str) -> SpooledImage:
-        stored = self._stored(content, path.name, shown)
-        if stored.content != content:
-            return self._spooled(stored)
-        return SpooledImage(
-            file=str(path),
-            offset=0,
-            length=len(content),
-            stored=replace(stored, content=b""),
-            modified=modified,
-        )
-
-    def _stored(self, content: bytes, name: str | None, shown: str) -> StoredImage:
-        limits = self.limits
-        try:
-            return store_encoded_image(
-                content, name=name, max_pixels=limits.max_pixels, max_side=limits.max_side
-            )
-        except DataError as error:
-            raise Rejected("bad_image", f"{shown}: {error}") from error
-
-    def _spooled(self, stored: StoredImage) -> SpooledImage:
-        offset = self.spool.tell()
-        self.spool.write(stored.content)
-        self.spool.flush()
-        return SpooledImage(
-            file=Path(self.spool.name).name,
-            offset=offset,
-            length=len(stored.content),
-            stored=replace(stored, content=b""),
-        )
 
 
 def content_hash(pair: Pair) -> str:

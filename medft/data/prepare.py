@@ -8,7 +8,7 @@ of the tables. Output files appear only when all of them are complete.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,8 @@ from medft.data.clearing import Clearer
 from medft.data.pairs import write_pairs
 from medft.data.report import write_data_report
 from medft.data.sources import SourcesFile, check_columns, check_prompts, load_sources
-from medft.data.workers import results_of
+from medft.data.statistics import blank_images
+from medft.data.workers import Workers
 from medft.errors import DataError, RecipeError
 from medft.files import check_folder_for_output, complete_files, write_json
 
@@ -53,8 +54,14 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     known = Known.read(spec, root)
     check_folder_for_output(out, allow_content=True)
     try:
-        with complete_files(out) as draft:
-            summary = _prepare_into(draft, spec, root, max_rejects, known)
+        with ExitStack() as ends_last, complete_files(out) as draft:
+            workers = Workers(spec, root, draft, key=known.key)
+            ends_last.callback(workers.stop)
+            try:
+                summary = _prepare_into(draft, spec, workers, max_rejects, known)
+            except BaseException:
+                workers.stop()  # before the draft is removed, which they write
+                raise
             for path in draft.iterdir():
                 if path.name not in OUTPUTS:
                     path.unlink()
@@ -67,18 +74,20 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
 
 
 def _prepare_into(
-    draft: Path, spec: SourcesFile, root: Path, max_rejects: float, known: Known
+    draft: Path, spec: SourcesFile, workers: Workers, max_rejects: float, known: Known
 ) -> dict[str, Any]:
     counts = [SourceCounts() for _ in spec.sources]
     collected = Collected()
+    bit_depth = spec.images.bit_depth
+    for count, wide in zip(counts, workers.wide_images(), strict=True):
+        count.wide = wide
     with (
         (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
-        closing(
-            results_of(spec, root, draft, key=known.key, counts=[count.table for count in counts])
-        ) as results,
     ):
+        scales = [count.wide.scale(bit_depth) for count in counts]
+        results = workers.results(scales, [count.table for count in counts])
         pairs = accepted_pairs(results, spec, counts, collected, rejects, key=known.key)
         for pair in pairs:
             thumbnails.write(b"".join(image.stored.thumbnail for image in pair.images))
@@ -88,6 +97,9 @@ def _prepare_into(
     if collected.groups:
         pixels = np.memmap(draft / "thumbnails", np.uint8, "r").reshape(-1, 1024)
     assigned = assign(spec, collected, pixels, known)
+    blank = blank_images(pixels, [len(hashes) for hashes in collected.hashes])
+    for row, places in blank.items():
+        counts[collected.sources[row]].blank_images += len(places)
     withheld = {s.name for s in spec.sources if Clearer(s, known.key).withholds}
     rows = _whole_rows(draft, assigned.groups, assigned.splits, withheld)
     prompts = {source.name: spec.prompts_of(source) for source in spec.sources}
@@ -96,6 +108,8 @@ def _prepare_into(
         "sources": {
             source.name: {
                 **count.summary(source, is_keyed=known.key is not None),
+                **count.wide.summary(bit_depth),
+                "blank_images": count.blank_images,
                 "grouped_by": source.group or "image",
                 "empty_group": source.empty_group if source.group else None,
                 "empty_groups": count.reasons["empty_group"] or assigned.named.empty[index],
@@ -108,9 +122,8 @@ def _prepare_into(
         **assigned.summary,
     }
     write_json(draft / "summary.json", summary)
-    write_data_report(
-        draft / "pairs.parquet", draft / "rejects.jsonl", summary, draft / "report.html"
-    )
+    inputs = draft / "pairs.parquet", draft / "rejects.jsonl"
+    write_data_report(*inputs, summary, draft / "report.html", blank=blank)
     return summary
 
 

@@ -6,23 +6,25 @@ One self-contained page with embedded thumbnails, without scripts.
 import html
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from medft.data.charts import Bar, binned, chart
+from medft.data.image_sentences import all_sentences
 from medft.data.images import open_image
 from medft.data.pairs import SPLITS, read_pairs, read_rows
-from medft.data.sentences import (
-    SHOWN_NAMES,
-    Sentence,
-    group_sentences,
-    identifier_sentences,
-)
+from medft.data.sentences import SHOWN_NAMES, Sentence
 from medft.data.statistics import Statistics, spread
 from medft.pages import figure, inline, page, shortened, table, thumbnail_of
 
 SHOWN_REJECTS = 5
 """Rejected rows shown per reason."""
+
+SHOWN_BLANK = 6
+"""Rows with a blank image that are shown."""
 
 _WORDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Largest number of words of each bin."""
@@ -33,7 +35,14 @@ _PIXELS = (128, 256, 512, 1024, 2048, 4096)
 _GRAY = "#9aa7b3"
 
 
-def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], target: Path) -> None:
+def write_data_report(
+    pairs: Path,
+    rejects: Path,
+    summary: dict[str, Any],
+    target: Path,
+    *,
+    blank: Mapping[int, list[int]],
+) -> None:
     """Write report.html of prepared data.
 
     Args:
@@ -41,6 +50,7 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
         rejects: rejects.jsonl.
         summary: as in summary.json.
         target: path of the page.
+        blank: places of the blank images of each row that has one.
     """
     statistics = Statistics()
     for index, row in enumerate(read_pairs(pairs, images=False)):
@@ -66,7 +76,9 @@ def write_data_report(pairs: Path, rejects: Path, summary: dict[str, Any], targe
         counted = [(texts[index], count) for index, count in repeated[name].items()]
         sections.append(f"<h2>{html.escape(name)}</h2>")
         sections.append(_measures(statistics, name, counted))
+        sections.append(_bits(summary["sources"][name]))
         sections.append(f'<div class="pairs">{"".join(figures[name])}</div>')
+    sections.append(_blank(pairs, blank))
     sections.append(_rejects(rejects))
     note = "Prepared by medft. For research use; medft does not de-identify."
     content = page("Prepared data", note, sections)
@@ -105,10 +117,10 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _sentences(summary: dict[str, Any]) -> str:
-    """The sentences on groups and identifiers, those that need a look in a list of warnings."""
+    """The sentences on what was counted, those that need a look in a list of warnings."""
     warnings: dict[str, list[Sentence]] = defaultdict(list)
     notes = ""
-    for one in [*group_sentences(summary), *identifier_sentences(summary)]:
+    for one in all_sentences(summary):
         if one.needs_look:
             warnings[one.topic or one.text].append(one)
         else:
@@ -218,10 +230,37 @@ def _counted(counts: Counter[str]) -> str:
     return ", ".join([*shown, *([f"and {others:,} others"] if others else [])])
 
 
-def _figure(row: dict[str, Any]) -> str:
+def _bits(counts: Mapping[str, Any]) -> str:
+    """The images of a source with more than 8 bits a pixel, by the bits of their largest value."""
+    by_bits = counts.get("images_by_bits")
+    if not by_bits:
+        return ""
+    note = "Images with more than 8 bits a pixel, by the bits that their largest value needs."
+    bars = [Bar(f"{bits} bits", images) for bits, images in by_bits.items()]
+    return f'<div class="charts">{chart("Bits a pixel", note, bars)}</div>'
+
+
+def _blank(pairs: Path, blank: Mapping[int, list[int]]) -> str:
+    """The first images that are of one gray value."""
+    if not blank:
+        return ""
+    indices = sorted(blank)[:SHOWN_BLANK]
+    shown = ""
+    for index, row in zip(indices, read_rows(pairs, indices), strict=True):
+        image = thumbnail_of(_image_of(row, blank[index][0]))
+        shown += figure(inline(image, "jpeg"), row["source"], row["id"])
+    total = sum(map(len, blank.values()))
+    return f'<h2>Blank images: {total:,}</h2><div class="pairs">{shown}</div>'
+
+
+def _image_of(row: dict[str, Any], place: int) -> Image.Image:
     # as many pixels as this image has: SOURCES.yaml may have raised the limit
-    limit = row["width"][0] * row["height"][0]
-    image = open_image(row["images"][0]["bytes"], max_pixels=limit)
+    limit = row["width"][place] * row["height"][place]
+    return open_image(row["images"][place]["bytes"], max_pixels=limit)
+
+
+def _figure(row: dict[str, Any]) -> str:
+    image = _image_of(row, 0)
     more = f" (1 of {len(row['images'])} images)" if len(row["images"]) > 1 else ""
     question, text = shortened(row["question"] or "", 160), shortened(row["text"], 240)
     return figure(inline(thumbnail_of(image), "jpeg"), question, text + more)

@@ -23,15 +23,6 @@ class Sentence:
     """What the sentence counts of its topic."""
 
 
-def all_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What was counted about groups and identifiers, in sentences.
-
-    Args:
-        summary: as in summary.json.
-    """
-    return [one.text for one in (*group_sentences(summary), *identifier_sentences(summary))]
-
-
 def group_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
     """Sentences on groups in several splits, shared by sources, empty, not mapped, and kept.
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from medft.config.strict_yaml import Section, StrictYaml, errors_of, nearest
+from medft.data.bit_depth import LEAST, MOST
 from medft.data.dicom import dicom_rows
 from medft.data.images import MAX_PIXELS
 from medft.data.source_section import SourceSection
@@ -35,6 +36,12 @@ class ImagesSection(Section):
 
     max_side: int | None = Field(None, ge=1)
     """Pixels of the longer side at most; larger images are shrunk, antialiased."""
+
+    bit_depth: Literal["auto", "percentile"] | Annotated[int, Field(ge=LEAST, le=MOST)] = "auto"
+    """Bits that become 0..255, of images with more than 8 bits a pixel; DICOM has its window.
+
+    auto: the least number that holds every image of the source; percentile: of each image alone.
+    """
 
 
 class SourcesFile(Section):

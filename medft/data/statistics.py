@@ -4,7 +4,7 @@ import hashlib
 import heapq
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,28 @@ SHOWN_PAIRS = 12
 
 SHOWN_TEXTS = 3
 """Most frequent texts shown per source."""
+
+
+BLANK = 2
+"""Gray levels by which the 32 x 32 means of a blank image differ at most, as JPEG makes them."""
+
+
+def blank_images(thumbnails: np.ndarray, images: Sequence[int]) -> dict[int, list[int]]:
+    """Places of the blank images of each row that has one.
+
+    Args:
+        thumbnails: [N, 1024] gray values of all images.
+        images: number of images of each row, N together.
+    """
+    blocks = range(0, len(thumbnails), 2**16)
+    spans = [np.ptp(thumbnails[start : start + 2**16], axis=1) for start in blocks]
+    blank = np.flatnonzero(np.concatenate([np.zeros(0, np.uint8), *spans]) <= BLANK)
+    starts = np.concatenate([[0], np.cumsum(images)])
+    rows = np.searchsorted(starts, blank, side="right") - 1
+    found: dict[int, list[int]] = defaultdict(list)
+    for row, image in zip(rows.tolist(), blank.tolist(), strict=True):
+        found[row].append(image - int(starts[row]))
+    return found
 
 
 class Statistics:

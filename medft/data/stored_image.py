@@ -5,9 +5,11 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from medft.data.images import opened, plain_content, to_rgb
+from medft.data.bit_depth import GrayScale
+from medft.data.images import eight_bits, opened
+from medft.data.plain_content import plain_content
 
 # Rows 0 to 7 of the cosine transform of 32 samples, unnormalized: only medians are compared.
 _COSINES = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
@@ -40,36 +42,45 @@ class StoredImage:
 
 
 def store_encoded_image(
-    content: bytes, *, name: str | None, max_pixels: int, max_side: int | None = None
+    content: bytes,
+    *,
+    name: str | None,
+    scale: GrayScale | None = None,
+    max_pixels: int,
+    max_side: int | None = None,
 ) -> StoredImage:
     """An image file as pairs.parquet stores it: as `plain_content` gives it, else as PNG.
 
     Args:
         content: bytes of the file.
         name: of the file, without folder.
+        scale: of images with more than 8 bits a pixel.
         max_pixels: maximum width times height.
         max_side: maximum pixels of the longer side; a larger image is shrunk, antialiased.
 
     Raises:
         DataError: the image cannot be used.
+        Rejected: its values are outside the range of the scale.
     """
     with opened(content, max_pixels=max_pixels) as image:
         is_small = max_side is None or max(image.size) <= max_side
         plain = plain_content(content, image) if is_small else None
         if plain is not None:
             return _stored(plain, image, name)
-        return store_image(to_rgb(ImageOps.exif_transpose(image)), name=name, max_side=max_side)
+        return store_image(eight_bits(image, scale), name=name, max_side=max_side)
 
 
 def store_image(
     image: Image.Image, *, name: str | None, max_side: int | None = None
 ) -> StoredImage:
-    """An RGB image as a lossless PNG, shrunk where it is larger than max_side."""
+    """An image of mode L or RGB as a lossless PNG, shrunk where it is larger than max_side."""
+    profile = image.info.get("icc_profile", b"")
     if max_side and max(image.size) > max_side:
         image = image.copy()
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    image.save(stream, format="PNG")
+    fits = profile[16:20] == {"L": b"GRAY", "RGB": b"RGB "}[image.mode]
+    image.save(stream, format="PNG", compress_level=1, icc_profile=profile if fits else None)
     return _stored(stream.getvalue(), image, name)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from exports import patients, places
 
-from medft.data import pairing
+from medft.data import row_images
 from medft.data.groups import loose_form
 from medft.data.pairs import read_pairs
 from medft.data.prepare import prepare
@@ -61,7 +61,7 @@ WAYS = {
 def test_ways_of_writing_that_meet_loosely_are_an_error_before_images_are_read(
     exports, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pairing, "store_encoded_image", None)
+    monkeypatch.setattr(row_images, "store_encoded_image", None)
     with pytest.raises(DataError) as caught:
         prepare(exports(**WAYS), tmp_path / "out")
     message = str(caught.value)

@@ -335,6 +335,7 @@ def test_names_of_files_that_are_not_utf8_do_not_stop_the_page(tmp_path):
 
 def source_counts(**counts):
     empty = dict.fromkeys(("read", "accepted", "rejected", "pairs", "empty_groups"), 0)
+    empty |= {"blank_images": 0}
     rest = {"reasons": {}, "identifiers": {}, "grouped_by": "patient", "not_in_group_map": 0}
     return {**empty, **rest, **counts}
 
@@ -348,9 +349,8 @@ def report(folder, rows, sources, **summary):
         "shared_between_splits": {"groups": 0, "pairs": 0}, "kept": None, "group_ids": "clear",
         "shared_group_values": 0, "shared_by_sources": {}, "joins": {}, "splits": {}, **summary,
     }  # fmt: skip
-    write_data_report(
-        folder / "pairs.parquet", folder / "rejects.jsonl", counts, folder / "report.html"
-    )
+    inputs = folder / "pairs.parquet", folder / "rejects.jsonl"
+    write_data_report(*inputs, counts, folder / "report.html", blank={})
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -360,7 +360,9 @@ def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(export, tmp_pa
         return whole(self, task)
 
     monkeypatch.setattr(Maker, "result", killed)
-    with pytest.raises(RunError, match="one was stopped, as for lack of memory"):
+    with pytest.raises(
+        RunError, match="stopped while it read row 200 of source a, as for lack of memory"
+    ):
         prepare(sources, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()

@@ -1,0 +1,143 @@
+"""The images of a row: found below their root, decoded, hashed and spooled.
+
+Runs in worker processes, each with its own spool file.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from medft.data.bit_depth import GrayScale
+from medft.data.dicom import open_dicom
+from medft.data.images import max_bytes_of
+from medft.data.source_file import inside, open_regular
+from medft.data.source_section import SourceSection
+from medft.data.sources import ImagesSection
+from medft.data.stored_image import StoredImage, store_encoded_image, store_image
+from medft.data.tables import Rejected, TableRow
+from medft.data.template import text_of
+from medft.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpooledImage:
+    """An image whose bytes stay in a file until its row is written."""
+
+    file: str
+    """Name of a spool in the draft folder, or path of the original file if stored unchanged."""
+
+    offset: int
+    length: int
+    stored: StoredImage
+    """The image's properties; its content is empty."""
+
+    modified: int | None = None
+    """Modification time of the original file, in ns since the epoch; None for a spool."""
+
+
+class ImageReader:
+    """Reads the images of a source's rows; caches what several rows may name."""
+
+    CACHED_IMAGES = 10_000
+
+    def __init__(
+        self, source: SourceSection, limits: ImagesSection, root: Path, spool: BinaryIO
+    ) -> None:
+        """Create the reader.
+
+        Args:
+            source: its section.
+            limits: of all sources.
+            root: folder of SOURCES.yaml.
+            spool: the file of this process for images that are not stored as they are.
+        """
+        self.source, self.limits, self.spool = source, limits, spool
+        self.folder = source.image_root(root).resolve()
+        self.scale = GrayScale()
+        """Of the source's images with more than 8 bits a pixel, once the first pass found it."""
+
+        self._cache: dict[Path, SpooledImage] = {}
+
+    def read(self, row: TableRow) -> list[SpooledImage]:
+        """The images of a row.
+
+        Raises:
+            Rejected: one cannot be used.
+        """
+        try:
+            return self._images(row)
+        except MemoryError as error:
+            detail = "an image takes more memory than one of images.max_pixels may"
+            raise Rejected("too_large", detail) from error
+
+    def _images(self, row: TableRow) -> list[SpooledImage]:
+        if self.source.kind == "dicom":
+            every = self.source.frames == "every"
+            frames = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
+            name, side = row["path"].name, self.limits.max_side
+            return [self._spooled(store_image(frame, name=name, max_side=side)) for frame in frames]
+        return [self._image(row.get(name), name) for name in self.source.image_columns]
+
+    def _image(self, value: Any, column: str) -> SpooledImage:
+        if isinstance(value, dict):  # the layout of datasets.Image
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return self._spooled(self._stored(value, None, column))
+        name = text_of(value)
+        if not name:
+            raise Rejected("no_image", f"{column} is empty")
+        try:
+            path = inside(self.folder / name, self.folder)
+            if path in self._cache:
+                return self._cache[path]
+            with open_regular(path, max_bytes=max_bytes_of(self.limits.max_pixels)) as file:
+                modified = os.fstat(file.fileno()).st_mtime_ns
+                content = file.read()
+        except FileNotFoundError as error:
+            raise Rejected("missing_image", f"no file {name}") from error
+        except (OSError, ValueError) as error:  # a name too long, a null byte, no permission
+            reason = getattr(error, "strerror", None) or "not a path"
+            raise Rejected("missing_image", f"{name[:200]!r}: {reason}") from error
+        if len(self._cache) == self.CACHED_IMAGES:
+            self._cache.clear()
+        self._cache[path] = self._from_file(path, content, modified, name)
+        return self._cache[path]
+
+    def _from_file(self, path: Path, content: bytes, modified: int, shown: str) -> SpooledImage:
+        stored = self._stored(content, path.name, shown)
+        if stored.content != content:
+            return self._spooled(stored)
+        return SpooledImage(
+            file=str(path),
+            offset=0,
+            length=len(content),
+            stored=replace(stored, content=b""),
+            modified=modified,
+        )
+
+    def _stored(self, content: bytes, name: str | None, shown: str) -> StoredImage:
+        limits = self.limits
+        try:
+            return store_encoded_image(
+                content,
+                name=name,
+                scale=self.scale,
+                max_pixels=limits.max_pixels,
+                max_side=limits.max_side,
+            )
+        except DataError as error:
+            raise Rejected("bad_image", f"{shown}: {error}") from error
+        except Rejected as verdict:
+            raise Rejected(verdict.reason, f"{shown}: {verdict.detail}") from verdict
+
+    def _spooled(self, stored: StoredImage) -> SpooledImage:
+        offset = self.spool.tell()
+        self.spool.write(stored.content)
+        self.spool.flush()
+        return SpooledImage(
+            file=Path(self.spool.name).name,
+            offset=offset,
+            length=len(stored.content),
+            stored=replace(stored, content=b""),
+        )

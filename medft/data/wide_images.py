@@ -1,0 +1,95 @@
+"""The first pass over the images of a source: the values of those with more than 8 bits a pixel.
+
+Of other images no more than the head is read. An image that cannot be used is passed over here; it
+is rejected, with its reason, when its pair is made.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from medft.data.bit_depth import WideImages, wide_values
+from medft.data.images import max_bytes_of, opened
+from medft.data.source_file import inside, open_regular
+from medft.data.source_section import SourceSection
+from medft.data.sources import source_rows
+from medft.data.splits import OwnSplitSection, SplitSection
+from medft.data.tables import Rejected, takes
+from medft.data.template import text_of
+from medft.errors import DataError
+
+HEAD = 32
+"""Bytes that tell the bits of a PNG, and other formats that have 8."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NARROW = (b"\xff\xd8\xff", b"BM", b"GIF8", b"RIFF")
+
+NamedImage = tuple[int, str | bytes]
+"""Number of a row, and the path or content of an image that it names."""
+
+
+def is_narrow(head: bytes) -> bool:
+    """Whether the head of a file tells that an image has 8 bits a channel, or fewer.
+
+    Args:
+        head: the first bytes of a file, HEAD or more.
+    """
+    if head.startswith(_PNG):
+        return head[24:25] != b"\x10"
+    return head.startswith(_NARROW)
+
+
+def named_images(
+    source: SourceSection, root: Path, split: SplitSection | OwnSplitSection
+) -> Iterator[NamedImage]:
+    """The images that the rows of a table name, each path once, and contents of more than 8 bits.
+
+    Args:
+        source: its section; not of kind dicom.
+        root: folder of SOURCES.yaml.
+        split: the section of that name.
+    """
+    seen: set[int] = set()
+    for number, row in enumerate(source_rows(source, root, split), start=1):
+        if isinstance(row, Rejected) or not takes(row, source.where):
+            continue
+        for column in source.image_columns:
+            value = row.get(column)
+            if isinstance(value, dict):
+                value = value.get("bytes") or value.get("path")
+            if isinstance(value, bytes):
+                if not is_narrow(value[:HEAD]):
+                    yield number, value
+            elif (name := text_of(value)) and (key := hash(name)) not in seen:
+                seen.add(key)
+                yield number, name
+
+
+def add_wide_image(found: WideImages, image: str | bytes, folder: Path, *, max_pixels: int) -> None:
+    """Count an image, unless it is narrow or cannot be used.
+
+    Args:
+        found: what is known of the source's images so far.
+        image: its path below the folder, or its content.
+        folder: the root of the source's images, resolved.
+        max_pixels: maximum width times height.
+    """
+    try:
+        content = _wide_content(image, folder, max_pixels) if isinstance(image, str) else image
+        if content is not None:
+            with opened(content, max_pixels=max_pixels) as decoded:
+                if (wide := wide_values(decoded)) is not None:
+                    found.add(wide)
+    except (OSError, ValueError, DataError, Rejected, MemoryError):
+        pass
+
+
+def _wide_content(name: str, folder: Path, max_pixels: int) -> bytes | None:
+    descriptor = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if is_narrow(os.pread(descriptor, HEAD, 0)):
+            return None
+    finally:
+        os.close(descriptor)
+    with open_regular(inside(folder / name, folder), max_bytes=max_bytes_of(max_pixels)) as file:
+        return file.read()
