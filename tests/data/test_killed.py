@@ -1,6 +1,8 @@
 """A killed run leaves the old output or none; repeated, it ends as an undisturbed one."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,13 +23,18 @@ from medft.cli import main
 out, kind, moment = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv[1:] = ["data", "prepare", sys.argv[4], "--out", out]
 process = os.getpid()
-seen = {"any": 0, "move": 0}
+seen = {"any": 0, "move": 0, "worker": 0}
 began = False
 
 def count(event, arguments):
     global began
     began = began or out in repr(arguments)
-    if os.getpid() != process or event == "os.kill" or not began:
+    if event == "os.kill" or not began:
+        return
+    if os.getpid() != process:
+        seen["worker"] += 1
+        if kind == "worker" and seen["worker"] == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
         return
     seen["any"] += 1
     seen["move"] += event in ("os.rename", "os.remove", "os.rmdir")
@@ -39,13 +46,24 @@ code = main()
 print(seen["any"], seen["move"])
 sys.exit(code)
 """
-"""Prepares, and kills itself at an exact moment: before the n-th thing that the interpreter does
-after it began to write, or before the n-th time that it moves or removes a file."""
+"""Prepares, and is killed at an exact moment: before the n-th thing that the interpreter does after
+it began to write, before the n-th time that it moves or removes a file, or before the n-th thing
+that one of its workers does."""
 
 
 def prepare(sources, out, kind="any", moment=0):
+    """Runs it in a session of its own, of which no process may be left half a minute later."""
     command = [sys.executable, "-c", PREPARE, str(out), kind, str(moment), str(sources)]
-    return subprocess.run(command, capture_output=True, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    out, err = process.communicate(timeout=120)
+    for _ in range(300):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return subprocess.CompletedProcess(command, process.returncode, out, err)
+        time.sleep(0.1)
+    raise AssertionError("a process is left")
 
 
 def contents(out):
@@ -75,6 +93,8 @@ def killed_and_repeated(sources, out, complete, moment, *, over_earlier):
         for name in FILES:
             (out / name).write_text("earlier")
     assert prepare(sources, out, *moment).returncode == -9, moment
+    draft = out / ".draft"
+    assert not draft.exists() or not list(draft.iterdir()), moment
     left = contents(out) if out.exists() else {}
     earlier = dict.fromkeys(FILES, b"earlier") if over_earlier else {}
     for name, content in left.items():
@@ -100,10 +120,12 @@ def test_of_two_preparations_at_once_one_wins_and_the_other_says_so(sources, und
     out = tmp_path / "out"
     words = [sys.executable, "-m", "medft.cli", "data", "prepare", str(sources), "--out", str(out)]
     first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / ".draft" / "records.jsonl").exists():
+    while not (out / ".draft").exists():
         assert first.poll() is None
-        time.sleep(0.01)
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)  # so that it is still there, however slow the second is
     second = subprocess.run(words, capture_output=True, text=True, check=False)
+    first.send_signal(signal.SIGCONT)
     assert first.wait() == 0
     assert second.returncode == 2
     assert second.stderr.count("medft: error: ") == 1
@@ -124,6 +146,27 @@ def test_killed_at_any_moment_and_repeated(sources, undisturbed, tmp_path):
         seen.add(killed_and_repeated(sources, out, complete, moment, over_earlier=number % 2 == 1))
         shutil.rmtree(out)
     assert seen == {0, 1, 2, 3, 4}  # killed between the renames too
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("number", range(20))
+def test_a_worker_killed_at_any_moment_ends_the_command_and_leaves_what_was_there(
+    sources, tmp_path, number
+):
+    out = tmp_path / "out"
+    earlier = {}
+    if number % 2:
+        out.mkdir()
+        earlier = {name: b"earlier" for name in FILES}
+        for name, content in earlier.items():
+            (out / name).write_bytes(content)
+    done = prepare(sources, out, "worker", 3 + 37 * number)
+    assert done.returncode == 2
+    [sentence] = [line for line in done.stderr.splitlines() if "medft: error: " in line]
+    assert "one was stopped" in sentence
+    assert number < 2 or " while it read row" in sentence
+    assert not out.exists() or contents(out) == earlier
+    assert not (out / ".draft").exists()
 
 
 def test_the_workers_of_a_killed_run_end_with_it_and_free_the_folder(sources, tmp_path):
