@@ -10,6 +10,16 @@ from dataclasses import dataclass
 
 MEDFT = [sys.executable, "-m", "medft.cli"]
 
+MEASURED = """
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(child.pid, 0)
+with open(sys.argv[1], "w") as file:
+    print(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, file=file)
+"""
+"""Runs a command and writes its exit code and peak of memory, which a process takes over from the
+one that starts it: the tests', which holds torch."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -19,7 +29,7 @@ class Outcome:
     out: str
     err: str
     peak: int
-    """Bytes of resident memory at the peak, of the command alone (not of its workers)."""
+    """Bytes of resident memory at the peak, of the largest of its processes."""
 
     @property
     def sentences(self):
@@ -34,9 +44,13 @@ def run_hostile(words, *, command=MEDFT, timeout=120, stdin="", **environment):
     A traceback and a hang fail the test that called this.
     """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        tempfile.NamedTemporaryFile("r") as measured,
+    ):
         child = subprocess.Popen(
-            [*command, *map(str, words)],
+            [sys.executable, "-c", MEASURED, measured.name, *command, *map(str, words)],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,
@@ -51,14 +65,12 @@ def run_hostile(words, *, command=MEDFT, timeout=120, stdin="", **environment):
 
         timer = threading.Timer(timeout, kill)
         timer.start()
-        child.stdin.write(stdin.encode())
-        child.stdin.close()
-        _, status, usage = os.wait4(child.pid, 0)
+        child.communicate(stdin.encode())
         timer.cancel()
-        child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        outcome = Outcome(child.returncode, out.read(), err.read(), usage.ru_maxrss * 1024)
+        code, peak = map(int, measured.read().split() or (-9, 0))
+        outcome = Outcome(code, out.read(), err.read(), peak)
     assert not hung.is_set(), f"no end within {timeout} s: {outcome.err}"
     assert "Traceback" not in outcome.err, outcome.err
     return outcome

@@ -3,7 +3,10 @@
 import codecs
 import re
 from pathlib import Path
+from typing import BinaryIO
 
+from medft.data.source_file import MAX_BYTES, open_regular
+from medft.data.table_row import Rejected
 from medft.errors import DataError
 
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
@@ -35,16 +38,29 @@ def read_text(path: Path, encoding: str | None) -> str:
     Raises:
         DataError: it cannot be read, or is not text in this encoding.
     """
+    with opened_table(path) as file:
+        content = file.read()
+    return decoded(content, encoding, str(path))
+
+
+def opened_table(path: Path, *, max_bytes: int = MAX_BYTES) -> BinaryIO:
+    """The file of a table, opened to read its bytes.
+
+    Args:
+        path: of the file.
+        max_bytes: its size at most.
+
+    Raises:
+        DataError: it is missing, no regular file or too large.
+    """
     try:
-        if path.is_fifo():  # which is read once, and may wait for ever
-            raise OSError("a pipe, no file")
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        return open_regular(path, max_bytes=max_bytes)
+    except (OSError, ValueError, Rejected) as error:
+        detail = error.detail if isinstance(error, Rejected) else str(error)
+        reason = getattr(error, "strerror", None) or detail
         raise DataError(
             f"expected a table at {path}, could not read it ({reason}): check the path"
         ) from error
-    return decoded(content, encoding, str(path))
 
 
 def decoded(content: bytes, encoding: str | None, name: str) -> str:

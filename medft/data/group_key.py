@@ -4,12 +4,16 @@ import hmac
 from collections.abc import Iterable
 from pathlib import Path
 
+from medft.data.source_file import open_regular
 from medft.data.source_section import SourceSection, columns_of
 from medft.data.sources import SourcesFile
+from medft.data.table_row import Rejected
 from medft.errors import RecipeError
 
 MIN_KEY_BYTES = 16
 """Bytes of the shortest key that is accepted."""
+
+_MAX_KEY_BYTES = 2**16
 
 _SHOWN_DIGITS = 32
 
@@ -38,11 +42,11 @@ def read_group_key(path: Path) -> bytes:
         RecipeError: it cannot be read, or is too short to be a secret.
     """
     try:
-        if not path.is_file():
-            raise FileNotFoundError(2, "no such file")
-        key = path.read_bytes().rstrip(b"\r\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a path"
+        with open_regular(path, max_bytes=_MAX_KEY_BYTES) as file:
+            key = file.read().rstrip(b"\r\n")
+    except (OSError, ValueError, Rejected) as error:
+        detail = error.detail if isinstance(error, Rejected) else "not a path"
+        reason = getattr(error, "strerror", None) or detail
         raise RecipeError(
             f"expected group_key to name a file with a secret of at least {MIN_KEY_BYTES} bytes, "
             f"could not read {path} ({reason}): write one, as with openssl rand -hex 32"

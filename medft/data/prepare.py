@@ -19,8 +19,10 @@ from medft.data.assign import Collected, Known, assign
 from medft.data.clearing import Clearer
 from medft.data.pairs import write_pairs
 from medft.data.report import write_data_report
+from medft.data.source_file import open_regular
 from medft.data.sources import SourcesFile, check_columns, check_prompts, load_sources
 from medft.data.statistics import blank_images
+from medft.data.table_row import Rejected
 from medft.data.workers import Workers
 from medft.errors import DataError, RecipeError
 from medft.files import check_folder_for_output, complete_files, write_json
@@ -155,11 +157,11 @@ def _whole_rows(
 def _unchanged(path: Path, length: int, modified: int, shown: str) -> bytes:
     """The content of an original image file; raises if it was modified since it was hashed."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, max_bytes=length) as file:
             content = file.read()
             if len(content) == length and os.fstat(file.fileno()).st_mtime_ns == modified:
                 return content
-    except OSError:
+    except (OSError, Rejected):
         pass
     raise DataError(
         f"expected the images to stay as they are until pairs.parquet is written, {shown} was "

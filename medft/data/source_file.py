@@ -29,7 +29,7 @@ def inside(path: Path, root: Path) -> Path:
     Raises:
         Rejected: outside_root.
     """
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))  # unlike resolve, says nothing about a loop
     if not resolved.is_relative_to(root):
         raise Rejected("outside_root", f"{path.name} leaves the folder of its source")
     return resolved

@@ -13,13 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medft.data.csv_rows import csv_rows
-from medft.data.encoding import read_text
+from medft.data.encoding import opened_table, read_text
 from medft.data.json_rows import json_rows, jsonl_rows
+from medft.data.source_file import inside
 from medft.data.table_row import AS_WRITTEN, ReadOptions, TableCounts
 from medft.data.table_row import Rejected as Rejected
 from medft.data.table_row import TableRow as TableRow
 from medft.data.template import text_of
 from medft.errors import DataError
+
+_MAX_PARQUET_BYTES = 2**50
+"""Parquet is read in parts, whatever its size."""
 
 
 def table_rows(
@@ -108,11 +112,20 @@ def takes(row: TableRow, where: dict[str, Any] | None) -> bool:
 def _metadata_of(folder: Path) -> tuple[str, Path]:
     for name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
         if (folder / name).is_file():
-            return name.partition(".")[2], folder / name
+            return name.partition(".")[2], _below(folder, name)
     raise DataError(
         f"expected metadata.csv, metadata.jsonl or metadata.parquet with a column file_name in "
         f"{folder}, found none: write one"
     )
+
+
+def _below(folder: Path, name: str) -> Path:
+    try:
+        return inside(folder / name, folder.resolve())
+    except Rejected as verdict:
+        raise DataError(
+            f"expected {name} in {folder}, it is a link that leaves the folder: put the file there"
+        ) from verdict
 
 
 def _rows(
@@ -136,7 +149,7 @@ def _parquet_rows(
     if encoding is not None:
         raise DataError(f"expected no encoding for {table}, Parquet is UTF-8: remove encoding")
     try:
-        file = pq.ParquetFile(table)
+        file = pq.ParquetFile(opened_table(table, max_bytes=_MAX_PARQUET_BYTES))
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise DataError(

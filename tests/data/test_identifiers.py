@@ -538,7 +538,7 @@ def test_with_a_key_no_file_name_and_no_detail_shows_a_group(export, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"could not read .*key\.txt \(no such file\)"),
+        (None, r"could not read .*key\.txt \(No such file or directory\)"),
         (b"", "it has 0"),
         (b"fifteen bytes..\r\n", "it has 15"),
     ],
