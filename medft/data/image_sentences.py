@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from medft.data.bit_depth import PERCENTILES
-from medft.data.sentences import Sentence, group_sentences, identifier_sentences
+from medft.data.sentences import (
+    SHOWN_NAMES,
+    Sentence,
+    group_sentences,
+    identifier_sentences,
+)
 
 FEW = 0.05
 """Share of the images below which those that need the most bits deserve a look."""
@@ -33,7 +38,24 @@ def image_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
         if counts["blank_images"]:
             text = f"{name}: {counts['blank_images']:,} images are blank, of one gray value."
             sentences.append(Sentence(text, True, "blank images", counts["blank_images"]))
-    return sentences
+    return [*_of_sources_together(summary["sources"]), *sentences]
+
+
+def _of_sources_together(sources: Mapping[str, Any]) -> list[Sentence]:
+    """A word on sources of one scanner whose ranges differ."""
+    bits = {
+        name: counts["bit_depth"]
+        for name, counts in sources.items()
+        if counts.get("chosen") == "auto" and counts["bit_depth"] is not None
+    }
+    if len(set(bits.values())) < 2:
+        return []
+    each = ", ".join(f"{name} {depth}" for name, depth in list(bits.items())[:SHOWN_NAMES])
+    text = (
+        f"Sources differ in their bits a pixel ({each}): where they are of one scanner, equal "
+        f"values do not stay equal between them; images.bit_depth: {max(bits.values())} keeps them."
+    )
+    return [Sentence(text, True)]
 
 
 def _wide(name: str, counts: Mapping[str, Any]) -> list[Sentence]:

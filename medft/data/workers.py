@@ -208,8 +208,11 @@ def _end_with_parent(draft: Path) -> None:
     """End this process once its parent is gone, without the draft, whose lock it keeps."""
     parent = multiprocessing.parent_process()
     if parent is not None:
+        opened = os.open(draft, os.O_RDONLY | os.O_CLOEXEC)
         parent.join()
-        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(opened), draft.stat()):  # not that of another process
+                shutil.rmtree(draft, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -207,6 +207,19 @@ def test_an_outlier_that_makes_all_others_dark_deserves_a_look():
     assert len(image_sentences({"sources": {"s": even}})) == 1
 
 
+def test_sources_whose_bits_differ_deserve_a_look():
+    counts = []
+    for most in (2047, 2050):
+        found = WideImages()
+        found.add(WideValues(np.array([[0, most]], np.uint16), False))
+        counts.append({**found.summary("auto"), "blank_images": 0})
+    first, *_ = image_sentences({"sources": {"train": counts[0], "test": counts[1]}})
+    assert first.needs_look
+    assert "(train 11, test 12)" in first.text
+    assert "images.bit_depth: 12 keeps them" in first.text
+    assert len(image_sentences({"sources": {"train": counts[0], "again": counts[0]}})) == 2
+
+
 def test_a_range_found_before_that_no_longer_holds_is_a_rejection():
     scale = GrayScale(integers=GrayRange(0, 4095))
     fits, beyond = (WideValues(np.array([[most]], np.uint16), False) for most in (4095, 4096))
