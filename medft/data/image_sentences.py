@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from medft.data.bit_depth import PERCENTILES
+from medft.data.bit_depth import MOST, PERCENTILES
 from medft.data.sentences import (
     SHOWN_NAMES,
     Sentence,
@@ -48,7 +48,7 @@ def _of_sources_together(sources: Mapping[str, Any]) -> list[Sentence]:
         for name, counts in sources.items()
         if counts.get("chosen") == "auto" and counts["bit_depth"] is not None
     }
-    if len(set(bits.values())) < 2:
+    if len(set(bits.values())) < 2 or max(bits.values()) > MOST:
         return []
     each = ", ".join(f"{name} {depth}" for name, depth in list(bits.items())[:SHOWN_NAMES])
     text = (
@@ -88,7 +88,8 @@ def _outliers(name: str, counts: Mapping[str, Any]) -> list[Sentence]:
     if counts["chosen"] != "auto" or len(by_bits) < 2 or counts["bit_depth"] is None:
         return []
     others, most = sorted(by_bits)[-2:]
-    if most - others < 2 or by_bits[most] > FEW * sum(by_bits.values()):
+    is_few = by_bits[most] <= FEW * sum(by_bits.values())
+    if most - others < 2 or others > MOST or not is_few:
         return []
     text = (
         f"{name}: {by_bits[most]:,} images need {most} bits where {others} hold all others, which "
