@@ -14,7 +14,7 @@ HOUSE = """
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
-    data/ template table_row source_file bit_depth images plain_content stored_image
+    data/ template draft_guard table_row source_file bit_depth images plain_content stored_image
     data/ encoding csv_rows json_rows tables
     data/ dicom_reports dicom
     data/ splits source_section sources identifiers group_key clearing groups pairs

@@ -2,7 +2,7 @@
 
 Scanners write 10, 12 or 14 bits into files of 16, which do not say how many: scaled from 0..65535,
 12 bits come out nearly black. Scaled by its own range, equal values of two images come out
-different. So the range is that of the source, which a first pass over its images finds.
+different. So the range is that of the source, which a pass over its images before finds.
 """
 
 from collections import Counter
@@ -158,7 +158,7 @@ def _own_range(wide: WideValues, low: float, high: float) -> GrayRange:
 
 @dataclass(slots=True)
 class WideImages:
-    """What the first pass finds out about the wide images of a source."""
+    """What is known of the wide images of a source."""
 
     images_by_bits: Counter[int] = field(default_factory=Counter)
     """Images of unsigned integers by the least number of bits that holds their values."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ImageFile import ImageFile
 
 from medft.data.bit_depth import GrayScale, eight_bits_alone, wide_values
 from medft.data.table_row import Rejected
@@ -79,7 +78,7 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 raise DataError(f"expected a single image, {name} has {frames} frames: choose one")
-            if image.format == "JPEG" and (scans := _scans(image)) > MAX_SCANS:
+            if image.format == "JPEG" and (scans := _scans(source)) > MAX_SCANS:
                 raise DataError(
                     f"expected a JPEG of at most {MAX_SCANS} scans, {name} has {scans}, each of "
                     f"which takes the time of an image: save it anew"
@@ -104,14 +103,10 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
         ) from error
 
 
-def _scans(image: ImageFile) -> int:
+def _scans(source: Path | bytes) -> int:
     """Scans of a JPEG file at most, previews within it counted."""
-    assert image.fp is not None
-    position = image.fp.tell()
-    image.fp.seek(0)
-    scans = image.fp.read().count(b"\xff\xda")
-    image.fp.seek(position)
-    return scans
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    return content.count(b"\xff\xda")
 
 
 def _name_of(source: Path | bytes) -> str:

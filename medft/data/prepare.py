@@ -17,6 +17,7 @@ import numpy as np
 from medft.data.accounting import SourceCounts, accepted_pairs, check_rejects
 from medft.data.assign import Collected, Known, assign
 from medft.data.clearing import Clearer
+from medft.data.draft_guard import removed_if_killed
 from medft.data.pairs import write_pairs
 from medft.data.report import write_data_report
 from medft.data.source_file import open_regular
@@ -57,13 +58,8 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
     check_folder_for_output(out, allow_content=True)
     try:
         with ExitStack() as ends_last, complete_files(out) as draft:
-            workers = Workers(spec, root, draft, key=known.key)
-            ends_last.callback(workers.stop)
-            try:
-                summary = _prepare_into(draft, spec, workers, max_rejects, known)
-            except BaseException:
-                workers.stop()  # before the draft is removed, which they write
-                raise
+            ends_last.enter_context(removed_if_killed(draft))
+            summary = _prepare_into(draft, spec, root, max_rejects, known)
             for path in draft.iterdir():
                 if path.name not in OUTPUTS:
                     path.unlink()
@@ -76,18 +72,19 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
 
 
 def _prepare_into(
-    draft: Path, spec: SourcesFile, workers: Workers, max_rejects: float, known: Known
+    draft: Path, spec: SourcesFile, root: Path, max_rejects: float, known: Known
 ) -> dict[str, Any]:
     counts = [SourceCounts() for _ in spec.sources]
     collected = Collected()
     bit_depth = spec.images.bit_depth
-    for count, wide in zip(counts, workers.wide_images(), strict=True):
-        count.wide = wide
     with (
         (draft / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as rejects,
         (draft / "thumbnails").open("wb", buffering=_BUFFER) as thumbnails,
         (draft / "records.jsonl").open("w", buffering=_BUFFER, encoding="utf-8") as records,
+        Workers(spec, root, draft, key=known.key) as workers,
     ):
+        for count, wide in zip(counts, workers.wide_images(), strict=True):
+            count.wide = wide
         scales = [count.wide.scale(bit_depth) for count in counts]
         results = workers.results(scales, [count.table for count in counts])
         pairs = accepted_pairs(results, spec, counts, collected, rejects, key=known.key)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from medft.data.bit_depth import GrayScale
 from medft.data.dicom import open_dicom
 from medft.data.images import max_bytes_of
-from medft.data.source_file import inside, open_regular
+from medft.data.source_file import open_inside
 from medft.data.source_section import SourceSection
 from medft.data.sources import ImagesSection
 from medft.data.stored_image import StoredImage, store_encoded_image, store_image
@@ -53,11 +53,11 @@ class ImageReader:
             spool: the file of this process for images that are not stored as they are.
         """
         self.source, self.limits, self.spool = source, limits, spool
-        self.folder = source.image_root(root).resolve()
+        self.folder = os.path.realpath(source.image_root(root))
         self.scale = GrayScale()
-        """Of the source's images with more than 8 bits a pixel, once the first pass found it."""
+        """Of the source's images with more than 8 bits a pixel, once it is known."""
 
-        self._cache: dict[Path, SpooledImage] = {}
+        self._cache: dict[str, SpooledImage] = {}
 
     def read(self, row: TableRow) -> list[SpooledImage]:
         """The images of a row.
@@ -88,10 +88,11 @@ class ImageReader:
         if not name:
             raise Rejected("no_image", f"{column} is empty")
         try:
-            path = inside(self.folder / name, self.folder)
+            path = os.path.join(self.folder, name)
             if path in self._cache:
                 return self._cache[path]
-            with open_regular(path, max_bytes=max_bytes_of(self.limits.max_pixels)) as file:
+            most = max_bytes_of(self.limits.max_pixels)
+            with open_inside(path, self.folder, max_bytes=most) as file:
                 modified = os.fstat(file.fileno()).st_mtime_ns
                 content = file.read()
         except FileNotFoundError as error:
@@ -104,12 +105,12 @@ class ImageReader:
         self._cache[path] = self._from_file(path, content, modified, name)
         return self._cache[path]
 
-    def _from_file(self, path: Path, content: bytes, modified: int, shown: str) -> SpooledImage:
-        stored = self._stored(content, path.name, shown)
+    def _from_file(self, path: str, content: bytes, modified: int, shown: str) -> SpooledImage:
+        stored = self._stored(content, os.path.basename(path), shown)
         if stored.content != content:
             return self._spooled(stored)
         return SpooledImage(
-            file=str(path),
+            file=path,
             offset=0,
             length=len(content),
             stored=replace(stored, content=b""),

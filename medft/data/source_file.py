@@ -31,11 +31,40 @@ def inside(path: Path, root: Path) -> Path:
     """
     resolved = Path(os.path.realpath(path))  # unlike resolve, says nothing about a loop
     if not resolved.is_relative_to(root):
-        raise Rejected("outside_root", f"{path.name} leaves the folder of its source")
+        raise _outside(path)
     return resolved
 
 
-def open_regular(path: Path, *, max_bytes: int = MAX_BYTES) -> BinaryIO:
+def open_inside(path: str, root: str, *, max_bytes: int) -> BinaryIO:
+    """A regular file, opened to read its bytes, that really lies in a folder.
+
+    Where it lies is looked at once it is open, so that no link can be put in its place meanwhile.
+
+    Args:
+        path: of the file.
+        root: the folder, resolved.
+        max_bytes: its size at most.
+
+    Raises:
+        OSError: it is missing, or may not be read.
+        Rejected: outside_root, no_regular_file or too_large.
+    """
+    file = open_regular(path, max_bytes=max_bytes)
+    try:
+        place = os.readlink(f"/proc/self/fd/{file.fileno()}")
+    except OSError:  # not of Linux
+        place = os.path.realpath(path)
+    if not place.startswith(root.rstrip(os.sep) + os.sep):
+        file.close()
+        raise _outside(path)
+    return file
+
+
+def _outside(path: str | Path) -> Rejected:
+    return Rejected("outside_root", f"{os.path.basename(path)} leaves the folder of its source")
+
+
+def open_regular(path: str | Path, *, max_bytes: int = MAX_BYTES) -> BinaryIO:
     """A regular file, opened to read its bytes.
 
     Args:
@@ -50,9 +79,10 @@ def open_regular(path: Path, *, max_bytes: int = MAX_BYTES) -> BinaryIO:
     state = os.fstat(descriptor)
     problem = None
     if not stat.S_ISREG(state.st_mode):
-        problem = Rejected("no_regular_file", f"{path.name} is a folder, a pipe or a device")
+        detail = f"{os.path.basename(path)} is a folder, a pipe or a device"
+        problem = Rejected("no_regular_file", detail)
     elif state.st_size > max_bytes:
-        detail = f"{path.name} has {state.st_size} bytes, at most {max_bytes} are read"
+        detail = f"{os.path.basename(path)} has {state.st_size} bytes, at most {max_bytes} are read"
         problem = Rejected("too_large", detail)
     if problem is not None:
         os.close(descriptor)

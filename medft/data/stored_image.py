@@ -122,6 +122,7 @@ def perceptual_hash(thumbnail: Image.Image) -> str:
     Source: the hash known as pHash; C. Zauner, Implementation and Benchmarking of Perceptual
     Image Hash Functions, 2010, section 3.2.1.
     """
-    low = (_COSINES @ np.asarray(thumbnail, dtype=float) @ _COSINES.T).ravel()
+    values = np.frombuffer(thumbnail.tobytes(), np.uint8).reshape(32, 32).astype(float)
+    low = (_COSINES @ values @ _COSINES.T).ravel()
     bits = low > np.sort(low[1:])[31]
     return np.packbits(bits).tobytes().hex()

@@ -80,24 +80,15 @@ def tables_rows(
 def first_row(kind: str, table: Path, options: ReadOptions) -> TableRow:
     """The first row of the table that is not rejected.
 
-    A table of text is read to its end, so that what is wrong with it as a whole is an error before
-    any image is decoded.
-
     Raises:
         DataError: there is none, or the table cannot be read.
     """
-    first = None
     problem = ""
     for row in table_rows(kind, table, options):
-        if isinstance(row, Rejected):
-            problem = problem or f" that can be used ({row.reason}: {row.detail})"
-        elif kind == "parquet":
+        if not isinstance(row, Rejected):
             return row
-        else:
-            first = row if first is None else first
-    if first is None:
-        raise DataError(f"expected rows in {table}, found none{problem}: check the file")
-    return first
+        problem = problem or f" that can be used ({row.reason}: {row.detail})"
+    raise DataError(f"expected rows in {table}, found none{problem}: check the file")
 
 
 def takes(row: TableRow, where: dict[str, Any] | None) -> bool:

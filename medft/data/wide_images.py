@@ -1,4 +1,4 @@
-"""The first pass over the images of a source: the values of those with more than 8 bits a pixel.
+"""A pass over the images of a source, before they are stored: which values the wide ones have.
 
 Of other images no more than the head is read. An image that cannot be used is passed over here; it
 is rejected, with its reason, when its pair is made.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medft.data.bit_depth import WideImages, wide_values
 from medft.data.images import max_bytes_of, opened
-from medft.data.source_file import inside, open_regular
+from medft.data.source_file import open_inside
 from medft.data.source_section import SourceSection
 from medft.data.sources import source_rows
 from medft.data.splits import OwnSplitSection, SplitSection
@@ -65,7 +65,7 @@ def named_images(
                 yield number, name
 
 
-def add_wide_image(found: WideImages, image: str | bytes, folder: Path, *, max_pixels: int) -> None:
+def add_wide_image(found: WideImages, image: str | bytes, folder: str, *, max_pixels: int) -> None:
     """Count an image, unless it is narrow or cannot be used.
 
     Args:
@@ -84,12 +84,9 @@ def add_wide_image(found: WideImages, image: str | bytes, folder: Path, *, max_p
         pass
 
 
-def _wide_content(name: str, folder: Path, max_pixels: int) -> bytes | None:
-    descriptor = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if is_narrow(os.pread(descriptor, HEAD, 0)):
-            return None
-    finally:
-        os.close(descriptor)
-    with open_regular(inside(folder / name, folder), max_bytes=max_bytes_of(max_pixels)) as file:
-        return file.read()
+def _wide_content(name: str, folder: str, max_pixels: int) -> bytes | None:
+    with open_inside(
+        os.path.join(folder, name), folder, max_bytes=max_bytes_of(max_pixels)
+    ) as file:
+        head = file.read(HEAD)
+        return None if is_narrow(head) else head + file.read()

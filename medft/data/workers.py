@@ -1,13 +1,9 @@
-"""The processes that decode images: what the first pass finds, and the pairs of all rows in order.
-
-They live as long as the draft is written. If this process is killed, they remove the draft and end.
-"""
+"""The processes that decode images: wide ones beforehand, then the pairs of all rows in order."""
 
 import logging
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -37,7 +33,7 @@ CHUNK = 16
 """Tasks that a worker takes at a time."""
 
 NAMES = 256
-"""Images that a worker looks at in the first pass at a time."""
+"""Images that a worker looks at beforehand at a time."""
 
 CHUNKS = 4
 """Chunks per worker that may be queued, in progress or not yet consumed; bounds the memory."""
@@ -53,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class Workers:
-    """Worker processes for a draft; `stop` them before the draft is removed."""
+    """Worker processes for a draft; used in a with statement, they end before it does."""
 
     def __init__(self, spec: SourcesFile, root: Path, draft: Path, *, key: bytes | None) -> None:
         """Create the pool; its processes start with the first work.
@@ -71,12 +67,14 @@ class Workers:
         arguments = (spec, root, draft, key)
         self._pool = ProcessPoolExecutor(self._count, context, _start_worker, arguments)
 
-    def stop(self) -> None:
-        """End the processes; what they have not begun is left."""
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def wide_images(self) -> list[WideImages]:
-        """What the first pass finds about each source.
+        """What a pass over the images of each source finds about the wide ones.
 
         Raises:
             RunError: a worker was stopped from outside.
@@ -133,7 +131,7 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            self.stop()
+            self._pool.shutdown()
             raise RunError(
                 f"expected the processes that decode images to run to the end, one was stopped"
                 f"{_read_by(processes, self.draft)}, as for lack of memory or room on the disk: "
@@ -184,7 +182,7 @@ class _Worker:
 
 
 def _start_worker(spec: SourcesFile, root: Path, draft: Path, key: bytes | None) -> None:
-    threading.Thread(target=_end_with_parent, args=(draft,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_memory(BYTES_PER_PIXEL * spec.images.max_pixels + SPARE_BYTES)
     spool = (draft / f"images-{os.getpid()}").open("wb")
     _Worker.makers = [Maker(source, spec, root, spool, key) for source in spec.sources]
@@ -204,15 +202,11 @@ def _limit_memory(further: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, most))
 
 
-def _end_with_parent(draft: Path) -> None:
-    """End this process once its parent is gone, without the draft, whose lock it keeps."""
+def _end_with_parent() -> None:
+    """End this process once its parent is gone, whose lock on the folder it would keep."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        opened = os.open(draft, os.O_RDONLY | os.O_CLOEXEC)
         parent.join()
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(opened), draft.stat()):  # not that of another process
-                shutil.rmtree(draft, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

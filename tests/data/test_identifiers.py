@@ -438,8 +438,9 @@ def test_details_of_other_reasons_quote_nothing(export, tmp_path):
         row(file="4.png", report=""),
     ]
     rows = [one | {"key": "k7"} for one in rows]
-    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "lost").mkdir(parents=True)
     (tmp_path / "images" / "lost_damaged_meier.png").write_bytes(b"no image")
+    (tmp_path / "meier.png").write_bytes(b"not reached")
     for extra, is_open in ((f"{IDENTIFIERS}\n    id: key", False), ("id: key", True)):
         _, _, lines = export(rows, extra)
         reasons = {line["reason"]: line["detail"] for line in lines}

@@ -1,0 +1,40 @@
+"""A process that removes a draft if this one is killed, which cannot do so itself then."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def removed_if_killed(draft: Path) -> Iterator[None]:
+    """Let another process remove a folder if this one is killed inside the block.
+
+    It ends after all processes that this one starts within the block and that end with it, so that
+    none of them still writes. Until then it keeps what this one holds, such as a lock.
+
+    Args:
+        draft: the folder; one that has its path later is left.
+    """
+    guard = multiprocessing.get_context("fork").Process(target=_wait, args=(draft,), daemon=True)
+    guard.start()
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.join()
+
+
+def _wait(draft: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that is guarded decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    opened = os.open(draft, os.O_RDONLY | os.O_CLOEXEC)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(opened), draft.stat()):
+            shutil.rmtree(draft, ignore_errors=True)
