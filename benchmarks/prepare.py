@@ -1,10 +1,13 @@
 """Compares `medft data prepare` with bare decoding and hashing of the same files.
 
-    python benchmarks/prepare.py [NUMBER_OF_IMAGES ...]      (default: 1000 10000 50000)
+    python benchmarks/prepare.py [--before CHECKOUT] [NUMBER_OF_IMAGES ...]
+                                                             (default: 1000 10000 50000)
 
 Draws images, then in turn decodes and hashes them with as many worker processes as medft takes,
 and prepares them with the command. Prints images per second of wall time, CPU seconds, the ratios
 of both, and the peak of anonymous memory summed over the process tree; writes results/prepare.json.
+With the checkout of another version of medft, both prepare the same images in turn, three times
+each, and the ratio of their CPU seconds is printed: below 1, this one takes less.
 """
 
 import csv
@@ -26,7 +29,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parent.parent
 SIDE = 512
+REPEATS = 3
 WORKERS = len(os.sched_getaffinity(0))
 
 
@@ -55,11 +60,13 @@ def bare(path: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def measured(command: list[str]) -> dict[str, float]:
+def measured(command: list[str], checkout: Path = ROOT) -> dict[str, float]:
     """Wall seconds, CPU seconds and peak anonymous bytes of a command and all its children."""
     peak = 0
     started = time.perf_counter()
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    env = {**os.environ, "PYTHONPATH": str(checkout)}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = psutil.Popen(command, env=env, cwd=tempfile.gettempdir(), **pipes)
     done = threading.Event()
 
     def watch() -> None:
@@ -104,7 +111,7 @@ def bare_run(folder: str) -> None:
             pass
 
 
-def compare(count: int, scratch: Path) -> dict[str, float]:
+def compare(count: int, scratch: Path, before: Path | None) -> dict[str, float]:
     """One row of the table."""
     images = scratch / "images"
     images.mkdir()
@@ -119,10 +126,12 @@ def compare(count: int, scratch: Path) -> dict[str, float]:
         "text: text, group: patient}\n"
     )
     python = sys.executable
-    floor = measured([python, __file__, "--bare", str(images)])
+    floor = measured([python, str(Path(__file__).resolve()), "--bare", str(images)])
     out = str(scratch / "out")
-    ours = measured([python, "-m", "medft.cli", "data", "prepare", str(sources), "--out", out])
-    return {
+    command = [python, "-m", "medft.cli", "data", "prepare", str(sources), "--out", out]
+    ours = measured(command)
+    versions = {} if before is None else against(before, command)
+    return versions | {
         "images": count,
         "ratio_wall": floor["wall"] / ours["wall"],
         "ratio_cpu": floor["cpu"] / ours["cpu"],
@@ -135,13 +144,22 @@ def compare(count: int, scratch: Path) -> dict[str, float]:
     }
 
 
-def main(counts: list[int]) -> None:
+def against(before: Path, command: list[str]) -> dict[str, float]:
+    """CPU seconds of this version over those of another, in turn."""
+    cpu = {ROOT: 0.0, before: 0.0}
+    for _ in range(REPEATS):
+        for checkout in cpu:
+            cpu[checkout] += measured(command, checkout)["cpu"]
+    return {"ratio_cpu_to_before": cpu[ROOT] / cpu[before]}
+
+
+def main(counts: list[int], before: Path | None = None) -> None:
     """Print the table and write the results."""
     results = []
     for count in counts:
         scratch = Path(tempfile.mkdtemp())
         try:
-            results.append(compare(count, scratch))
+            results.append(compare(count, scratch, before))
         finally:
             shutil.rmtree(scratch)
         sys.stdout.write(
@@ -156,4 +174,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--bare"]:
         bare_run(sys.argv[2])
     else:
-        main([int(word) for word in sys.argv[1:]] or [1000, 10_000, 50_000])
+        words = sys.argv[1:]
+        other = Path(words[1]).resolve() if words[:1] == ["--before"] else None
+        numbers = words[2:] if other else words
+        main([int(word) for word in numbers] or [1000, 10_000, 50_000], other)
