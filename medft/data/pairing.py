@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medft.data.chosen_images import Images, chosen_images
 from medft.data.clearing import Clearer, Search, Written
-from medft.data.dicom import open_dicom
+from medft.data.dicom_image import dicom_images
 from medft.data.source_section import LANGUAGE, SourceSection, columns_of
 from medft.data.sources import SourcesFile
 from medft.data.splits import SOURCE, SplitSection
@@ -84,7 +85,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A pair or None, the rows that it has, the rejected rows, and what the search found."""
+    """A pair or None, its rows, the rejected rows, what the search found, images left out."""
 
     source: int
     pair: Pair | None
@@ -93,6 +94,7 @@ class Result:
     search: Search | None = None
     links: list[tuple[str, list[str]]] = field(default_factory=list)
     """The value of `group` and the images of each row that has both."""
+    left_out: int = 0
 
 
 class Maker:
@@ -124,11 +126,12 @@ class Maker:
         good: list[tuple[int, TableRow]] = []
         rejected: list[tuple[int, str, str]] = []
         links: list[tuple[str, list[str]]] = []
-        for number, row in task.rows:
+        choice, left_out = chosen_images(task.rows, self.source, self.limits.max_pixels)
+        for (number, row), chosen in zip(task.rows, choice, strict=True):
             try:
                 if isinstance(row, Rejected):
                     raise row
-                images += (own := self._images(row))
+                images += (own := self._images(row, chosen))
                 good.append((number, row))
                 if self.source.group and (group := text_of(row.get(self.source.group))):
                     links.append((group, [image.stored.sha256 for image in own]))
@@ -137,11 +140,13 @@ class Maker:
         pair = None
         if good:
             try:
+                if not images:
+                    raise Rejected("no_image", "none of those that max_images takes can be used")
                 pair = self._pair([row for _, row in good], images)
             except Rejected as verdict:
                 rejected += [(number, verdict.reason, verdict.detail) for number, _ in good]
         taken = [number for number, _ in good] if pair else []
-        return Result(task.source, pair, taken, rejected, self._search, links)
+        return Result(task.source, pair, taken, rejected, self._search, links, left_out)
 
     def _pair(self, rows: list[TableRow], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]
@@ -224,13 +229,16 @@ class Maker:
             raise Rejected("no_split", f"{column} is {', '.join(sorted(values))!r}")
         return split
 
-    def _images(self, row: TableRow) -> list[SpooledImage]:
+    def _images(self, row: TableRow, chosen: Images | Rejected) -> list[SpooledImage]:
+        if isinstance(chosen, Rejected):
+            raise chosen
         if self.source.kind == "dicom":
-            every = self.source.frames == "every"
-            frames = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
-            name, side = row["path"].name, self.limits.max_side
-            return [self._spooled(store_image(frame, name=name, max_side=side)) for frame in frames]
-        return [self._image(row.get(name), name) for name in self.source.image_columns]
+            path, limits = row["path"], self.limits
+            frames = dicom_images(path, max_pixels=limits.max_pixels, frames=chosen)
+            stored = (store_image(one, name=path.name, max_side=limits.max_side) for one in frames)
+            return [self._spooled(one) for one in stored] if chosen else []
+        columns = [self.source.image_columns[index] for index in chosen]
+        return [self._image(row.get(name), name) for name in columns]
 
     def _image(self, value: Any, column: str) -> SpooledImage:
         if isinstance(value, dict):  # the layout of datasets.Image

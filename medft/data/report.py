@@ -12,12 +12,7 @@ from typing import Any
 from medft.data.charts import Bar, binned, chart
 from medft.data.images import open_image
 from medft.data.pairs import SPLITS, read_pairs, read_rows
-from medft.data.sentences import (
-    SHOWN_NAMES,
-    Sentence,
-    group_sentences,
-    identifier_sentences,
-)
+from medft.data.sentences import SHOWN_NAMES, Sentence, all_sentences
 from medft.data.statistics import Statistics, spread
 from medft.pages import figure, inline, page, shortened, table, thumbnail_of
 
@@ -105,10 +100,10 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _sentences(summary: dict[str, Any]) -> str:
-    """The sentences on groups and identifiers, those that need a look in a list of warnings."""
+    """The sentences on what was counted, those that need a look in a list of warnings."""
     warnings: dict[str, list[Sentence]] = defaultdict(list)
     notes = ""
-    for one in [*group_sentences(summary), *identifier_sentences(summary)]:
+    for one in all_sentences(summary):
         if one.needs_look:
             warnings[one.topic or one.text].append(one)
         else:

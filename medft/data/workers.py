@@ -18,7 +18,7 @@ from medft.data.pairing import Maker, Result, Task
 from medft.data.pairs import batched
 from medft.data.source_section import SourceSection
 from medft.data.sources import SourcesFile, source_rows
-from medft.data.splits import OwnSplitSection, SplitSection
+from medft.data.study_order import in_order
 from medft.data.table_row import TableCounts
 from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
@@ -58,7 +58,7 @@ def results_of(
     tasks = (
         task
         for index, source in enumerate(spec.sources)
-        for task in _tasks(index, source, root, spec.split, counts[index])
+        for task in _tasks(index, source, root, spec, counts[index])
     )
     progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
     context = multiprocessing.get_context("fork")
@@ -92,19 +92,16 @@ def _in_order(pool: Executor, tasks: Iterable[Task], ahead: int) -> Iterator[Res
 
 
 def _tasks(
-    index: int,
-    source: SourceSection,
-    root: Path,
-    split: SplitSection | OwnSplitSection,
-    counts: TableCounts,
+    index: int, source: SourceSection, root: Path, spec: SourcesFile, counts: TableCounts
 ) -> Iterator[Task]:
-    rows = enumerate(source_rows(source, root, split, counts), start=1)
+    found = source_rows(source, root, spec.split, counts, max_pixels=spec.images.max_pixels)
+    rows = enumerate(found, start=1)
     if source.study is None:
         for number, row in rows:
             if isinstance(row, Rejected) or takes(row, source.where):
                 yield Task(index, [(number, row)])
         return
-    studies: dict[str, list[tuple[int, TableRow | Rejected]]] = {}
+    studies: dict[str, list[tuple[int, TableRow]]] = {}
     for number, row in rows:
         if isinstance(row, Rejected):
             yield Task(index, [(number, row)])
@@ -112,7 +109,7 @@ def _tasks(
             study = text_of(row.get(source.study)) or f"row {number} of no study"
             studies.setdefault(study, []).append((number, row))
     for members in studies.values():
-        yield Task(index, members)
+        yield Task(index, list(in_order(members, source.order_columns)))
 
 
 _worker: list[Maker] = []
