@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pydicom.data
 import pytest
+from made_dicom import RAMP, write
 from PIL import Image
-from pydicom import Dataset, dcmread
+from pydicom import dcmread
 from pydicom.data import get_testdata_file
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medft.data.dicom_image import dicom_images, frame_count
 from medft.data.pairs import read_pairs
@@ -21,36 +20,8 @@ from medft.errors import DataError
 LIMIT = 64_000_000
 
 
-def write(path, pixels, **tags):
-    """A small CT file with the given pixels and tags."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[path.name])
-    data = Dataset()
-    data.file_meta = meta
-    data.SOPClassUID = CTImageStorage
-    data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-    data.PatientName = "Doe^Jane"
-    frames = pixels.shape[0] if pixels.ndim == 3 else None
-    if frames:
-        data.NumberOfFrames = frames
-    data.Rows, data.Columns = pixels.shape[-2:]
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
-    data.PixelRepresentation = 0
-    data.PixelData = pixels.astype(np.uint16).tobytes()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.save_as(path, enforce_file_format=True)
-
-
 def shown(path, **options):
     return [np.asarray(image) for image in dicom_images(path, max_pixels=LIMIT, **options)]
-
-
-RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
 
 
 def test_a_window_is_shown_as_the_standard_says(tmp_path):
