@@ -267,9 +267,8 @@ def _display_range(header: Any, values: np.ndarray) -> tuple[float, float]:
 
 
 def _problem(error: Exception, header: Any | None) -> str:
-    """The error message, with the transfer syntax where a decoder may be missing."""
+    """The error message, with the transfer syntax, which few decoders name."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     syntax = getattr(getattr(header, "file_meta", None), "TransferSyntaxUID", None)
-    if syntax is None or not syntax.is_compressed:
-        return text
-    return f"{syntax.name} could not be decoded ({text})"
+    name = getattr(syntax, "name", "")
+    return f"{text} ({name})" if name else text
