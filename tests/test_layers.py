@@ -15,7 +15,7 @@ HOUSE = """
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
     data/ template table_row source_file images stored_image encoding csv_rows json_rows tables
-    data/ dicom_files dicom_codecs dicom_image dicom_reports dicom
+    data/ dicom_files decoder_process dicom_codecs dicom_image dicom_reports dicom
     data/ splits source_section study_order chosen_images sources identifiers group_key clearing
     data/ groups pairs
     data/ kept_split assign pairing accounting workers charts statistics sentences report prepare

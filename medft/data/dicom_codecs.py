@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from medft.data.decoder_process import decode_apart
 from medft.data.table_row import Rejected
 from medft.errors import DataError
 
@@ -70,22 +71,29 @@ def decoded_frame(frame: bytes, header: Any, syntax: str) -> np.ndarray:
         syntax: UID of the transfer syntax.
 
     Raises:
-        Rejected: its size is not that of the header.
-        Exception: whatever pydicom and its decoders raise for damaged frames.
+        Rejected: its size is not that of the header, or its decoder crashed.
+        RuntimeError: it cannot be decoded.
     """
-    from pydicom.encaps import encapsulate
-    from pydicom.pixels import as_pixel_options, get_decoder
-    from pydicom.uid import JPEGBaseline8Bit
+    from pydicom.pixels import as_pixel_options
 
     _check_size(frame, syntax, header.Rows, header.Columns)
-    decoder, plugin = get_decoder(syntax), ""
-    if syntax == _EXTENDED and header.BitsStored > 8 and "gdcm" in decoder.available_plugins:
-        # pydicom does not let GDCM decode 12 bits under this UID; the stream says its own process
-        decoder, plugin = get_decoder(JPEGBaseline8Bit), "gdcm"
     options = as_pixel_options(header, number_of_frames=1, pixel_keyword="PixelData")
     options.pop("extended_offsets", None)
-    options["decoding_plugin"] = plugin
-    pixels: np.ndarray = decoder.as_array(encapsulate([frame]), index=0, **options)[0]
+    pixels: np.ndarray = decode_apart(_decode, frame, str(syntax), options)
+    return pixels
+
+
+def _decode(frame: bytes, syntax: str, options: dict[str, Any]) -> np.ndarray:
+    from pydicom.encaps import encapsulate
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import JPEGBaseline8Bit
+
+    decoder, plugin = get_decoder(syntax), ""
+    if syntax == _EXTENDED and options["bits_stored"] > 8 and "gdcm" in decoder.available_plugins:
+        # pydicom does not let GDCM decode 12 bits under this UID; the stream says its own process
+        decoder, plugin = get_decoder(JPEGBaseline8Bit), "gdcm"
+    found = decoder.as_array(encapsulate([frame]), index=0, decoding_plugin=plugin, **options)
+    pixels: np.ndarray = found[0]
     return pixels
 
 

@@ -173,9 +173,9 @@ def _meta_of(head: bytes) -> Any:
     stream = io.BytesIO(head)
     stream.seek(_PREAMBLE + 4)
     try:
-        return FileMetaDataset(
-            read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
-        )
+        meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        list(meta)  # which converts every value
+        return FileMetaDataset(meta)
     except Exception:  # damaged files make pydicom raise many exceptions
         return FileMetaDataset()
 
