@@ -167,6 +167,7 @@ def _decoded(stream: Any, header: Any, count: int, chosen: Sequence[int]) -> Ite
     if not syntax.is_encapsulated:
         yield from _plain_frames(stream, header, chosen)
         return
+    _check_items(stream)
     offsets = None
     if "ExtendedOffsetTable" in header:
         offsets = (header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
@@ -182,6 +183,16 @@ def _decoded(stream: Any, header: Any, count: int, chosen: Sequence[int]) -> Ite
             yield decoded_frame(frame, header, syntax)
     if found < len(wanted):
         raise Rejected("bad_dicom", f"{found} of {len(wanted)} frames")
+
+
+def _check_items(stream: Any) -> None:
+    """Raise for compressed pixels without an end, as those of a truncated file; PS3.5, A.4."""
+    start = stream.tell()
+    while (item := stream.read(8))[:4] == b"\xfe\xff\x00\xe0":
+        stream.seek(int.from_bytes(item[4:], "little"), 1)
+    if item[:4] != b"\xfe\xff\xdd\xe0":
+        raise Rejected("bad_dicom", "its compressed pixels have no end")
+    stream.seek(start)
 
 
 def _plain_frames(stream: Any, header: Any, chosen: Sequence[int]) -> Iterator[np.ndarray]:

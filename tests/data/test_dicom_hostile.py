@@ -275,3 +275,15 @@ def test_frames_that_are_missing_reject_the_file(tmp_path):
     data.save_as(path)
     _, pairs, [line] = prepare_folder(tmp_path, ", frames: every")
     assert (pairs, line["reason"]) == ([], "bad_dicom")
+
+
+@pytest.mark.parametrize("name", ["SC_rgb_rle_2frame.dcm", "JPEG2000.dcm", "CT_small.dcm"])
+def test_a_truncated_file_is_rejected_even_where_its_middle_frame_is_there(tmp_path, name):
+    content = (TEST_FILES / name).read_bytes()
+    path = tmp_path / "a.dcm"
+    path.write_bytes(content)
+    assert list(dicom_images(path, max_pixels=LIMIT))
+    end = content.rindex(b"\xfc\xff\xfc\xff" if name[0] == "C" else b"\xfe\xff\xdd\xe0")
+    for cut in (1, 9, 200):
+        path.write_bytes(content[: end - cut])
+        assert rejected(path).reason == "bad_dicom"
