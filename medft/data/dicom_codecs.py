@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from medft.data.decoder_process import decode_apart
+from medft.data.dicom_files import BYTES_PER_PIXEL, HEADER_BYTES
 from medft.data.table_row import Rejected
 from medft.errors import DataError
 
@@ -77,6 +78,8 @@ def decoded_frame(frame: bytes, header: Any, syntax: str) -> np.ndarray:
     from pydicom.pixels import as_pixel_options
 
     _check_size(frame, syntax, header.Rows, header.Columns)
+    if len(frame) > 2 * header.Rows * header.Columns * BYTES_PER_PIXEL + HEADER_BYTES:
+        raise Rejected("too_large", f"a compressed frame of {len(frame)} bytes")
     options = as_pixel_options(header, number_of_frames=1, pixel_keyword="PixelData")
     options.pop("extended_offsets", None)
     pixels: np.ndarray = decode_apart(_decode, frame, str(syntax), options)

@@ -128,8 +128,12 @@ def _check_header(stream: Any, header: Any, max_pixels: int) -> None:
     """
     if stream.read(4) != (b"\x7f\xe0\x00\x10" if _is_big(header) else b"\xe0\x7f\x10\x00"):
         raise Rejected("no_pixels", "no PixelData")
-    # VR and length, or length alone: what the syntax says is not what every file does
-    stream.seek(6 if stream.read(2) in (b"OB", b"OW") else 2, 1)
+    # VR and length, or length alone, which is even as those are not: not every file does
+    # what its syntax says
+    vr = stream.read(2)
+    stream.seek(6 if vr in (b"OB", b"OW", b"UN") else 2, 1)
+    if vr not in (b"OB", b"OW", b"UN") and vr.isalpha() and not header.original_encoding[0]:
+        raise Rejected("bad_dicom", f"pixels of VR {vr.decode(errors='replace')}")
     rows, columns = int(header.Rows), int(header.Columns)
     if rows < 1 or columns < 1:
         raise Rejected("bad_dicom", f"{columns} x {rows} pixels")

@@ -287,3 +287,26 @@ def test_a_truncated_file_is_rejected_even_where_its_middle_frame_is_there(tmp_p
     for cut in (1, 9, 200):
         path.write_bytes(content[: end - cut])
         assert rejected(path).reason == "bad_dicom"
+
+
+def test_pixels_of_another_vr_are_read_from_their_start_or_rejected(tmp_path):
+    path = tmp_path / "a.dcm"
+    write(path, RAMP)
+    content = path.read_bytes()
+    [plain] = dicom_images(path, max_pixels=LIMIT)
+    for vr in (b"OB", b"UN", b"OF", b"XY"):
+        path.write_bytes(content.replace(b"\xe0\x7f\x10\x00OW", b"\xe0\x7f\x10\x00" + vr))
+        if vr in (b"OB", b"UN"):
+            assert np.array_equal(plain, next(dicom_images(path, max_pixels=LIMIT)))
+        else:
+            assert rejected(path).detail == f"a.dcm: pixels of VR {vr.decode()}"
+
+
+def test_a_frame_of_more_bytes_than_an_image_has_is_not_sent_to_a_decoder(tmp_path):
+    frame = encoded((64, 64), "JPEG")
+    for more, is_read in ((2**20, True), (2**25, False)):
+        write(tmp_path / "a.dcm", RAMP, syntax=JPEGBaseline8Bit, frame=frame + bytes(more))
+        if is_read:
+            assert list(dicom_images(tmp_path / "a.dcm", max_pixels=LIMIT))
+        else:
+            assert rejected(tmp_path / "a.dcm").reason == "too_large"
