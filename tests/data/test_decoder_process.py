@@ -1,5 +1,6 @@
 """The process of its own in which compressed frames are decoded."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -48,13 +49,12 @@ def test_what_a_decoder_prints_does_not_reach_the_terminal(capfd):
 
 def test_a_forked_process_has_a_decoder_of_its_own():
     own = decode_apart(os.getpid)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writer, str(decode_apart(os.getpid)).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert int(os.read(reader, 99)) != own
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    child = context.Process(target=lambda: found.put(decode_apart(os.getpid)))
+    child.start()
+    assert found.get(timeout=20) != own
+    child.join()
     assert decode_apart(os.getpid) == own
 
 

@@ -1,12 +1,14 @@
 """Compressed DICOM files: decoders and their absence, and pixels equal to those of their twins."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import gdcm
 import numpy as np
 import pydicom.data
 import pytest
+from hostile import run_hostile
 from made_dicom import RAMP, images_of, prepare_folder, write
 from pydicom import dcmread
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -22,7 +24,6 @@ from pydicom.uid import (
 
 from medft.data.dicom_image import MIDDLE, dicom_images, frame_count
 from medft.data.tables import Rejected
-from medft.errors import DataError
 
 LIMIT = 64_000_000
 TEST_FILES = Path(pydicom.data.__file__).parent / "test_files"
@@ -104,34 +105,35 @@ def test_frames_are_decoded_one_by_one_and_the_middle_one_alone():
     assert not np.array_equal(all_frames[15], all_frames[29])
 
 
-def test_a_missing_decoder_ends_the_command_with_one_sentence_before_any_image(
-    tmp_path, monkeypatch
-):
-    (tmp_path / "files").mkdir()
-    for index, name in enumerate(["JPEG2000.dcm", "693_J2KI.dcm", "MR_small_jpeg_ls_lossless.dcm"]):
-        shutil.copy(TEST_FILES / name, tmp_path / "files" / f"IM{index}")
-    monkeypatch.setattr("medft.data.pairing.dicom_images", None)
-    monkeypatch.setattr("pydicom.pixels.decoders.JPEG2000Decoder._available", {})
-    monkeypatch.setattr("pydicom.pixels.decoders.JPEGLSLosslessDecoder._available", {})
-    with pytest.raises(DataError) as caught:
-        prepare_folder(tmp_path)
-    [sentence] = caught.value.args
-    assert (
-        "JPEG-LS Lossless Image Compression (1 files), JPEG 2000 Image Compression (2" in sentence
-    )
-    assert sentence.endswith('none is installed: pip install "medft[dicom]"')
-    assert not (tmp_path / "out").exists()
+WITHOUT_DECODERS = [
+    sys.executable,
+    "-c",
+    "import sys; sys.modules.update(dict.fromkeys(['gdcm', 'pylibjpeg', 'openjpeg']));"
+    "import medft.cli; sys.exit(medft.cli.main())",
+]
 
 
-def test_twelve_bits_need_more_than_pillow_which_says_that_it_decodes_them(tmp_path, monkeypatch):
+def test_a_missing_decoder_ends_the_command_with_one_sentence_before_any_image(tmp_path):
+    names = ["MR_small_jpeg_ls_lossless", "JPGExtended", "JPEG-lossy", "JPEG2000", "MR_small_RLE"]
     (tmp_path / "files").mkdir()
-    shutil.copy(TEST_FILES / "JPGExtended.dcm", tmp_path / "files" / "IM1")
-    (tmp_path / "files" / "IM1.txt").write_text("A text.")
-    assert len(prepare_folder(tmp_path)[1]) == 1
-    decoder = pydicom.pixels.get_decoder("1.2.840.10008.1.2.4.51")
-    monkeypatch.setattr(decoder, "_available", {"pillow": decoder._available["pillow"]})
-    with pytest.raises(DataError, match=r"JPEG Extended .* \(1 files\)"):
-        prepare_folder(tmp_path)
+    for index, name in enumerate(names):
+        shutil.copy(TEST_FILES / f"{name}.dcm", tmp_path / "files" / f"IM{index}")
+        (tmp_path / "files" / f"IM{index}.txt").write_text(f"Text {index}.")
+    _, pairs, _ = prepare_folder(tmp_path)
+    assert len(pairs) == 5
+    words = ["data", "prepare", tmp_path / "SOURCES.yaml", "--out", tmp_path / "two"]
+    outcome = run_hostile(words, command=WITHOUT_DECODERS)
+    assert outcome.code == 2
+    # Pillow says that it decodes JPEG Extended, though not the 12 bits that most of them have
+    assert outcome.sentences == [
+        "expected decoders for JPEG Extended (Process 2 and 4) (2 files), JPEG-LS Lossless Image "
+        f"Compression (1 files) in {tmp_path / 'files'}, none is installed: "
+        'pip install "medft[dicom]"'
+    ]
+    assert not (tmp_path / "two").exists()
+    for index in (0, 1, 2):
+        (tmp_path / "files" / f"IM{index}").unlink()
+    assert run_hostile(words, command=WITHOUT_DECODERS).code == 0
 
 
 def test_a_syntax_that_no_package_decodes_is_a_rejected_row(tmp_path):
