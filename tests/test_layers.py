@@ -16,8 +16,9 @@ HOUSE = """
     metrics/ bootstrap text retrieval findings predictions scores
     data/ template draft_guard table_row source_file bit_depth images plain_content stored_image
     data/ encoding csv_rows json_rows tables
-    data/ dicom_reports dicom
-    data/ splits source_section sources identifiers group_key clearing groups pairs
+    data/ dicom_files decoder_process dicom_codecs dicom_image dicom_reports dicom
+    data/ splits source_section study_order chosen_images sources identifiers group_key clearing
+    data/ groups pairs
     data/ kept_split assign row_images pairing accounting wide_images workers
     data/ charts statistics sentences image_sentences report prepare
     data/ messages rows overlap prompts chat tokens

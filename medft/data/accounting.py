@@ -105,6 +105,8 @@ def accepted_pairs(
         contents.add(content)
         count.accepted += len(result.taken)
         count.pairs += 1
+        if spec.sources[result.source].max_images is not None:
+            count.table.images_left_out = (count.table.images_left_out or 0) + result.left_out
         collected.sources.append(result.source)
         collected.groups.append(pair.group)
         collected.hashes.append([image.stored.sha256 for image in pair.images])

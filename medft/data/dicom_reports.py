@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medft.data.encoding import LINE_BREAK, decoded
+from medft.data.source_file import MAX_TEXT_BYTES, inside, open_regular
 from medft.data.table_row import ReadOptions, TableCounts
 from medft.data.tables import Rejected, TableRow, table_rows, takes
 from medft.data.template import text_of
@@ -115,16 +116,24 @@ def takes_tags(tags: TableRow, where: dict[str, Any] | None) -> bool:
     return takes(tags, {tag: value for tag, value in (where or {}).items() if tag in tags})
 
 
-def text_beside(path: Path, encoding: str | None) -> str:
-    """The text of `NAME.txt` beside `NAME.dcm`; empty where there is none.
+def text_beside(path: Path, root: Path, encoding: str | None) -> str:
+    """The text of a file beside a DICOM file.
+
+    Args:
+        path: of the text.
+        root: resolved folder of the source.
+        encoding: of the text.
 
     Raises:
-        Rejected: it is not text in this encoding.
+        Rejected: it leaves the folder, is no regular file, is too large, cannot be read, or is not
+            text in this encoding.
     """
-    sidecar = path.with_suffix(".txt")
-    if not sidecar.is_file():
-        return ""
     try:
-        return LINE_BREAK.sub("\n", decoded(sidecar.read_bytes(), encoding, sidecar.name))
+        with open_regular(inside(path, root), max_bytes=MAX_TEXT_BYTES) as file:
+            content = file.read()
+        return LINE_BREAK.sub("\n", decoded(content, encoding, path.name))
     except DataError as error:
         raise Rejected("bad_encoding", str(error)) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, in Python 3.11
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise Rejected("unreadable", f"{path.name}: {reason}") from error

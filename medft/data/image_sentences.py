@@ -7,6 +7,7 @@ from medft.data.bit_depth import MOST, PERCENTILES
 from medft.data.sentences import (
     SHOWN_NAMES,
     Sentence,
+    file_sentences,
     group_sentences,
     identifier_sentences,
 )
@@ -16,13 +17,13 @@ FEW = 0.05
 
 
 def all_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
-    """What was counted about images, groups and identifiers, in sentences.
+    """What was counted about images, groups, identifiers and files, in sentences.
 
     Args:
         summary: as in summary.json.
     """
     of_groups = [*group_sentences(summary), *identifier_sentences(summary)]
-    return [*image_sentences(summary), *of_groups]
+    return [*image_sentences(summary), *of_groups, *file_sentences(summary)]
 
 
 def image_sentences(summary: Mapping[str, Any]) -> list[Sentence]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medft.data.chosen_images import chosen_images
 from medft.data.clearing import Clearer, Search, Written
 from medft.data.row_images import ImageReader, SpooledImage
 from medft.data.source_section import LANGUAGE, SourceSection, columns_of
@@ -62,7 +63,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A pair or None, the rows that it has, the rejected rows, and what the search found."""
+    """A pair or None, its rows, the rejected rows, what the search found, images left out."""
 
     source: int
     pair: Pair | None
@@ -71,6 +72,7 @@ class Result:
     search: Search | None = None
     links: list[tuple[str, list[str]]] = field(default_factory=list)
     """The value of `group` and the images of each row that has both."""
+    left_out: int = 0
 
 
 class Maker:
@@ -97,11 +99,12 @@ class Maker:
         good: list[tuple[int, TableRow]] = []
         rejected: list[tuple[int, str, str]] = []
         links: list[tuple[str, list[str]]] = []
-        for number, row in task.rows:
+        choice, left_out = chosen_images(task.rows, self.source, self.images.limits.max_pixels)
+        for (number, row), chosen in zip(task.rows, choice, strict=True):
             try:
                 if isinstance(row, Rejected):
                     raise row
-                images += (own := self.images.read(row))
+                images += (own := self.images.read(row, chosen))
                 good.append((number, row))
                 if self.source.group and (group := text_of(row.get(self.source.group))):
                     links.append((group, [image.stored.sha256 for image in own]))
@@ -110,11 +113,13 @@ class Maker:
         pair = None
         if good:
             try:
+                if not images:
+                    raise Rejected("no_image", "none of those that max_images takes can be used")
                 pair = self._pair([row for _, row in good], images)
             except Rejected as verdict:
                 rejected += [(number, verdict.reason, verdict.detail) for number, _ in good]
         taken = [number for number, _ in good] if pair else []
-        return Result(task.source, pair, taken, rejected, self._search, links)
+        return Result(task.source, pair, taken, rejected, self._search, links, left_out)
 
     def _pair(self, rows: list[TableRow], images: list[SpooledImage]) -> Pair:
         source, first = self.source, rows[0]

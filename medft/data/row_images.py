@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medft.data.bit_depth import GrayScale
-from medft.data.dicom import open_dicom
+from medft.data.chosen_images import Images
+from medft.data.dicom_image import dicom_images
 from medft.data.images import max_bytes_of
 from medft.data.source_file import open_inside
 from medft.data.source_section import SourceSection
@@ -59,25 +60,36 @@ class ImageReader:
 
         self._cache: dict[str, SpooledImage] = {}
 
-    def read(self, row: TableRow) -> list[SpooledImage]:
+    def read(self, row: TableRow, chosen: Images | Rejected) -> list[SpooledImage]:
         """The images of a row.
+
+        Args:
+            row: of the source's table.
+            chosen: which of them, or why there is none.
 
         Raises:
             Rejected: one cannot be used.
         """
+        if isinstance(chosen, Rejected):
+            raise chosen
         try:
-            return self._images(row)
+            if self.source.kind == "dicom":
+                return self._frames(row["path"], chosen)
+            columns = [self.source.image_columns[index] for index in chosen]
+            return [self._image(row.get(name), name) for name in columns]
         except MemoryError as error:
             detail = "an image takes more memory than one of images.max_pixels may"
             raise Rejected("too_large", detail) from error
 
-    def _images(self, row: TableRow) -> list[SpooledImage]:
-        if self.source.kind == "dicom":
-            every = self.source.frames == "every"
-            frames = open_dicom(row["path"], max_pixels=self.limits.max_pixels, every_frame=every)
-            name, side = row["path"].name, self.limits.max_side
-            return [self._spooled(store_image(frame, name=name, max_side=side)) for frame in frames]
-        return [self._image(row.get(name), name) for name in self.source.image_columns]
+    def _frames(self, path: Path, chosen: Images) -> list[SpooledImage]:
+        if not chosen:
+            return []
+        limits = self.limits
+        frames = dicom_images(path, max_pixels=limits.max_pixels, frames=chosen)
+        return [
+            self._spooled(store_image(frame, name=path.name, max_side=limits.max_side))
+            for frame in frames
+        ]
 
     def _image(self, value: Any, column: str) -> SpooledImage:
         if isinstance(value, dict):  # the layout of datasets.Image

@@ -1,4 +1,4 @@
-"""What was counted about groups and identifiers, in sentences for the terminal and the page."""
+"""What was counted about groups, identifiers and files, in sentences for terminal and page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,9 @@ from typing import Any
 
 SHOWN_NAMES = 3
 """Sources that a sentence names, and combinations of sources; tables of the page have all."""
+
+_ODD_KINDS = ("no suffix", "other suffix", "not regular", "linked folder")
+"""Of files that may be images after all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,27 @@ class Sentence:
 
     count: int = 0
     """What the sentence counts of its topic."""
+
+
+def file_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
+    """Sentences on files that are no DICOM images, and on images that max_images leaves out.
+
+    Args:
+        summary: as in summary.json.
+    """
+    sentences = []
+    for name, counts in summary["sources"].items():
+        if other := counts.get("other_files"):
+            most = sorted(other.items(), key=lambda one: -one[1])
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in most)
+            total = sum(other.values())
+            text = f"{name}: {total:,} files of its folder are no DICOM images: {kinds}."
+            is_odd = not other.keys().isdisjoint(_ODD_KINDS)
+            sentences.append(Sentence(text, is_odd, "files that are no DICOM images", total))
+        if left_out := counts.get("images_left_out"):
+            text = f"{name}: max_images leaves out {left_out:,} images of its studies."
+            sentences.append(Sentence(text, False))
+    return sentences
 
 
 def group_sentences(summary: Mapping[str, Any]) -> list[Sentence]:

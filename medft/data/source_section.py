@@ -25,14 +25,15 @@ class SourceSection(Section):
     """One table and the meaning of its columns.
 
     Kinds: csv with a header row; json, a list of objects; jsonl, one object per line; parquet;
-    imagefolder, a folder with metadata.csv, .jsonl or .parquet; dicom, a folder of .dcm files.
+    imagefolder, a folder with metadata.csv, .jsonl or .parquet; dicom, a folder of DICOM
+    files, whatever their names.
     """
 
     name: str
     """Name of the source, in pairs.parquet and reports."""
 
     kind: Literal["csv", "json", "jsonl", "parquet", "imagefolder", "dicom"]
-    """Format: a table file, or a folder (imagefolder: images and metadata; dicom: .dcm files)."""
+    """Format: a table file, or a folder (imagefolder: images and metadata; dicom: DICOM files)."""
 
     path: str
     """The table or folder, relative to SOURCES.yaml; tables may be several: data/train-*.csv."""
@@ -44,7 +45,7 @@ class SourceSection(Section):
     """Stripped texts of cells that count as empty, before anything else is done with them."""
 
     table: str | None = None
-    """dicom: CSV file with reports; without it, NAME.txt beside NAME.dcm is column `text`."""
+    """dicom: CSV with reports; without it, NAME.txt beside NAME.dcm or NAME is column `text`."""
 
     join: dict[Literal["tag", "column"], str] | None = None
     """dicom: the tag and the column of the table whose values must be equal."""
@@ -62,7 +63,13 @@ class SourceSection(Section):
     """Columns, one per image, of paths (or bytes, in Parquet); imagefolder default: file_name."""
 
     study: str | None = None
-    """Column; rows with the same value become one pair with several images."""
+    """Column or DICOM tag; rows with the same value become one pair with several images."""
+
+    order_by: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Columns or DICOM tags that order the rows of a study; default: as the table has them."""
+
+    max_images: int | None = Field(None, ge=1)
+    """Images of a study at most, taken evenly over its order; columns and frames count each."""
 
     text: str
     """A column, or a template such as "{findings} {impression}"."""
@@ -119,6 +126,8 @@ class SourceSection(Section):
             raise ValueError("a key image that names the column with the image")
         if self.kind != "dicom" and (self.table or self.join):
             raise ValueError("table and join with kind dicom only")
+        if self.study is None and (self.order_by or self.max_images):
+            raise ValueError(f"a key study beside {'order_by' if self.order_by else 'max_images'}")
         further = {"group_namespace", "group_form", "group_map", "empty_group"}
         if self.group is None and (given := sorted(further & self.model_fields_set)):
             raise ValueError(f"a key group beside {given[0]}")
@@ -213,9 +222,15 @@ class SourceSection(Section):
         return [self.image] if isinstance(self.image, str) else self.image
 
     @property
+    def order_columns(self) -> list[str]:
+        """The columns that order the rows of a study."""
+        return [self.order_by] if isinstance(self.order_by, str) else self.order_by or []
+
+    @property
     def columns(self) -> list[str]:
         """Every column that the source reads, except those with images."""
         names = [*columns_of(self.text), *self.keep, *(self.where or {}), *self.identifiers]
+        names += self.order_columns
         names += columns_of(self.question) if self.question else []
         names += [name for name in (self.study, self.group, self.id) if name]
         given = (self.license, self.language)

@@ -114,6 +114,8 @@ def source_rows(
     root: Path,
     split: SplitSection | OwnSplitSection,
     counts: TableCounts | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[TableRow | Rejected]:
     """The rows of a source, cells of na_values empty; only for dicom is `where` applied already.
 
@@ -122,6 +124,7 @@ def source_rows(
         root: folder of SOURCES.yaml.
         split: the section of that name; the tables' own split is a column or tag to read.
         counts: what is counted while the table is read.
+        max_pixels: of an image, which bounds what is read of a DICOM file.
 
     Raises:
         DataError: the table cannot be read.
@@ -135,6 +138,7 @@ def source_rows(
         join=source.join,
         where=source.where,
         tags=[name for name in _columns_read(source, split) if name != "text"],
+        max_pixels=max_pixels,
         options=options,
         counts=TableCounts() if counts is None else counts,
     )

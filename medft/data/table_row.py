@@ -29,6 +29,12 @@ class TableCounts:
     na_cells: int = 0
     """Cells that na_values emptied and that had held something."""
 
+    other_files: dict[str, int] | None = None
+    """Numbers of files below a folder of DICOM files that are none, by kind; None elsewhere."""
+
+    images_left_out: int | None = None
+    """Images of studies that max_images left out; None without it."""
+
     def add(self, other: "TableCounts") -> None:
         """Add the counts of another table."""
         self.na_cells += other.na_cells
@@ -36,9 +42,15 @@ class TableCounts:
             self.lines = (self.lines or 0) + other.lines
             self.records = (self.records or 0) + other.records
 
-    def summary(self) -> dict[str, int]:
-        """The counts by name, lines and records of CSV files only."""
-        counts = {"na_cells": self.na_cells, "lines": self.lines, "records": self.records}
+    def summary(self) -> dict[str, Any]:
+        """The counts by name, those alone that the kind of source has."""
+        counts = {
+            "na_cells": self.na_cells,
+            "lines": self.lines,
+            "records": self.records,
+            "other_files": self.other_files,
+            "images_left_out": self.images_left_out,
+        }
         return {name: count for name, count in counts.items() if count is not None}
 
 

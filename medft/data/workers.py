@@ -22,7 +22,7 @@ from medft.data.pairing import Maker, Result, Task
 from medft.data.pairs import batched
 from medft.data.source_section import SourceSection
 from medft.data.sources import SourcesFile, source_rows
-from medft.data.splits import OwnSplitSection, SplitSection
+from medft.data.study_order import in_order
 from medft.data.table_row import TableCounts
 from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
@@ -102,7 +102,7 @@ class Workers:
         tasks = (
             task
             for index, source in enumerate(self.spec.sources)
-            for task in _tasks(index, source, self.root, self.spec.split, counts[index])
+            for task in _tasks(index, source, self.root, self.spec, counts[index])
         )
         chunks = ((list(scales), chunk) for chunk in batched(tasks, CHUNK))
         progress = tqdm(desc="rows", unit=" rows", disable=not sys.stderr.isatty())
@@ -150,19 +150,16 @@ def _read_by(processes: Iterable[multiprocessing.process.BaseProcess], draft: Pa
 
 
 def _tasks(
-    index: int,
-    source: SourceSection,
-    root: Path,
-    split: SplitSection | OwnSplitSection,
-    counts: TableCounts,
+    index: int, source: SourceSection, root: Path, spec: SourcesFile, counts: TableCounts
 ) -> Iterator[Task]:
-    rows = enumerate(source_rows(source, root, split, counts), start=1)
+    found = source_rows(source, root, spec.split, counts, max_pixels=spec.images.max_pixels)
+    rows = enumerate(found, start=1)
     if source.study is None:
         for number, row in rows:
             if isinstance(row, Rejected) or takes(row, source.where):
                 yield Task(index, [(number, row)])
         return
-    studies: dict[str, list[tuple[int, TableRow | Rejected]]] = {}
+    studies: dict[str, list[tuple[int, TableRow]]] = {}
     for number, row in rows:
         if isinstance(row, Rejected):
             yield Task(index, [(number, row)])
@@ -170,7 +167,7 @@ def _tasks(
             study = text_of(row.get(source.study)) or f"row {number} of no study"
             studies.setdefault(study, []).append((number, row))
     for members in studies.values():
-        yield Task(index, members)
+        yield Task(index, list(in_order(members, source.order_columns)))
 
 
 class _Worker:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medft.data.dicom import open_dicom
+from medft.data.dicom_image import dicom_images
 from medft.data.images import MAX_PIXELS, open_image
 from medft.data.tables import Rejected
 from medft.decoder.generator import Answer, Generator, Request
@@ -145,7 +145,7 @@ def open_image_file(path: Path) -> Image.Image:
     if path.suffix.lower() != ".dcm":
         return open_image(path)
     try:
-        return open_dicom(path, max_pixels=MAX_PIXELS)[0]
+        return next(dicom_images(path, max_pixels=MAX_PIXELS)).convert("RGB")
     except Rejected as verdict:
         raise DataError(
             f"expected a DICOM file with an image, {verdict.detail}: leave it out"
