@@ -16,9 +16,9 @@ HOUSE = """
     metrics/ bootstrap text retrieval findings predictions scores
     data/ template table_row source_file images stored_image encoding csv_rows json_rows tables
     data/ dicom_reports dicom
-    data/ splits source_section sources identifiers group_key clearing groups pairs
+    data/ splits source_section sources identifiers group_key clearing groups pair_columns pairs
     data/ kept_split assign pairing accounting workers charts statistics sentences report prepare
-    data/ messages rows overlap prompts chat tokens
+    data/ messages chat_rows rows overlap prompts chat tokens
     models/ base saved adapter lora frozen
     training/ process arguments trainer checkpoints callbacks curves resume run launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
