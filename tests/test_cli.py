@@ -77,6 +77,18 @@ def test_a_worker_process_shows_its_sentence_only(capsys):
     )
 
 
+def test_a_name_with_line_ends_or_other_bytes_stays_within_its_line(capsys):
+    def fail(argv):
+        raise MedftError("row a\nmedft: error: b\x1b[2J: expected c")
+
+    assert run_command(fail, []) == 2
+    assert capsys.readouterr().err == (
+        "medft: error: row a\\nmedft: error: b\\x1b[2J: expected c\n"
+    )
+    cli._say("a \udcff \u00e9")
+    assert capsys.readouterr().out == "a \\udcff \u00e9\n"
+
+
 def test_a_bug_of_ours_is_not_hidden():
     def broken(argv):
         raise ZeroDivisionError

@@ -30,7 +30,7 @@ _Templates = Annotated[list[str], Field(min_length=1)]
 
 _ROWS_PER_GROUP = 64
 
-_BATCH_BYTES = 2**28
+_BATCH_BYTES = 2**26
 """Bytes of a batch of rows, as far as the file says how much its columns hold."""
 
 _LIMIT_FACTOR = 32

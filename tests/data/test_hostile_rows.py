@@ -250,8 +250,12 @@ def test_a_long_text_that_stands_in_every_row_is_refused_in_little_memory(tmp_pa
 @pytest.mark.slow
 def test_many_rows_that_stand_for_far_more_than_the_file_are_refused(tmp_path):
     path = bomb(tmp_path / "pairs.parquet", "text", "a" * 2**23, 1000)
-    sentence = refused(path, tmp_path)
+    outcome = run_hostile(["data", "chat", path, "--out", tmp_path / "chat"])
+    assert outcome.code == 2
+    [sentence] = outcome.sentences
     assert "expected a file that holds at most 32 times its size" in sentence
+    assert outcome.peak < 1.5 * 2**30
+    assert not (tmp_path / "chat").exists()
 
 
 def test_images_keep_their_pixels_and_nothing_else(pairs, tmp_path):
