@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import medft
-from medft.errors import run_command
+from medft.errors import EXIT_NO, run_command
 
 
 def main() -> int:
@@ -224,7 +224,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _say(str(arguments.out / "report.html"))
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+def _predict(arguments: argparse.Namespace) -> int:
     from medft.inference.files import predict_files
     from medft.training.process import process_setup
 
@@ -241,6 +241,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {counts['written']} written ({counts['failed']} of them failed, see "
         f"error; {counts['truncated']} truncated), {counts['kept']} kept from before"
     )
+    if counts["kept"] or counts["written"] > counts["failed"] or not counts["failed"]:
+        return 0
+    sys.stderr.write(
+        f"medft: error: expected a prediction for one image at least, all {counts['failed']} "
+        f"failed: see error in {arguments.out}\n"
+    )
+    return EXIT_NO
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -253,7 +260,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    encoding = sys.stdout.encoding or "utf-8"  # names may hold bytes that are no text
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 if __name__ == "__main__":

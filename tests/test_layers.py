@@ -28,7 +28,7 @@ HOUSE = """
     siglip/ augmentation collator checks prepared embedder trainer build
     check
     evaluation/ items controls predictions seen labels chart report evaluate
-    inference/ cases prompts predictor __init__ files
+    inference/ cases prompts predictor __init__ inputs records files
     export/ merge
     demo/ bases phantoms exports pretrain report chain
     cli

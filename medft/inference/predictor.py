@@ -4,6 +4,7 @@ predictor = Predictor.load("runs/decoder", siglip="runs/siglip")
 print(predictor.predict("film.png").text)
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from medft.data.dicom import open_dicom
 from medft.data.images import MAX_PIXELS, open_image
+from medft.data.source_file import open_regular
 from medft.data.tables import Rejected
 from medft.decoder.generator import Answer, Generator, Request
 from medft.errors import BaseModelError, DataError
@@ -142,11 +144,24 @@ def open_image_file(path: Path) -> Image.Image:
     Raises:
         DataError: it cannot be read.
     """
-    if path.suffix.lower() != ".dcm":
-        return open_image(path)
     try:
+        if not is_dicom(path):
+            return open_image(path)
         return open_dicom(path, max_pixels=MAX_PIXELS)[0]
     except Rejected as verdict:
         raise DataError(
-            f"expected a DICOM file with an image, {verdict.detail}: leave it out"
+            f"expected an image or a DICOM file with one at {path}, {verdict.detail}: leave it out"
         ) from verdict
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has the preamble of DICOM, whatever its name; False if it cannot be read.
+
+    Raises:
+        Rejected: it is a folder, a pipe or a device.
+    """
+    try:
+        with open_regular(path, max_bytes=sys.maxsize) as file:
+            return file.read(132)[128:] == b"DICM"
+    except (OSError, ValueError):
+        return False
