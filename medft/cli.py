@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="all that can be known of a recipe without weights")
     _add_recipe(check)
+    check.add_argument(
+        "--images", action="store_true", help="decode every image of the data as well"
+    )
     check.set_defaults(command=_check)
 
     train = commands.add_parser("train", help="check a recipe, then train it under accelerate")
@@ -189,12 +192,14 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from medft.check import check, describe_check
+    from medft.check import check, check_images, describe_check
     from medft.training.process import process_setup
 
     with process_setup(quiet=True):
         checked = check(arguments.recipe, arguments.overrides)
         _say(describe_check(checked))
+        if arguments.images:
+            _say(f"images: {check_images(checked)} decoded")
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -18,9 +18,9 @@ HOUSE = """
     data/ dicom_reports dicom
     data/ splits source_section sources identifiers group_key clearing groups pair_columns pairs
     data/ kept_split assign pairing accounting workers charts statistics sentences report prepare
-    data/ messages chat_rows rows overlap prompts chat tokens
+    data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ base saved adapter lora frozen
-    training/ process arguments trainer checkpoints callbacks curves resume run launch
+    training/ process arguments checkpoints broken_data trainer callbacks curves resume run launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build
