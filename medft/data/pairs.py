@@ -266,9 +266,9 @@ def open_pairs(path: Path) -> pq.ParquetFile:
     Raises:
         DataError: it cannot be read, or lacks a column or has one of another type.
     """
-    finish_swap(path.parent)
-    check_regular(path)
     try:
+        finish_swap(path.parent)
+        check_regular(path)
         file = pq.ParquetFile(path)
         problem = problem_of_columns(file.schema_arrow)
     except (OSError, ValueError, pa.ArrowException) as error:

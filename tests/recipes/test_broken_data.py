@@ -188,7 +188,7 @@ def test_a_row_that_is_broken_from_the_first_step_on_saves_nothing(
     ("kind", "split", "place"),
     [
         ("decoder", "train", 20),
-        pytest.param("siglip", "train", 12, marks=pytest.mark.proof),
+        pytest.param("siglip", "train", 25, marks=pytest.mark.proof),
         ("decoder", "validation", -1),
     ],
 )
