@@ -1,12 +1,12 @@
 """The columns of pairs.parquet, and what a row of a file that somebody else wrote must hold."""
 
 import hashlib
-import json
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import types
 
+from medft.data.json_rows import parsed
 from medft.data.source_file import MAX_TEXT_BYTES
 from medft.errors import DataError
 
@@ -121,7 +121,7 @@ def _is_object(fields: str | None) -> bool:
     if not fields:
         return True
     try:
-        return isinstance(json.loads(fields), dict)
+        return isinstance(parsed(fields), dict)
     except (ValueError, RecursionError):
         return False
 

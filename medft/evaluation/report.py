@@ -60,7 +60,8 @@ def write_evaluation_report(
         f"{metrics['rows']:,} rows of {metrics['groups']:,} groups, {metrics['data']}. Scores "
         f"compare texts; none of them is medical accuracy. For research use."
     )
-    target.write_text(page(f"Evaluation of {metrics['model']}", note, sections), encoding="utf-8")
+    text = page(f"Evaluation of {metrics['model']}", note, sections)
+    target.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def shown_cases(predictions: Sequence[Prediction]) -> list[str]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from medft.data.pairs import batched
 from medft.data.template import text_of
 from medft.errors import DataError, RunError
-from medft.inference.inputs import Entry, entries_of
+from medft.inference.inputs import Entry, entries_of, writable
 from medft.inference.predictor import (
     ImagePrediction,
     Predictor,
@@ -66,7 +66,8 @@ def predict_files(
     entries = entries_of(inputs, partial(_prompt, saved, prompt))
     beside = None if siglip is None else find_saved_model(siglip)
     weights = " ".join(model.weights for model in (saved, beside) if model)
-    head = {"model": str(source), "siglip": str(siglip or ""), "weights": weights}
+    head = {"model": writable(str(source)), "siglip": writable(str(siglip or ""))}
+    head["weights"] = weights
     kept = kept_rows(out, weights)
     if max_new_tokens is not None:
         kept = [row for row in kept if str(row["truncated"]) != "True"]
@@ -127,7 +128,7 @@ def _predicted(predictor: Predictor, entries: Sequence[Entry]) -> Iterator[dict[
                 predictor.generator.conversation.check_texts(turns, str(entry.image))
             images[index] = open_image_file(entry.image)
         except DataError as error:
-            errors[index] = str(error)
+            errors[index] = writable(str(error))
     predictions: dict[int, ImagePrediction] = {}
     if images:
         prompts = [entries[index].prompt for index in images]

@@ -32,7 +32,12 @@ class Entry:
     @property
     def name(self) -> str:
         """The path as text, bytes that are not UTF-8 escaped."""
-        return str(self.image).encode("utf-8", "backslashreplace").decode()
+        return writable(str(self.image))
+
+
+def writable(text: str) -> str:
+    """The text of a path, or one that holds it, with bytes that are not UTF-8 escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def entries_of(

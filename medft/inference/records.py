@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from medft.data.csv_rows import LARGEST_CELL
 from medft.data.source_file import open_regular
 from medft.data.table_row import Rejected
 from medft.errors import RunError
@@ -108,6 +109,7 @@ def _rows_of_table(content: str) -> list[dict[str, Any]]:
     heading = ",".join(CSV_COLUMNS)
     if content[: len(heading)] != heading[: len(content)]:
         raise ValueError
+    csv.field_size_limit(LARGEST_CELL)
     rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(content, newline="")))
     if any(None in row for row in rows):
         raise ValueError

@@ -104,6 +104,8 @@ def test_pairs_of_somebody_else_are_read_where_nothing_is_wrong(pairs, tmp_path)
         ({"width": [8, 8]}, "got 1 images, 2 width, 1 height, 1 sha256, 1 phash"),
         ({"images": [{"bytes": None, "path": "/etc/passwd"}]}, "one is a path or nothing"),
         ({"fields": "[1]"}, "expected its fields to be a JSON object"),
+        ({"fields": '{"a": Infinity}'}, "expected its fields to be a JSON object"),
+        ({"fields": '{"a": 1, "a": 2}'}, "expected its fields to be a JSON object"),
         ({"fields": "{"}, "expected its fields to be a JSON object"),
         ({"fields": "[" * 100_000}, "expected its fields to be a JSON object"),
     ],

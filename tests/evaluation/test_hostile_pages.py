@@ -62,7 +62,7 @@ def written(tmp_path, made, run=None, **metrics):
         **(metrics or score(made)),
         "overlap": None,
         "unseen": None,
-        "model": NASTY,
+        "model": f"\udcff{NASTY}",
         "data": NASTY,
     }
     figures |= {"notes": [NASTY]}

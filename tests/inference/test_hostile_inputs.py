@@ -142,6 +142,12 @@ def test_other_bytes_within_a_file_are_not_taken_for_a_cut(tmp_path):
         kept_rows(out, "w")
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_file_with_a_prompt_of_any_length_goes_on(tmp_path, ending):
+    out = written(tmp_path / f"p.{ending}", record(prompt="why " * 100_000))
+    assert [row["prompt"] for row in kept_rows(out, "w")] == ["why " * 100_000]
+
+
 def test_a_spreadsheet_runs_no_cell_and_the_file_goes_on_as_it_was(tmp_path):
     rows = [
         record(image=f"{n}{text}" if n else text, prompt=text, text=text,
@@ -191,13 +197,14 @@ def test_odd_names_are_predicted_once(runs, folder, tmp_path):
     image = folder / "a.png"
     for name in (b"new\nline.png", b'quo"te,.png', b"=1+1.png", b"byte\xff.png", b"'=x.png"):
         shutil.copyfile(image, os.fsencode(folder) + b"/" + name)
+    (folder / os.fsdecode(b"bad\xff.png")).write_text("no image")
     for out in (tmp_path / "o.csv", tmp_path / "o.jsonl"):
         counts = predict_files(runs / "siglip", [folder], out)
-        assert (counts["written"], counts["failed"]) == (6, 0)
+        assert (counts["written"], counts["failed"]) == (7, 1)
         content = out.read_bytes()
         counts = predict_files(runs / "siglip", [folder], out)
-        assert (counts["written"], counts["kept"]) == (0, 6)
-        assert out.read_bytes() == content
+        assert (counts["written"], counts["kept"], counts["failed"]) == (1, 6, 1)
+        assert sorted(out.read_bytes().splitlines()) == sorted(content.splitlines())
 
 
 def test_the_command_exits_with_1_where_every_row_failed(medft, capsys, runs, folder, tmp_path):
