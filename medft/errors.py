@@ -27,12 +27,12 @@ class MedftError(Exception):
     def problems(self) -> list[str]:
         """The sentences, in the order of the checks.
 
-        An error from a DataLoader worker has that worker's traceback as its text; its sentence is
-        the last line.
+        An error from a DataLoader worker has that worker's traceback as its text; its sentence
+        follows the last name of an error.
         """
         texts = [str(text).strip() for text in self.args]
         return [
-            text.splitlines()[-1].partition("Error: ")[2] if text.startswith("Caught ") else text
+            re.split(r"\n[\w.]+Error: ", text)[-1] if text.startswith("Caught ") else text
             for text in texts
         ]
 

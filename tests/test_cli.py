@@ -66,14 +66,14 @@ def test_a_worker_process_shows_its_sentence_only(capsys):
             return 2
 
         def __getitem__(self, index):
-            raise DataError(f"row {index}: expected a whole image, found Error: none")
+            raise DataError(f"row {index}\n: expected a whole image, found Error: none")
 
     def load(argv):
         list(torch.utils.data.DataLoader(Rows(), num_workers=1))
 
     assert run_command(load, []) == 2
     assert capsys.readouterr().err == (
-        "medft: error: row 0: expected a whole image, found Error: none\n"
+        "medft: error: row 0\\n: expected a whole image, found Error: none\n"
     )
 
 

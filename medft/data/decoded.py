@@ -16,7 +16,10 @@ from medft.data.rows import image_source
 from medft.errors import DataError
 
 _CHUNK = 64
-"""Rows whose images are in memory at once."""
+"""Rows whose images are in memory at once, encoded."""
+
+_THREADS = 8
+"""Images that are decoded at once, at most: each may take a gigabyte."""
 
 _Named = tuple[str, str | bytes, Path | bytes]
 """A row's id, what tells its image from others, and the image as `open_image` takes it."""
@@ -32,7 +35,7 @@ def decode_images(datasets: Sequence[Dataset]) -> int:
     problems: list[str] = []
     progress = tqdm(total=sum(map(len, datasets)), desc="images", disable=not sys.stderr.isatty())
     # Pillow decodes without holding the interpreter's lock
-    with progress, ThreadPoolExecutor(os.cpu_count()) as threads:
+    with progress, ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         for rows in datasets:
             for chunk in batched(rows.select_columns(["id", "images"]), _CHUNK):
                 named = [image for row in chunk for image in _named(row)]

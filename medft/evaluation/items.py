@@ -16,6 +16,9 @@ from medft.errors import DataError, RunError
 from medft.files import file_sha256
 from medft.models.saved import RunLayout
 
+_LONGEST_REFERENCE = 2**15
+"""Characters of an answer to compare with; time and memory of ROUGE-L are quadratic in words."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
@@ -88,7 +91,11 @@ def data_of_run(run: RunLayout) -> dict[str, dict[str, Any]]:
 
 
 def items_of(rows: Dataset) -> list[Item]:
-    """One item per assistant turn, with the turns before it as they were written."""
+    """One item per assistant turn, with the turns before it as they were written.
+
+    Raises:
+        DataError: a turn is longer than any report; scores compare texts word by word.
+    """
     items = []
     for index, record in enumerate(rows.remove_columns("images")):
         row = Row.of(record)
@@ -96,6 +103,12 @@ def items_of(rows: Dataset) -> list[Item]:
         for number, turn in enumerate(turns):
             prompt = row.messages[:turn]
             shown = sum(part["type"] == "image" for m in prompt for part in m["content"])
+            reference = text_of_message(row.messages[turn])
+            if len(reference) > _LONGEST_REFERENCE:
+                raise DataError(
+                    f"row {row.id}: expected an answer of at most {_LONGEST_REFERENCE} characters "
+                    f"to compare with, it has {len(reference)}: leave the row out"
+                )
             items.append(
                 Item(
                     id=_numbered(row.id, number, len(turns)),
@@ -104,7 +117,7 @@ def items_of(rows: Dataset) -> list[Item]:
                     prompt=prompt,
                     row=index,
                     images=range(shown),
-                    reference=text_of_message(row.messages[turn]),
+                    reference=reference,
                 )
             )
     return items
