@@ -90,16 +90,16 @@ def _pixels_alone(row: dict[str, Any], content: bytes) -> bytes:
     Raises:
         DataError: it cannot be decoded.
     """
+    stream = io.BytesIO()
     try:
-        upright = open_image(content)
         with opened(content) as image:
             plain = plain_content(content, image) if image.format == "PNG" else None
+            if plain is not None:
+                image.load()
+                return plain
+        open_image(content).save(stream, format="PNG", compress_level=1)
     except DataError as error:
         raise DataError(f"row {row['id']}: {error}") from error
-    if plain is not None:
-        return plain
-    stream = io.BytesIO()
-    upright.save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
 
 

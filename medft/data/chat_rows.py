@@ -14,12 +14,16 @@ from typing import Any
 from medft.data.images import opened
 from medft.data.json_rows import parsed
 from medft.data.messages import is_empty, normalized_messages, paths_of_parts
-from medft.data.source_file import MAX_TEXT_BYTES, open_regular
+from medft.data.pair_columns import MAX_CHARACTERS
+from medft.data.source_file import open_regular
 from medft.data.table_row import Rejected
 from medft.errors import DataError
 
 SHOWN_PROBLEMS = 10
 """Bad rows that an error lists; further ones are only counted."""
+
+_MAX_LINE_BYTES = 4 * MAX_CHARACTERS
+"""Of a row; a character has four bytes at most."""
 
 OWN_GROUP = "row/"
 """Begins the group of a row without one, which is then a group of its own."""
@@ -96,13 +100,13 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"expected a data file at {path}, could not read it: check it") from error
     with file:
         for number in itertools.count(1):
-            line = file.readline(MAX_TEXT_BYTES + 1)
+            line = file.readline(_MAX_LINE_BYTES + 1)
             if not line:
                 return
-            if len(line) > MAX_TEXT_BYTES:
+            if len(line) > _MAX_LINE_BYTES:
                 raise DataError(
                     f"{path}:{number}: expected a JSON object, the line has more than "
-                    f"{MAX_TEXT_BYTES} bytes: write a row a line"
+                    f"{_MAX_LINE_BYTES} bytes: write a row a line"
                 )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -7,7 +7,6 @@ import pyarrow as pa
 from pyarrow import types
 
 from medft.data.json_rows import parsed
-from medft.data.source_file import MAX_TEXT_BYTES
 from medft.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -30,6 +29,9 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of pairs.parquet; `fields` is a JSON object."""
+
+MAX_CHARACTERS = 2**26
+"""Of a text, at most."""
 
 _TEXTS = [field.name for field in SCHEMA if field.type == pa.string()]
 _MAY_BE_NULL = ("question", "fields", "license")
@@ -112,8 +114,8 @@ def _problem_of_hashes(row: dict[str, list[Any]]) -> str | None:
 def _problem_of_text(name: str, value: Any) -> str | None:
     if value is None:
         return None if name in _MAY_BE_NULL else f"expected text as its {name}, got nothing"
-    if len(value) > MAX_TEXT_BYTES:
-        return f"expected a {name} of at most {MAX_TEXT_BYTES} characters, it has {len(value)}"
+    if len(value) > MAX_CHARACTERS:
+        return f"expected a {name} of at most {MAX_CHARACTERS} characters, it has {len(value)}"
     return None
 
 

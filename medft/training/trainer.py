@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 
 from medft.compat import HookedTrainer
 from medft.errors import DataError
@@ -76,7 +75,7 @@ class RowTrackingTrainer(HookedTrainer):
             if self._since is not None:
                 self._since += time.perf_counter() - started
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, whose batches every process can read or none goes on."""
         watched: Any = WatchedLoader(dataloader, self.args.device)
         return super().evaluation_loop(watched, *args, **kwargs)
