@@ -7,10 +7,12 @@ from transformers import TrainingArguments
 
 from medft.config.command_line import recipe_class
 from medft.config.recipe import DecoderRecipe, LoraSection, Recipe, SiglipRecipe
+from medft.data.decoded import decode_images
 from medft.data.rows import describe_counts
 from medft.decoder.prepared import PreparedDecoderData, prepare_decoder_data
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import ErrorCollector
+from medft.siglip.collator import PairDataset
 from medft.siglip.prepared import PreparedSiglipData, prepare_siglip_data
 from medft.siglip.trainer import siglip_arguments
 from medft.training.arguments import batch_arithmetic
@@ -30,7 +32,7 @@ def check(file: Path, overrides: list[str]) -> Checked:
     """Check a recipe as its script does before loading weights: schema, files, base.
 
     Raises:
-        MedftError: with everything that is wrong.
+        MedftError: with everything that is wrong; of images, their headers alone are read.
     """
     recipe = recipe_class(file, overrides).load(file, overrides)
     collector = ErrorCollector()
@@ -58,6 +60,18 @@ def _prepare(
     assert isinstance(recipe, DecoderRecipe)
     arguments = decoder_arguments(recipe.train, dtype=dtype, use_cpu=True)
     return prepare_decoder_data(recipe.model, recipe.data, lora, arguments), arguments
+
+
+def check_images(checked: Checked) -> int:
+    """Decode every image of training and validation rows, once each; returns how many there are.
+
+    Raises:
+        DataError: with a sentence for each row whose image cannot be decoded.
+    """
+    prepared = checked.prepared
+    sides = [rows for rows in (prepared.train, prepared.validation) if rows is not None]
+    datasets = [rows.rows if isinstance(rows, PairDataset) else rows for rows in sides]
+    return decode_images(datasets)
 
 
 def describe_check(checked: Checked) -> str:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import medft
-from medft.errors import run_command
+from medft.errors import EXIT_NO, run_command
 
 
 def main() -> int:
@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="all that can be known of a recipe without weights")
     _add_recipe(check)
+    check.add_argument(
+        "--images", action="store_true", help="decode every image of the data as well"
+    )
     check.set_defaults(command=_check)
 
     train = commands.add_parser("train", help="check a recipe, then train it under accelerate")
@@ -189,12 +192,14 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from medft.check import check, describe_check
+    from medft.check import check, check_images, describe_check
     from medft.training.process import process_setup
 
     with process_setup(quiet=True):
         checked = check(arguments.recipe, arguments.overrides)
         _say(describe_check(checked))
+        if arguments.images:
+            _say(f"images: {check_images(checked)} decoded")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -224,7 +229,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _say(str(arguments.out / "report.html"))
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+def _predict(arguments: argparse.Namespace) -> int:
     from medft.inference.files import predict_files
     from medft.training.process import process_setup
 
@@ -241,6 +246,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {counts['written']} written ({counts['failed']} of them failed, see "
         f"error; {counts['truncated']} truncated), {counts['kept']} kept from before"
     )
+    if counts["kept"] or counts["written"] > counts["failed"] or not counts["failed"]:
+        return 0
+    sys.stderr.write(
+        f"medft: error: expected a prediction for one image at least, all {counts['failed']} "
+        f"failed: see error in {arguments.out}\n"
+    )
+    return EXIT_NO
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -253,7 +265,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    encoding = sys.stdout.encoding or "utf-8"  # names may hold bytes that are no text
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedConfig, ProcessorMixin, Trainer
+from transformers import PreTrainedConfig, ProcessorMixin, Trainer, TrainerControl
 from transformers.integrations import (
     get_available_reporting_integrations,
     unset_hf_deepspeed_config,
@@ -62,6 +62,8 @@ def _minor(version: str) -> str:
 class HookedTrainer(Trainer):
     """A Trainer whose private hooks have public names, to be overridden or called."""
 
+    control: TrainerControl
+
     def to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Model inputs with their tensors on the trainer's device."""
         return self._prepare_inputs(inputs)
@@ -81,6 +83,11 @@ class HookedTrainer(Trainer):
         self.save_model(str(folder), _internal_call=True)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of the last step, as after one; called on every process."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint."""

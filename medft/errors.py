@@ -1,12 +1,19 @@
-"""Errors for user input that cannot be used, and the exit codes of commands.
+"""Errors for user input that cannot be used, and how a command runs: exit codes, who may read.
 
 Every message is one sentence: what was expected, what came, what to do.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+SHARED = "MEDFT_SHARED"
+"""Environment variable; at 1, the umask of the process decides who may read what is written."""
+
+EXIT_NO = 1
+"""The command ran, and the answer is no."""
 
 EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 143
@@ -20,12 +27,12 @@ class MedftError(Exception):
     def problems(self) -> list[str]:
         """The sentences, in the order of the checks.
 
-        An error from a DataLoader worker has that worker's traceback as its text; its sentence is
-        the last line.
+        An error from a DataLoader worker has that worker's traceback as its text; its sentence
+        follows the last name of an error.
         """
         texts = [str(text).strip() for text in self.args]
         return [
-            text.splitlines()[-1].partition("Error: ")[2] if text.startswith("Caught ") else text
+            re.split(r"\n[\w.]+Error: ", text)[-1] if text.startswith("Caught ") else text
             for text in texts
         ]
 
@@ -79,18 +86,41 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
     A MedftError is shown as its sentences, once, by rank 0; with `--debug` in argv it
     is raised with its traceback instead. Any other exception is a bug of ours and is raised.
+
+    Folders and files that the command makes, itself or through a library, are its user's alone
+    (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
     """
     debug = "--debug" in argv
     try:
-        main([word for word in argv if word != "--debug"])
+        with _private():
+            main([word for word in argv if word != "--debug"])
     except MedftError as error:
         if debug:
             raise
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.writelines(f"medft: error: {problem}\n" for problem in error.problems)
+            sys.stderr.writelines(f"medft: error: {one_line(p)}\n" for p in error.problems)
         return EXIT_BAD_INPUT
     except Terminated:
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         return EXIT_KEYBOARD_INTERRUPT
     return 0
+
+
+@contextmanager
+def _private() -> Iterator[None]:
+    """Take every right of others from what is created while the block runs."""
+    if os.environ.get(SHARED) == "1":
+        yield
+        return
+    before = os.umask(0o077)
+    os.umask(before | 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def one_line(text: str) -> str:
+    """The text with line ends and other control characters escaped; a name may hold them."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: repr(m.group())[1:-1], text)

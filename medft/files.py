@@ -62,6 +62,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
+            shutil.copymode(folder, draft)  # its owner may have shared it
             folder.rename(old)
         draft.rename(folder)
         shutil.rmtree(old, ignore_errors=True)

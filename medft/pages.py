@@ -98,7 +98,12 @@ def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def inline(image: bytes, kind: str = "png") -> str:
-    """An image as a data URL, the src of an img tag."""
+    """An image as a data URL, the src of an img tag.
+
+    Args:
+        image: as medft has encoded it, from `png_of` or `thumbnail_of`; never bytes of a file.
+        kind: png or jpeg.
+    """
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
@@ -147,4 +152,11 @@ def thumbnail_of(image: Image.Image) -> bytes:
     small.thumbnail((240, 240), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     small.save(stream, format="JPEG", quality=80)
+    return stream.getvalue()
+
+
+def png_of(image: Image.Image) -> bytes:
+    """A PNG of an image."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
     return stream.getvalue()

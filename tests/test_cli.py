@@ -66,15 +66,27 @@ def test_a_worker_process_shows_its_sentence_only(capsys):
             return 2
 
         def __getitem__(self, index):
-            raise DataError(f"row {index}: expected a whole image, found Error: none")
+            raise DataError(f"row {index}\n: expected a whole image, found Error: none")
 
     def load(argv):
         list(torch.utils.data.DataLoader(Rows(), num_workers=1))
 
     assert run_command(load, []) == 2
     assert capsys.readouterr().err == (
-        "medft: error: row 0: expected a whole image, found Error: none\n"
+        "medft: error: row 0\\n: expected a whole image, found Error: none\n"
     )
+
+
+def test_a_name_with_line_ends_or_other_bytes_stays_within_its_line(capsys):
+    def fail(argv):
+        raise MedftError("row a\nmedft: error: b\x1b[2J: expected c")
+
+    assert run_command(fail, []) == 2
+    assert capsys.readouterr().err == (
+        "medft: error: row a\\nmedft: error: b\\x1b[2J: expected c\n"
+    )
+    cli._say("a \udcff \u00e9")
+    assert capsys.readouterr().out == "a \\udcff \u00e9\n"
 
 
 def test_a_bug_of_ours_is_not_hidden():

@@ -182,6 +182,20 @@ def test_restored_is_called_after_weights_are_loaded(recorded, tmp_path, resumes
     assert torch.equal(again.model.layer.weight, end) == resumes
 
 
+def test_save_checkpoint_saves_what_resumes_from_it(recorded, tmp_path):
+    again = Recorded(tmp_path)
+    again.state = recorded.state
+    again.load_checkpoint(Path(recorded.args.output_dir) / "checkpoint-4")
+    again.create_optimizer_and_scheduler(num_training_steps=4)
+    saved = []
+    again.callback_handler.on_save = lambda *_: saved.append(True)
+    again.save_checkpoint()
+    [folder] = Path(again.args.output_dir).glob("checkpoint-*")
+    assert folder.name == f"checkpoint-{recorded.state.global_step}"
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {p.name for p in folder.iterdir()}
+    assert saved == [True]
+
+
 def test_load_checkpoint_loads_the_weights(recorded, tmp_path):
     again = Recorded(tmp_path)
     assert not torch.equal(again.model.layer.weight, recorded.model.layer.weight)

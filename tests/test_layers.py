@@ -18,12 +18,12 @@ HOUSE = """
     data/ encoding csv_rows json_rows tables
     data/ dicom_files decoder_process dicom_codecs dicom_image dicom_reports dicom
     data/ splits source_section study_order chosen_images sources identifiers group_key clearing
-    data/ groups pairs
+    data/ groups pair_columns pairs
     data/ kept_split assign row_images pairing accounting wide_images workers
     data/ charts statistics sentences image_sentences report prepare
-    data/ messages rows overlap prompts chat tokens
+    data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ base saved adapter lora frozen
-    training/ process arguments trainer checkpoints callbacks curves resume run launch
+    training/ process arguments checkpoints broken_data trainer callbacks curves resume run launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build
@@ -31,7 +31,7 @@ HOUSE = """
     siglip/ augmentation collator checks prepared embedder trainer build
     check
     evaluation/ items controls predictions seen labels chart report evaluate
-    inference/ cases prompts predictor __init__ files
+    inference/ cases prompts predictor __init__ inputs records files
     export/ merge
     demo/ bases phantoms exports pretrain report chain
     cli

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medft.data.images import open_image
+from medft.data.images import open_image, opened
 from medft.data.messages import Message, conversation, text_with_placeholders
 from medft.data.pairs import SPLITS, declared_by_source, open_pairs, prompts_of, read_pairs
+from medft.data.plain_content import plain_content
 from medft.data.prompts import PROMPTS_FILE
+from medft.errors import DataError
 from medft.files import check_folder_for_output, complete_folder, write_json
 
 
@@ -42,7 +44,7 @@ def write_chat(
             names = [f"images/{digest}.png" for digest in row["sha256"]]
             for name, image in zip(names, row["images"], strict=True):
                 if not (draft / name).exists():
-                    (draft / name).write_bytes(_as_png(image["bytes"]))
+                    (draft / name).write_bytes(_pixels_alone(row, image["bytes"]))
             line = _trl_row(row, names, messages)
             if format == "sharegpt":
                 line = _sharegpt_row(row, names, messages)
@@ -83,12 +85,22 @@ def _conversations(
             yield {**row, "fields": json.dumps(fields[key])}, joined
 
 
-def _as_png(content: bytes) -> bytes:
-    """The image as a PNG file: unchanged if it is one, else re-encoded."""
-    if content.startswith(b"\x89PNG"):
-        return content
+def _pixels_alone(row: dict[str, Any], content: bytes) -> bytes:
+    """The image, decoded, as a PNG file without metadata; one that has none stays as it is.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
     stream = io.BytesIO()
-    open_image(content).save(stream, format="PNG", compress_level=1)
+    try:
+        with opened(content) as image:
+            plain = plain_content(content, image) if image.format == "PNG" else None
+            if plain is not None:
+                image.load()
+                return plain
+        open_image(content).save(stream, format="PNG", compress_level=1)
+    except DataError as error:
+        raise DataError(f"row {row['id']}: {error}") from error
     return stream.getvalue()
 
 

@@ -6,6 +6,7 @@ no DICOM image is counted by its kind, so that nothing below the folder vanishes
 
 import io
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,23 @@ class DicomFolder:
 
     other: Counter[str]
     """Numbers of all other files, by kind."""
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has the preamble of DICOM, whatever its name; False if it cannot be read.
+
+    Raises:
+        Rejected: it is a folder, a pipe or a device.
+    """
+    try:
+        with open_regular(path, max_bytes=sys.maxsize) as file:
+            return _has_preamble(file.read(_PREAMBLE + 4))
+    except (OSError, ValueError):
+        return False
+
+
+def _has_preamble(head: bytes) -> bool:
+    return head[_PREAMBLE : _PREAMBLE + 4] == b"DICM"
 
 
 def dicom_folder(folder: Path, *, with_texts: bool) -> DicomFolder:
@@ -139,7 +157,7 @@ def _looked_at(entry: "os.DirEntry[str]", path: Path, root: Path) -> DicomFile |
         reason = getattr(error, "strerror", None) or "a loop of links"
         problem = Rejected("unreadable", f"{path.name}: {reason}")
     else:
-        if head[_PREAMBLE : _PREAMBLE + 4] == b"DICM":
+        if _has_preamble(head):
             meta = _meta_of(head)
             if str(meta.get("MediaStorageSOPClassUID")) == _DIRECTORY:
                 return "DICOMDIR"

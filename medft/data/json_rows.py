@@ -36,7 +36,7 @@ def json_rows(text: str, table: Path) -> Iterator[TableRow]:
         DataError: the text is no list of objects, or a key stands twice in an object.
     """
     try:
-        rows = _parsed(text)
+        rows = parsed(text)
     except _RepeatedKeyError as error:
         raise DataError(
             f"expected every key once in an object of {table}, {error}: rename or remove one"
@@ -59,7 +59,7 @@ def json_rows(text: str, table: Path) -> Iterator[TableRow]:
 
 def _row(line: str, number: int) -> TableRow | Rejected:
     try:
-        row = _parsed(line)
+        row = parsed(line)
     except _RepeatedKeyError as error:
         return Rejected("repeated_key", f"line {number}: {error}")
     except json.JSONDecodeError as error:
@@ -71,7 +71,13 @@ def _row(line: str, number: int) -> TableRow | Rejected:
     return row
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, or a key stands twice in an object.
+        RecursionError: it is nested too deeply.
+    """
     return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
 
 

@@ -51,7 +51,14 @@ def conversation(row: dict[str, Any], prompts: Mapping[str, list[str]]) -> list[
             )
         draw = int(hashlib.sha256(row["id"].encode()).hexdigest()[:8], 16)
         fields = json.loads(row["fields"] or "{}")
-        question = fill_template(of_source[draw % len(of_source)], fields)
+        template = of_source[draw % len(of_source)]
+        try:
+            question = fill_template(template, fields)
+        except KeyError as error:
+            raise DataError(
+                f"row {row['id']}: expected the fields that its prompt {template!r} names, there "
+                f"is no {error}: write the file with medft data prepare"
+            ) from error
     if IMAGE_PLACEHOLDER in question or IMAGE_PLACEHOLDER in row["text"]:
         raise DataError(
             f"row {row['id']}: expected question and text without {IMAGE_PLACEHOLDER}, which "

@@ -11,8 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from medft.data.chat_rows import OWN_GROUP
 from medft.data.messages import text_of_message
-from medft.data.rows import OWN_GROUP
 from medft.errors import DataError
 from medft.files import file_sha256
 

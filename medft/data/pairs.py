@@ -17,29 +17,11 @@ import pyarrow.parquet as pq
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from medft.data.pair_columns import SCHEMA as SCHEMA
+from medft.data.pair_columns import SPLITS as SPLITS
+from medft.data.pair_columns import bad_row, problem_of_columns, problem_of_row
 from medft.errors import DataError
 from medft.files import finish_swap
-
-SPLITS = ("train", "validation", "test")
-
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        ("width", pa.list_(pa.int32())),
-        ("height", pa.list_(pa.int32())),
-        ("sha256", pa.list_(pa.string())),
-        ("phash", pa.list_(pa.string())),
-        ("text", pa.string()),
-        ("question", pa.string()),
-        ("fields", pa.string()),
-        ("source", pa.string()),
-        ("group_id", pa.string()),
-        ("license", pa.string()),
-        ("split", pa.string()),
-    ]
-)
-"""Columns of pairs.parquet; `fields` is a JSON object."""
 
 _DEFAULT_METADATA = b'{"prompts": ["Describe this medical image."]}'
 """Of a file whose metadata another tool removed."""
@@ -47,6 +29,13 @@ _DEFAULT_METADATA = b'{"prompts": ["Describe this medical image."]}'
 _Templates = Annotated[list[str], Field(min_length=1)]
 
 _ROWS_PER_GROUP = 64
+
+_BATCH_BYTES = 2**26
+"""Bytes of a batch of rows, as far as the file says how much its columns hold."""
+
+_LIMIT_FACTOR = 32
+_LIMIT_BYTES = 2**30
+"""A file may hold so many bytes, and so many times its own size, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +57,9 @@ class _Metadata(TypedDict):
 
     groups: NotRequired[GroupFacts | None]
 
+    images: NotRequired[str]
+    """"decoded" where every image was decoded before it was written."""
+
 
 _METADATA = TypeAdapter(_Metadata)
 
@@ -83,13 +75,15 @@ def write_pairs(
 
     Args:
         path: the file to write.
-        rows: with every column of SCHEMA.
+        rows: with every column of SCHEMA; their images were decoded, which the file records.
         prompts: for rows without question, by source.
         groups: how their group ids were made.
     """
     metadata = {
         "huggingface": json.dumps({"info": {"features": _features()}}),
-        "medft": json.dumps({"prompts": dict(prompts), "groups": asdict(groups)}),
+        "medft": json.dumps(
+            {"prompts": dict(prompts), "groups": asdict(groups), "images": "decoded"}
+        ),
     }
     schema = SCHEMA.with_metadata(metadata)
     with _writer(path, schema) as writer:
@@ -142,8 +136,13 @@ def prompts_of(path: Path) -> dict[str, list[str]]:
     prompts = _metadata(path)["prompts"]
     if isinstance(prompts, dict):
         return prompts
-    sources = open_pairs(path).read(columns=["source"])["source"]
-    return dict.fromkeys(sources.unique().to_pylist(), prompts)
+    sources = (batch["source"].unique().to_pylist() for batch in _batches(path, ["source"]))
+    return dict.fromkeys((source for found in sources for source in found), prompts)
+
+
+def images_were_decoded(path: Path) -> bool:
+    """Whether pairs.parquet says that all its images were decoded when it was written."""
+    return _metadata(path).get("images") == "decoded"
 
 
 def _metadata(path: Path) -> _Metadata:
@@ -159,8 +158,9 @@ def _metadata(path: Path) -> _Metadata:
 
 def declared_by_source(path: Path) -> dict[str, list[str]]:
     """The prompts of each source that has rows without question."""
-    rows = open_pairs(path).read(columns=["source", "question"])
-    asked = rows.filter(rows["question"].is_null())["source"].unique().to_pylist()
+    asked: dict[str, None] = {}
+    for rows in _batches(path, ["source", "question"]):
+        asked.update(dict.fromkeys(rows.filter(rows["question"].is_null())["source"].to_pylist()))
     prompts = prompts_of(path)
     return {source: prompts[source] for source in asked if source in prompts}
 
@@ -185,13 +185,67 @@ def read_pairs(path: Path, *, images: bool = True) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: the file is not a pairs.parquet, or a row has no bytes for an image.
     """
-    file = open_pairs(path)
     columns = [name for name in SCHEMA.names if images or name != "images"]
-    for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=columns):
-        for row in batch.to_pylist():
-            if images:
-                check_row(path, row)
+    number = 0
+    for batch in _batches(path, columns):
+        for row in _rows_of(path, batch):
+            number += 1
+            problem = problem_of_row(row)
+            if problem:
+                raise bad_row(path, row, number, problem)
             yield row
+
+
+def _rows_of(path: Path, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns, a few rows at a time, however little room they take in the file.
+
+    Raises:
+        DataError: the file is damaged, or holds far more than its size.
+    """
+    file = open_pairs(path)
+    room = _LIMIT_BYTES + _LIMIT_FACTOR * path.stat().st_size
+    try:
+        for number in range(file.num_row_groups):
+            size = _rows_at_a_time(file.metadata.row_group(number), columns)
+            for batch in file.iter_batches(size, row_groups=[number], columns=columns):
+                batch = _decoded(batch)
+                room -= batch.nbytes
+                if room < 0:
+                    raise DataError(
+                        f"expected a file that holds at most {_LIMIT_FACTOR} times its size, "
+                        f"{path} holds more: write it with medft data prepare"
+                    )
+                yield batch
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, with values in place of the indices of a dictionary."""
+    columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _rows_at_a_time(group: Any, columns: list[str]) -> int:
+    """Rows of a row group that fit into _BATCH_BYTES, at least one.
+
+    Where an encoding other than PLAIN is used, every row may hold all that the column chunk holds.
+    """
+    expected = 0.0
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        if chunk.path_in_schema.partition(".")[0] in columns:
+            is_plain = {*chunk.encodings} <= {"PLAIN", "RLE", "BIT_PACKED"}
+            rows = max(group.num_rows, 1) if is_plain else 1
+            expected += chunk.total_uncompressed_size / rows
+    return int(min(max(_BATCH_BYTES / max(expected, 1), 1), _ROWS_PER_GROUP))
 
 
 def read_rows(path: Path, indices: Collection[int]) -> Iterator[dict[str, Any]]:
@@ -210,33 +264,40 @@ def open_pairs(path: Path) -> pq.ParquetFile:
     """The opened file, its columns checked.
 
     Raises:
-        DataError: it cannot be read or lacks a column.
+        DataError: it cannot be read, or lacks a column or has one of another type.
     """
     try:
         finish_swap(path.parent)
+        check_regular(path)
         file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        problem = problem_of_columns(file.schema_arrow)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+    if problem:
         raise DataError(
-            f"expected a Parquet file at {path}, could not read it: write it with "
-            f"medft data prepare"
-        ) from error
-    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
-    if missing:
-        raise DataError(
-            f"expected the columns of pairs.parquet in {path}, {', '.join(missing)} are missing: "
-            f"write it with medft data prepare"
+            f"expected the columns of pairs.parquet in {path}, {problem}: write it with medft data "
+            f"prepare"
         )
     return file
 
 
-def check_row(path: Path, row: dict[str, Any]) -> None:
-    """Raise for a row whose image is a path, which would open a file of the reader's machine.
+def check_regular(path: Path) -> None:
+    """Check, before it is opened, that a path is one of a regular file.
 
     Raises:
-        DataError: an image has no bytes.
+        DataError: it is missing, or a folder, a pipe or a device.
     """
-    if not all(image and image["bytes"] for image in row["images"]):
+    if not path.exists():
+        raise DataError(f"expected a data file at {path}, there is none: check the path")
+    if not path.is_file():
         raise DataError(
-            f"expected the bytes of every image in {path}, row {row['id']} has a path or nothing: "
-            f"write the file with medft data prepare"
+            f"expected a data file at {path}, it is a folder, a pipe or a device: check the path"
         )
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    problem = " ".join(str(error).split())[:200]
+    return DataError(
+        f"expected a Parquet file at {path}, could not read it ({problem}): write it with medft "
+        f"data prepare"
+    )

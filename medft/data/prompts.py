@@ -13,6 +13,8 @@ from typing_extensions import TypedDict
 
 from medft.data.messages import first_texts
 from medft.data.pairs import declared_by_source
+from medft.data.source_file import MAX_TEXT_BYTES, open_regular
+from medft.data.table_row import Rejected
 from medft.data.template import fill_template, template_names
 
 PROMPTS_FILE = "chat.json"
@@ -62,9 +64,10 @@ def _declared(path: Path) -> list[str]:
         by_source = declared_by_source(path)
     else:
         try:
-            content = path.with_name(PROMPTS_FILE).read_bytes()
+            with open_regular(path.with_name(PROMPTS_FILE), max_bytes=MAX_TEXT_BYTES) as file:
+                content = file.read()
             by_source = TypeAdapter(_ChatFile).validate_json(content)["prompts"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, Rejected):
             return []
     return list(dict.fromkeys(text for texts in by_source.values() for text in texts))
 

@@ -11,11 +11,9 @@ from datasets import Dataset
 from medft.config.recipe import (
     DecoderDataSection,
 )
+from medft.data.chat_rows import SHOWN_PROBLEMS
 from medft.data.messages import system_text
-from medft.data.rows import (
-    SHOWN_PROBLEMS,
-    Row,
-)
+from medft.data.rows import Row
 from medft.data.tokens import length_percentiles
 from medft.decoder.collator import check_labels
 from medft.decoder.conversation import IGNORED, ConversationEncoder, EncodedRow

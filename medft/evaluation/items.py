@@ -3,16 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from PIL import Image
 
 from medft.data.images import open_image
 from medft.data.messages import Message, text_of_message
+from medft.data.pairs import SPLITS
 from medft.data.rows import Row, image_source, load_rows
 from medft.errors import DataError, RunError
 from medft.files import file_sha256
 from medft.models.saved import RunLayout
+
+_LONGEST_REFERENCE = 2**15
+"""Characters of an answer to compare with; time and memory of ROUGE-L are quadratic in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +57,7 @@ def rows_to_evaluate(run: RunLayout | None, data: Path | None, split: str) -> tu
     if data is None:
         if run is None:
             raise RunError("expected --data for a model that is no run: give a file of rows")
-        known = run.read_record()["data"]
+        known = data_of_run(run)
         train = Path(known["train"]["path"]).expanduser()
         data = train if train.suffix == ".parquet" else train.with_name(f"{split}.jsonl")
         if split in known:
@@ -65,8 +70,32 @@ def rows_to_evaluate(run: RunLayout | None, data: Path | None, split: str) -> tu
     return data, load_rows(data, split=split)
 
 
+def data_of_run(run: RunLayout) -> dict[str, dict[str, Any]]:
+    """Path and sha256 of each file of rows that a run has read, by split.
+
+    Raises:
+        RunError: its run.json says something else.
+    """
+    known = run.read_record().get("data")
+    files = {split: known.get(split) for split in SPLITS} if isinstance(known, dict) else {}
+    found = {split: file for split, file in files.items() if file is not None}
+    if "train" not in found or not all(
+        isinstance(file, dict) and all(isinstance(file.get(k), str) for k in ("path", "sha256"))
+        for file in found.values()
+    ):
+        raise RunError(
+            f"expected path and sha256 of the training rows in {run.record}, found something else: "
+            f"restore the file, or give the adapter folder alone"
+        )
+    return found
+
+
 def items_of(rows: Dataset) -> list[Item]:
-    """One item per assistant turn, with the turns before it as they were written."""
+    """One item per assistant turn, with the turns before it as they were written.
+
+    Raises:
+        DataError: a turn is longer than any report; scores compare texts word by word.
+    """
     items = []
     for index, record in enumerate(rows.remove_columns("images")):
         row = Row.of(record)
@@ -74,6 +103,12 @@ def items_of(rows: Dataset) -> list[Item]:
         for number, turn in enumerate(turns):
             prompt = row.messages[:turn]
             shown = sum(part["type"] == "image" for m in prompt for part in m["content"])
+            reference = text_of_message(row.messages[turn])
+            if len(reference) > _LONGEST_REFERENCE:
+                raise DataError(
+                    f"row {row.id}: expected an answer of at most {_LONGEST_REFERENCE} characters "
+                    f"to compare with, it has {len(reference)}: leave the row out"
+                )
             items.append(
                 Item(
                     id=_numbered(row.id, number, len(turns)),
@@ -82,7 +117,7 @@ def items_of(rows: Dataset) -> list[Item]:
                     prompt=prompt,
                     row=index,
                     images=range(shown),
-                    reference=text_of_message(row.messages[turn]),
+                    reference=reference,
                 )
             )
     return items
@@ -137,7 +172,7 @@ def open_item_images(rows: Dataset, item: Item) -> list[Image.Image]:
 def training_rows(run: RunLayout | None) -> Dataset | None:
     """The rows that a run was trained on; None if they are not known or have changed."""
     if run is not None:
-        known = run.read_record()["data"]["train"]
+        known = data_of_run(run)["train"]
         path = Path(known["path"]).expanduser()
         if path.is_file() and file_sha256(path) == known["sha256"]:
             return load_rows(path, split="train")

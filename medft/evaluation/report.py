@@ -13,16 +13,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medft.data.images import open_image
+from medft.errors import DataError
 from medft.evaluation.chart import chart
 from medft.evaluation.labels import COLORS, interval, label
 from medft.evaluation.seen import overlap_line
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
 from medft.models.saved import RunLayout
-from medft.pages import inline, page, table
+from medft.pages import inline, page, png_of, shortened, table
 
 SHOWN_CASES = 12
 """Number of cases on the page, taken in turn from every source, chosen by hashed ids."""
+
+_SHOWN_CHARACTERS = 4000
+"""Of a text, at most."""
+
+_SHOWN_RECORD = 100_000
+"""Characters of run.json, at most."""
+
+_CURVE_PIXELS = 16_000_000
+"""Of curves.png, at most."""
 
 
 def write_evaluation_report(
@@ -49,7 +60,8 @@ def write_evaluation_report(
         f"{metrics['rows']:,} rows of {metrics['groups']:,} groups, {metrics['data']}. Scores "
         f"compare texts; none of them is medical accuracy. For research use."
     )
-    target.write_text(page(f"Evaluation of {metrics['model']}", note, sections), encoding="utf-8")
+    text = page(f"Evaluation of {metrics['model']}", note, sections)
+    target.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def shown_cases(predictions: Sequence[Prediction]) -> list[str]:
@@ -184,11 +196,12 @@ def _case_of(prediction: Prediction, image: bytes | None) -> str:
 
 
 def _answer_entries(prediction: AnswerPrediction) -> list[tuple[str, str, str]]:
-    reference = prediction.reference
+    reference = shortened(prediction.reference, _SHOWN_CHARACTERS)
     entries = [("reference", html.escape(reference), "")]
-    for name, text in prediction.predictions.items():
+    for name, answer in prediction.predictions.items():
         if name == "shuffled":
             continue
+        text = None if answer is None else shortened(answer, _SHOWN_CHARACTERS)
         if text is not None and words(text) == words(reference):
             entries.append((label(name), html.escape(text), ' class="right"'))
         else:
@@ -198,11 +211,16 @@ def _answer_entries(prediction: AnswerPrediction) -> list[tuple[str, str, str]]:
 
 
 def _retrieved_entries(prediction: RetrievalPrediction) -> list[tuple[str, str, str]]:
-    entries = [("caption", html.escape(prediction.reference), "")]
+    caption = shortened(prediction.reference, _SHOWN_CHARACTERS)
+    entries = [("caption", html.escape(caption), "")]
     for name, best in prediction.retrieved.items():
         rank = prediction.ranks[name]["image_to_text"]
         right = ' class="right"' if best[0].text == prediction.reference else ""
-        texts = "<br>".join(f"{one.similarity:.2f} {html.escape(one.text)}" for one in best)
+        shown = [shortened(one.text, _SHOWN_CHARACTERS) for one in best]
+        texts = "<br>".join(
+            f"{one.similarity:.2f} {html.escape(text)}"
+            for one, text in zip(best, shown, strict=True)
+        )
         entries.append((f"{label(name)}, caption at rank {rank:g}", texts, right))
     return entries
 
@@ -217,7 +235,7 @@ def _case(
     listed = "".join(
         f"<dt>{html.escape(name)}</dt><dd{kind}>{text}</dd>" for name, text, kind in entries
     )
-    origin = html.escape(f"{prediction.source} {prediction.id}")
+    origin = html.escape(shortened(f"{prediction.source} {prediction.id}", 300))
     return (
         f'<div class="case">{shown}<div>{head}<dl>{listed}</dl>'
         f'<p class="note">{origin}</p></div></div>'
@@ -248,28 +266,47 @@ def _marked(text: str, reference: str) -> str:
 
 
 def run_sections(run: RunLayout) -> list[str]:
-    """The curves and the record of a run."""
+    """The curves and the record of a run, as far as its files are those of a run."""
     record = run.read_record()
-    history = json.loads(run.history.read_text(encoding="utf-8"))
-    losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
-    batch = record["batch"]
-    rows = [
-        ["status", record["status"]],
-        ["started, ended", f"{record['started']}, {record.get('ended', 'not yet')}"],
-        ["base", record["base"]["base"]],
-        ["steps", f"{batch['steps']:,} of {batch['effective']} rows"],
-        ["trained parameters", f"{record['trainable_parameters']:,}"],
-        ["of", f"{record['total_parameters']:,}"],
-        *([["first and last loss", f"{losses[0]:.3f}, {losses[-1]:.3f}"]] if losses else []),
-        *([label(name), _shown(value)] for name, value in record.get("metrics", {}).items()),
-    ]
-    curves = inline(run.curves.read_bytes())
-    whole = html.escape(json.dumps(record, indent=2))
+    whole = json.dumps(record, indent=2)
+    cut = " ..." if len(whole) > _SHOWN_RECORD else ""
     return [
-        f'<h2>Training of {html.escape(run.directory.name)}</h2><img class="curves" src="{curves}" '
-        f'alt="loss, learning rate and gradient norm">{table(["", "value"], rows)}'
-        f"<details><summary>run.json</summary><pre>{whole}</pre></details>"
+        f"<h2>Training of {html.escape(run.directory.name)}</h2>{_curves(run)}"
+        f"{_figures_of_run(run, record)}<details><summary>run.json</summary>"
+        f"<pre>{html.escape(whole[:_SHOWN_RECORD])}{cut}</pre></details>"
     ]
+
+
+def _curves(run: RunLayout) -> str:
+    """The curves as an image that was decoded and is encoded anew; what is none is not shown."""
+    try:
+        image = open_image(run.curves, max_pixels=_CURVE_PIXELS)
+    except DataError:
+        return '<p class="note">curves.png is no image.</p>'
+    return (
+        f'<img class="curves" src="{inline(png_of(image))}" '
+        f'alt="loss, learning rate and gradient norm">'
+    )
+
+
+def _figures_of_run(run: RunLayout, record: Mapping[str, Any]) -> str:
+    try:
+        history = json.loads(run.history.read_text(encoding="utf-8"))
+        losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
+        batch = record["batch"]
+        rows = [
+            ["status", record["status"]],
+            ["started, ended", f"{record['started']}, {record.get('ended', 'not yet')}"],
+            ["base", record["base"]["base"]],
+            ["steps", f"{batch['steps']:,} of {batch['effective']} rows"],
+            ["trained parameters", f"{record['trainable_parameters']:,}"],
+            ["of", f"{record['total_parameters']:,}"],
+            *([["first and last loss", f"{losses[0]:.3f}, {losses[-1]:.3f}"]] if losses else []),
+            *([label(name), _shown(value)] for name, value in record.get("metrics", {}).items()),
+        ]
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
+        return '<p class="note">run.json and log_history.json are not those of a run.</p>'
+    return table(["", "value"], rows)
 
 
 def _shown(value: float) -> str:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from PIL import Image
 from medft.data.images import open_image
 from medft.data.rows import Row, load_rows
 from medft.errors import RunError
+from medft.evaluation.items import data_of_run
 from medft.files import file_sha256
 from medft.models.saved import SavedModel
 from medft.siglip.embedder import Embedder
@@ -52,7 +53,7 @@ class CaseIndex:
         """
         assert saved.run is not None
         run = saved.run
-        data = run.read_record()["data"]["train"]
+        data = data_of_run(run)["train"]
         path = Path(data["path"]).expanduser()
         if not path.is_file() or file_sha256(path) != data["sha256"]:
             raise RunError(
@@ -60,7 +61,8 @@ class CaseIndex:
                 f"its nearest cases: restore it, or predict without --siglip"
             )
         key = f"{data['sha256']} {saved.weights}"
-        stored = _stored_index(run.index, key)
+        width = embedder.embed_texts([""]).shape[1]
+        stored = _stored_index(run.index, key, width)
         if stored is None:
             logger.info("embedding the training images of %s", run.directory)
             stored = _embedded(path, embedder)
@@ -91,12 +93,36 @@ class CaseIndex:
         return list(cases.values())
 
 
-def _stored_index(path: Path, key: str) -> dict[str, np.ndarray] | None:
+def _stored_index(path: Path, key: str, width: int) -> dict[str, np.ndarray] | None:
+    """The arrays of index.npz; None if it is damaged, of another key, or anything but an index.
+
+    Objects are never unpickled, and nothing is inflated: `_embedded` writes plain arrays.
+    """
     try:
-        with np.load(path) as stored:
-            return dict(stored) if str(stored["key"]) == key else None
-    except (OSError, ValueError, KeyError, BadZipFile):
+        if not path.is_file():
+            return None
+        with ZipFile(path) as archive:
+            if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
+                return None
+        with np.load(path, allow_pickle=False) as arrays:
+            stored = {name: arrays[name] for name in ("key", "ids", "texts", "embeddings")}
+        is_index = str(stored["key"]) == key and _fits(stored, width)
+        return stored if is_index else None
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, RecursionError, BadZipFile):
         return None
+
+
+def _fits(stored: dict[str, np.ndarray], width: int) -> bool:
+    embeddings = stored["embeddings"]
+    lists = [json.loads(stored[name].tobytes()) for name in ("ids", "texts")]
+    return (
+        embeddings.ndim == 2
+        and embeddings.shape[1] == width
+        and embeddings.dtype == np.float32
+        and bool(np.isfinite(embeddings).all())
+        and all(isinstance(texts, list) and len(texts) == len(embeddings) for texts in lists)
+        and all(isinstance(text, str) for texts in lists for text in texts)
+    )
 
 
 def _embedded(path: Path, embedder: Embedder) -> dict[str, np.ndarray]:

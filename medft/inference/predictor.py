@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medft.data.dicom_files import is_dicom
 from medft.data.dicom_image import dicom_images
 from medft.data.images import MAX_PIXELS, open_image
 from medft.data.tables import Rejected
@@ -142,11 +143,11 @@ def open_image_file(path: Path) -> Image.Image:
     Raises:
         DataError: it cannot be read.
     """
-    if path.suffix.lower() != ".dcm":
-        return open_image(path)
     try:
+        if not is_dicom(path):
+            return open_image(path)
         return next(dicom_images(path, max_pixels=MAX_PIXELS)).convert("RGB")
     except Rejected as verdict:
         raise DataError(
-            f"expected a DICOM file with an image, {verdict.detail}: leave it out"
+            f"expected an image or a DICOM file with one at {path}, {verdict.detail}: leave it out"
         ) from verdict

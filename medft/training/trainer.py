@@ -1,13 +1,27 @@
-"""A Trainer that tracks the row ids of each step, its throughput and its wait for data."""
+"""A Trainer that tracks the row ids of each step, its throughput and its wait for data.
+
+Where a row cannot be read, it saves a checkpoint first and says how to go on.
+"""
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from medft.compat import HookedTrainer
+from medft.errors import DataError
 from medft.provenance import peak_memory
+from medft.training.broken_data import (
+    BrokenBatchError,
+    EpochStartCallback,
+    WatchedLoader,
+    fetch_together,
+)
+from medft.training.checkpoints import what_is_missing
 
 ROW_IDS = "row_ids"
 """Batch key of the row ids, which are never passed to the model."""
@@ -20,6 +34,8 @@ class RowTrackingTrainer(HookedTrainer):
         super().__init__(*args, **kwargs)
         self.row_ids: list[str] = []
         self._since: float | None = None  # training has not begun
+        self._epoch_start = EpochStartCallback()
+        self.add_callback(self._epoch_start)
         self._restart_measuring()
 
     def _restart_measuring(self) -> None:
@@ -29,10 +45,16 @@ class RowTrackingTrainer(HookedTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
-        """The micro-batches of a step; their row ids are stored in `row_ids`."""
+        """The micro-batches of a step; their row ids are stored in `row_ids`.
+
+        Raises:
+            DataError: a row cannot be read, on any process; a checkpoint was saved.
+        """
         started = time.perf_counter()
         self._since = self._since or started
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self._saving_what_is_done():
+            fetched = fetch_together(epoch_iterator, num_batches, device)
+        batches, items = super().get_batch_samples(iter(fetched), num_batches, device)
         self._seconds_waited += time.perf_counter() - started
         self.row_ids = [name for batch in batches for name in batch.pop(ROW_IDS)]
         self._rows_taken += len(self.row_ids)
@@ -40,13 +62,50 @@ class RowTrackingTrainer(HookedTrainer):
         return batches, items
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The metrics of an evaluation, whose time is not counted as training time."""
+        """The metrics of an evaluation, whose time is not counted as training time.
+
+        Raises:
+            DataError: a row cannot be read, on any process; a checkpoint was saved.
+        """
         started = time.perf_counter()
         try:
-            return super().evaluate(*args, **kwargs)
+            with self._saving_what_is_done(left_out="without its evaluation "):
+                return super().evaluate(*args, **kwargs)
         finally:
             if self._since is not None:
                 self._since += time.perf_counter() - started
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, whose batches every process can read or none goes on."""
+        watched: Any = WatchedLoader(dataloader, self.args.device)
+        return super().evaluation_loop(watched, *args, **kwargs)
+
+    @contextmanager
+    def _saving_what_is_done(self, *, left_out: str = "") -> Iterator[None]:
+        """Save a checkpoint if a row in the block cannot be read; its error says how to go on."""
+        try:
+            yield
+        except BrokenBatchError as error:
+            if not self.is_in_train:
+                raise
+            advice = self._save_what_is_done(left_out)
+            raise DataError(*(f"{problem}; {advice}" for problem in error.problems)) from error
+
+    def _save_what_is_done(self, left_out: str) -> str:
+        step = self.state.global_step
+        if step == 0:
+            return "no step was done yet, start again"
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if what_is_missing(folder) is not None:
+            self._epoch_start.put_back(step)
+            try:
+                self.save_checkpoint()
+            except OSError as error:
+                return f"step {step} could not be saved ({error}), resume from an earlier one"
+        return (
+            f"{folder.name} is saved {left_out}and the run goes on from it with "
+            f"train.resume_from_checkpoint=true"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this process's rows and supervised tokens per second, data wait and peak memory."""

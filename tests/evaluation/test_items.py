@@ -25,6 +25,18 @@ def test_every_assistant_turn_is_an_item_with_the_turns_before_it(tmp_path):
     assert (second.group_id, second.source) == ("g", "s")
 
 
+def test_an_answer_that_is_longer_than_any_report_is_refused(tmp_path):
+    for length, is_refused in ((2**15, False), (2**15 + 1, True)):
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a" * length}]
+        (tmp_path / "a.jsonl").write_text(json.dumps({"id": "r", "messages": turns}) + "\n")
+        rows = load_rows(tmp_path / "a.jsonl", split="test")
+        if is_refused:
+            with pytest.raises(DataError, match="row r: expected an answer of at most 32768 char"):
+                items_of(rows)
+        else:
+            assert len(items_of(rows)) == 1
+
+
 def test_validation_rows_that_changed_since_the_run_are_refused(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "decoder", run)

@@ -1,6 +1,7 @@
 """Training cases near an image."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -41,6 +42,54 @@ def test_the_index_is_kept_and_made_anew_for_other_weights(embedder, runs, tmp_p
     weights.write_bytes(weights.read_bytes() + b" ")
     CaseIndex.of_run(find_saved_model(run), embedder)
     assert (run / "index.npz").read_bytes() != first
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index | {"ids": np.array([Bomb()], dtype=object)},
+        lambda index: index | {"embeddings": index["embeddings"][:, :7]},
+        lambda index: index | {"embeddings": index["embeddings"] * np.nan},
+        lambda index: index | {"embeddings": np.float32(1)},
+        lambda index: index | {"ids": np.frombuffer(b'["a"]', np.uint8)},
+        lambda index: index | {"texts": np.frombuffer(b"[" * 100_000, np.uint8)},
+        lambda index: {"key": index["key"]},
+    ],
+)
+def test_an_index_of_somebody_else_is_made_anew_and_never_unpickled(
+    embedder, runs, tmp_path, monkeypatch, change
+):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "siglip"
+    shutil.copytree(runs / "siglip", run)
+    CaseIndex.of_run(find_saved_model(run), embedder)
+    first = (run / "index.npz").read_bytes()
+    with np.load(run / "index.npz") as index:
+        changed = change(dict(index))
+    for write in (np.savez, np.savez_compressed):
+        write(run / "index.npz", **changed)
+        CaseIndex.of_run(find_saved_model(run), embedder)
+        assert (run / "index.npz").read_bytes() == first
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize(
+    "known", [None, [], {}, {"train": "x"}, {"train": {"path": 1, "sha256": "x"}}]
+)
+def test_a_record_without_its_rows_is_one_sentence(embedder, runs, tmp_path, known):
+    run = tmp_path / "siglip"
+    shutil.copytree(runs / "siglip", run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"data": known}))
+    with pytest.raises(RunError, match="expected path and sha256 of the training rows"):
+        CaseIndex.of_run(find_saved_model(run), embedder)
 
 
 def test_changed_training_data_is_an_error(embedder, runs, tmp_path):

@@ -7,7 +7,9 @@ import shutil
 import pytest
 
 from medft.errors import DataError, RunError
-from medft.inference.files import CSV_COLUMNS, entries_of, predict_files
+from medft.inference.files import predict_files
+from medft.inference.inputs import entries_of
+from medft.inference.records import CSV_COLUMNS
 
 
 @pytest.fixture(scope="module")

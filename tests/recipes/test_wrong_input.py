@@ -210,3 +210,37 @@ def test_long_prompts_are_an_error_or_dropped_and_counted(
     assert "row long: expected a prompt below data.max_length (96)" in capfd.readouterr().err
     assert start("check", "decoder", [*words, "data.too_long=drop"]) == 0
     assert "train: rows 2; rows kept 1; rows dropped 1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+def test_check_decodes_every_image_where_it_is_asked_to(
+    start, sections, write_recipe, data, tmp_path, capfd, kind
+):
+    recipe = sections(kind)
+    rows = [json.loads(x) for x in (data / "chat" / "train.jsonl").read_text().splitlines()[:6]]
+    for number, row in enumerate(rows[:3]):
+        content = (data / "chat" / row["images"][0]).read_bytes()
+        row["images"] = [str(tmp_path / f"{number}.png")]
+        (tmp_path / f"{number}.png").write_bytes(content)
+    rows[1]["images"] = rows[0]["images"]
+    for row in rows[3:]:
+        row["images"] = [str(data / "chat" / row["images"][0])]
+    recipe["data"]["train"] = lines(tmp_path / "x.jsonl", *rows)
+    file = write_recipe(recipe)
+    held_out = len((data / "chat" / "validation.jsonl").read_text().splitlines())
+    assert start("check", kind, [str(file)]) == 0
+    assert "decoded" not in capfd.readouterr().out
+    assert start("check", kind, [str(file), "--images"]) == 0
+    assert f"\nimages: {5 + held_out} decoded\n" in capfd.readouterr().out
+    for number in (0, 2):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:200])  # its header is there
+    assert start("check", kind, [str(file)]) == 0
+    capfd.readouterr()
+    assert start("check", kind, [str(file), "--images"]) == 2
+    captured = capfd.readouterr()
+    sentences = [x for x in captured.err.splitlines() if x.startswith("medft: error: ")]
+    named = [x.removeprefix("medft: error: row ").partition(":")[0] for x in sentences]
+    assert sorted(named) == sorted(row["id"] for row in rows[:3])
+    assert all("expected a complete image" in sentence for sentence in sentences)
+    assert "images:" not in captured.out.splitlines()[-1]

@@ -1,0 +1,97 @@
+"""What becomes of a run whose data breaks meanwhile: all processes stop together, at one batch.
+
+A process that stopped alone would leave the others waiting for it, and no checkpoint could be
+saved, which takes all of them.
+"""
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from medft.errors import DataError
+
+
+class BrokenBatchError(DataError):
+    """A batch could not be read, on this process or on another."""
+
+
+def fetch_together(batches: Iterator[Any], count: int, device: torch.device) -> list[Any]:
+    """The next batches; every process calls this, and takes part in one reduction of a number.
+
+    Args:
+        batches: of this process.
+        count: how many; fewer come out where they end.
+        device: of this process.
+
+    Raises:
+        BrokenBatchError: on every process, with the sentences of those that could not read.
+    """
+    found: list[Any] = []
+    problems: list[str] = []
+    try:
+        found.extend(islice(batches, count))
+    except DataError as error:
+        problems = error.problems
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        is_broken = torch.tensor(len(problems), device=device)
+        distributed.all_reduce(is_broken)
+        problems = gather_object(problems) if is_broken else []
+    if problems:
+        raise BrokenBatchError(*dict.fromkeys(problems))
+    return found
+
+
+class WatchedLoader:
+    """A dataloader whose batches are fetched by `fetch_together`."""
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self._loader = loader
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        while found := fetch_together(batches, 1, self._device):
+            yield from found
+
+
+class EpochStartCallback(TrainerCallback):
+    """Keeps the random numbers from before an epoch's dataloader drew its own.
+
+    A checkpoint of the last step before an epoch is saved before that; where it is saved later,
+    they are put back, so that a resumed run draws the same ones.
+    """
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._states: tuple[Any, ...] = ()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep them."""
+        self._step = state.global_step
+        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+
+    def put_back(self, step: int) -> None:
+        """Put them back if no step of the epoch was done at `step`."""
+        if step == self._step:
+            of_python, of_numpy, of_torch, on_gpu = self._states
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+            torch.set_rng_state(of_torch)
+            if on_gpu:
+                torch.cuda.set_rng_state_all(on_gpu)
