@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from medft.masking import masked_text
+
 EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 143
 EXIT_KEYBOARD_INTERRUPT = 130
@@ -87,10 +89,16 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if debug:
             raise
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.writelines(f"medft: error: {problem}\n" for problem in error.problems)
+            sys.stderr.writelines(f"medft: error: {_shown(text)}\n" for text in error.problems)
         return EXIT_BAD_INPUT
     except Terminated:
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         return EXIT_KEYBOARD_INTERRUPT
     return 0
+
+
+def _shown(text: str) -> str:
+    """A sentence as one line: secrets masked, and what a terminal would obey escaped."""
+    line = (sign if sign.isprintable() else ascii(sign)[1:-1] for sign in masked_text(text))
+    return "".join(line)

@@ -1,0 +1,145 @@
+"""Files and data that somebody else may have made, read within bounds of size, depth and time."""
+
+import json
+import math
+import os
+import signal
+import stat
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+MAX_JSON_BYTES = 2**26
+"""Bytes of a JSON file at most; a log history of a million steps has as many."""
+
+MAX_JSON_DEPTH = 64
+"""Lists and objects in each other at most."""
+
+MAX_PATH_BYTES = 4095
+"""Bytes of a path at most, as on Linux."""
+
+MAX_NAME_BYTES = 255
+"""Bytes of a file name at most, as on Linux."""
+
+
+class UnusableFileError(OSError):
+    """A file that is not read: no_regular_file or too_large."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(None, detail)
+        self.kind = kind
+        self.detail = detail
+
+
+def open_regular(path: Path, *, max_bytes: int) -> BinaryIO:
+    """A regular file, opened to read its bytes.
+
+    It is opened without waiting, so that a pipe cannot stop the command, and looked at once it is
+    open, so that nothing can take its place in between.
+
+    Args:
+        path: of the file.
+        max_bytes: its size at most.
+
+    Raises:
+        UnusableFileError: it is a folder, a pipe or a device, or too large.
+        OSError: it is missing, or may not be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    state = os.fstat(descriptor)
+    problem = None
+    if not stat.S_ISREG(state.st_mode):
+        detail = f"{path.name} is a folder, a pipe or a device"
+        problem = UnusableFileError("no_regular_file", detail)
+    elif state.st_size > max_bytes:
+        detail = f"{path.name} has {state.st_size} bytes, at most {max_bytes} are read"
+        problem = UnusableFileError("too_large", detail)
+    if problem:
+        os.close(descriptor)
+        raise problem
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8; NaN and infinities are refused.
+
+    Raises:
+        OSError: it is missing, may not be read, is not regular, or too large.
+        ValueError: it is not JSON, a key stands twice in an object, or it is nested too deeply.
+    """
+    with open_regular(path, max_bytes=MAX_JSON_BYTES) as file:
+        text = file.read().decode("utf-8")
+    try:
+        content = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    _check_depth(content)
+    return content
+
+
+_TOO_DEEP = f"it is nested more than {MAX_JSON_DEPTH} deep"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:100]!r} stands twice")
+    return found
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        values = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for inner in values for v in inner if isinstance(v, dict | list)]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def path_problem(text: str) -> str | None:
+    """Why a text cannot be a path; None if it can."""
+    if "\0" in text:
+        return "a path without NUL characters"
+    names = [os.fsencode(name) for name in text.split("/")]
+    if sum(map(len, names)) + len(names) > MAX_PATH_BYTES or max(map(len, names)) > MAX_NAME_BYTES:
+        return f"a path of at most {MAX_PATH_BYTES} bytes, with names of at most {MAX_NAME_BYTES}"
+    return None
+
+
+@contextmanager
+def bounded_time(seconds: float) -> Iterator[None]:
+    """A block that raises once it has run for too long.
+
+    It interrupts Python code and the module `re`; a library's compiled code ends first. Threads
+    other than the main one have no limit, since they get no signals.
+
+    Args:
+        seconds: at most.
+
+    Raises:
+        TimeoutError: the block took longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {math.ceil(seconds)} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
