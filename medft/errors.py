@@ -14,6 +14,12 @@ EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 143
 EXIT_KEYBOARD_INTERRUPT = 130
 
+_PANIC = (
+    "expected files of a model that its libraries can read, one of them gave up ({}): take the "
+    "files of the model's author, tokenizer.json above all"
+)
+"""Of the tokenizer's library: it is written in Rust, and its panics are no Exception."""
+
 
 class MedftError(Exception):
     """User input cannot be used: one sentence for each problem."""
@@ -70,17 +76,18 @@ class ErrorCollector:
         """Raise the collected errors, if there are any.
 
         Raises:
-            MedftError: with every sentence.
+            MedftError: with every sentence, once.
         """
         if self.problems:
-            raise MedftError(*self.problems)
+            raise MedftError(*dict.fromkeys(self.problems))
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """The exit code: 0 done, 2 bad input, 130 interrupted, 143 stopped by SIGTERM after saving.
 
     A MedftError is shown as its sentences, once, by rank 0; with `--debug` in argv it
-    is raised with its traceback instead. Any other exception is a bug of ours and is raised.
+    is raised with its traceback instead. Any other exception is a bug of ours and is raised, but
+    for a panic of the tokenizer's library, which only its files can cause.
     """
     debug = "--debug" in argv
     try:
@@ -89,16 +96,22 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if debug:
             raise
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.writelines(f"medft: error: {_shown(text)}\n" for text in error.problems)
+            for problem in error.problems:
+                _show(problem)
         return EXIT_BAD_INPUT
     except Terminated:
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         return EXIT_KEYBOARD_INTERRUPT
+    except BaseException as error:
+        if debug or type(error).__name__ != "PanicException":
+            raise
+        _show(_PANIC.format(str(error)))
+        return EXIT_BAD_INPUT
     return 0
 
 
-def _shown(text: str) -> str:
-    """A sentence as one line: secrets masked, and what a terminal would obey escaped."""
-    line = (sign if sign.isprintable() else ascii(sign)[1:-1] for sign in masked_text(text))
-    return "".join(line)
+def _show(problem: str) -> None:
+    """Write a sentence as one line: secrets masked, and what a terminal would obey escaped."""
+    line = (sign if sign.isprintable() else ascii(sign)[1:-1] for sign in masked_text(problem))
+    sys.stderr.write(f"medft: error: {''.join(line)}\n")

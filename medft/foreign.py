@@ -1,8 +1,9 @@
-"""Files and data that somebody else may have made, read within bounds of size, depth and time."""
+"""What somebody else may have made, read within bounds of size, depth, time and memory."""
 
 import json
 import math
 import os
+import resource
 import signal
 import stat
 import threading
@@ -64,17 +65,21 @@ def open_regular(path: Path, *, max_bytes: int) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8; NaN and infinities are refused.
+def read_json(path: Path, *, strict: bool = True) -> Any:
+    """The content of a JSON file in UTF-8.
+
+    Args:
+        path: of the file.
+        strict: whether NaN, infinities and a key that stands twice in an object are refused.
 
     Raises:
         OSError: it is missing, may not be read, is not regular, or too large.
-        ValueError: it is not JSON, a key stands twice in an object, or it is nested too deeply.
+        ValueError: it is not JSON, or nested too deeply.
     """
     with open_regular(path, max_bytes=MAX_JSON_BYTES) as file:
         text = file.read().decode("utf-8")
     try:
-        content = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        content = json.loads(text, **(_STRICT if strict else {}))
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
     _check_depth(content)
@@ -96,13 +101,17 @@ def _constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
+_STRICT: dict[str, Any] = {"object_pairs_hook": _object, "parse_constant": _constant}
+
+
 def _check_depth(content: Any) -> None:
     level = [content]
     for _ in range(MAX_JSON_DEPTH + 1):
-        values = [v.values() if isinstance(v, dict) else v for v in level]
-        level = [v for inner in values for v in inner if isinstance(v, dict | list)]
+        level = [value for value in level if isinstance(value, dict | list)]
         if not level:
             return
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [value for values in inner for value in values]
     raise ValueError(_TOO_DEEP)
 
 
@@ -110,10 +119,20 @@ def path_problem(text: str) -> str | None:
     """Why a text cannot be a path; None if it can."""
     if "\0" in text:
         return "a path without NUL characters"
+    if not _is_unicode(text):
+        return "a path whose bytes are UTF-8"
     names = [os.fsencode(name) for name in text.split("/")]
     if sum(map(len, names)) + len(names) > MAX_PATH_BYTES or max(map(len, names)) > MAX_NAME_BYTES:
         return f"a path of at most {MAX_PATH_BYTES} bytes, with names of at most {MAX_NAME_BYTES}"
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -143,3 +162,27 @@ def bounded_time(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@contextmanager
+def bounded_memory(max_bytes: int) -> Iterator[None]:
+    """A block in which the process may map so much more memory; on Linux alone.
+
+    Args:
+        max_bytes: at most.
+
+    Raises:
+        MemoryError: the block, or another thread meanwhile, asked for more.
+    """
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bound = int(statm.read_text().split()[0]) * resource.getpagesize() + max_bytes
+    others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([bound, *others]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

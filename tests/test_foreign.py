@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from medft.foreign import MAX_JSON_DEPTH, bounded_time, path_problem, read_json
+from medft.foreign import MAX_JSON_DEPTH, bounded_memory, bounded_time, path_problem, read_json
 
 BROKEN = {
     "nothing": b"",
@@ -27,6 +27,12 @@ def test_what_is_not_plain_json_is_a_value_error(tmp_path, name):
     (tmp_path / "x.json").write_bytes(BROKEN[name])
     with pytest.raises(ValueError, match=r"."):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", ["5", "null", '"a"', "[]", "{}", '{"a": [1, {"b": 2.5}]}'])
+def test_any_value_is_json(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    assert read_json(tmp_path / "x.json") == json.loads(text)
 
 
 def test_plain_json_is_read_up_to_its_depth(tmp_path):
@@ -52,6 +58,7 @@ def test_pipes_and_files_of_any_size_are_refused_at_once(tmp_path):
         ("a/b c/\U0001f600.png", None),
         ("a" * 255 + "/" + "b" * 255, None),
         ("a\0b", "NUL"),
+        ("a\udcff", "UTF-8"),
         ("a" * 256, "at most 255"),
         ("a/" * 2048, "at most 4095"),
     ],
@@ -88,3 +95,11 @@ def test_a_block_in_time_is_not_interrupted_and_a_thread_has_no_limit():
     thread.start()
     thread.join()
     assert ended
+
+
+def test_a_block_that_asks_for_more_memory_is_stopped_and_the_limit_is_lifted():
+    with bounded_memory(2**26):
+        assert len(b"x" * 2**20) == 2**20
+    with pytest.raises(MemoryError), bounded_memory(2**26):
+        bytearray(2**28)
+    assert len(bytearray(2**28)) == 2**28
