@@ -7,6 +7,7 @@ from pathlib import Path
 
 import medft
 from medft.errors import run_command
+from medft.masking import log_handler
 
 
 def main() -> int:
@@ -159,7 +160,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from medft.data.prepare import prepare
     from medft.data.sentences import all_lines
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, handlers=[log_handler()])
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)
     for name, counts in summary["sources"].items():
         reasons = "".join(f", {reason} {count}" for reason, count in counts["reasons"].items())

@@ -81,8 +81,6 @@ class HookedTrainer(Trainer):
     def write_model(self, folder: Path) -> None:
         """Write weights and processor to a folder; called on every process."""
         self.save_model(str(folder), _internal_call=True)
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _restoring(checkpoint):
@@ -109,7 +107,9 @@ class HookedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.saved(Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            self.saved(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

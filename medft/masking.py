@@ -1,6 +1,8 @@
 """Secrets in texts that medft writes or shows, recognized by how they look."""
 
+import logging
 import re
+import sys
 
 MASK = "***"
 
@@ -22,3 +24,15 @@ _LOGIN = re.compile(r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)")
 def masked_text(text: str) -> str:
     """The text with tokens of known services, and logins in URLs, replaced by `***`."""
     return _LOGIN.sub(MASK, _TOKENS.sub(MASK, text))
+
+
+def log_handler() -> logging.Handler:
+    """Writes log lines to standard error, secrets masked."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_MaskingFormatter("%(message)s"))
+    return handler
+
+
+class _MaskingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return masked_text(super().format(record))

@@ -1,12 +1,12 @@
 """What looks like a secret is masked wherever it stands, and nothing else is."""
 
 import json
-import sys
+import logging
 
 import pytest
 
 from medft.errors import DataError, run_command
-from medft.masking import masked_text
+from medft.masking import log_handler, masked_text
 from medft.provenance import masked, masked_words
 
 HUB = "hf_" + "aB3" * 12
@@ -77,4 +77,35 @@ def test_an_error_shows_no_secret_and_no_control_sign(capsys):
     assert (
         shown == "medft: error: expected access, got 401 for *** in a\\nb\\x1b[2J \U0001f600: ask\n"
     )
-    assert sys.stderr.isatty() is False
+
+
+def test_a_log_line_shows_no_secret(capsys):
+    line = logging.LogRecord(
+        "medft", logging.INFO, "x.py", 1, "read %s of %s", (HUB, "films"), None
+    )
+    log_handler().handle(line)
+    assert capsys.readouterr().err == "read *** of films\n"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_file_of_a_run_holds_a_secret(sections, write_recipe, run_script, monkeypatch, fails):
+    recipe = sections("siglip")
+    recipe["train"] |= {"max_steps": 2, "save_steps": 1, "run_name": f"for {HUB}"}
+    file = write_recipe(recipe)
+    run = file.with_suffix("")
+    if fails:
+
+        def refuse(*words, **options):
+            raise RuntimeError(f"401 for {HUB}")
+
+        monkeypatch.setattr("medft.siglip.model.load_weights", refuse)
+        with pytest.raises(RuntimeError, match="401"):
+            run_script("siglip", file, f"train.run_name=for {HUB}")
+        assert json.loads((run / "run.json").read_text())["error"] == "RuntimeError: 401 for ***"
+    else:
+        run_script("siglip", file, f"train.run_name=for {HUB}")
+        assert (run / "checkpoint-2" / "trainer_state.json").is_file()
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 1
+    assert not [path.name for path in files if HUB.encode() in path.read_bytes()]
+    assert "run_name: for ***" in (run / "recipe.yaml").read_text()

@@ -24,7 +24,7 @@ from medft.models.run_record import reason_of
 MANIFEST = "manifest.json"
 
 _NEVER_LOADED = "training_args.bin"
-"""A pickle that Trainer writes and does not read."""
+"""A pickle that Trainer writes and does not read; older checkpoints of medft hold it."""
 
 logger = logging.getLogger(__name__)
 
