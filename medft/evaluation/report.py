@@ -18,6 +18,7 @@ from medft.evaluation.labels import COLORS, interval, label
 from medft.evaluation.seen import overlap_line
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
+from medft.models.run_record import read_log_history
 from medft.models.saved import RunLayout
 from medft.pages import inline, page, table
 
@@ -250,7 +251,7 @@ def _marked(text: str, reference: str) -> str:
 def run_sections(run: RunLayout) -> list[str]:
     """The curves and the record of a run."""
     record = run.read_record()
-    history = json.loads(run.history.read_text(encoding="utf-8"))
+    history = read_log_history(run.history)
     losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
     batch = record["batch"]
     rows = [

@@ -1,10 +1,13 @@
-"""run.json as medft reads it: the parts that it uses have their types, whoever wrote the file."""
+"""run.json and log_history.json: what medft reads of them has its types, whoever wrote them."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from medft.config.strict_yaml import PathText
+from medft.errors import RunError
+from medft.foreign import read_json
 
 
 def reason_of(error: Exception) -> str:
@@ -50,7 +53,28 @@ class RunRecord(_Recorded):
     data: _RecordedData
     batch: _RecordedBatch
     started: str
-    steps_done: int | None = None
+    steps_done: int = 0
+    resumed: list[str] = []
     trainable_parameters: int = 0
     total_parameters: int = 0
     metrics: dict[str, int | float] = {}
+
+
+_HISTORY: TypeAdapter[list[dict[str, int | float | None]]] = TypeAdapter(
+    list[dict[str, int | float | None]]
+)
+
+
+def read_log_history(path: Path) -> list[dict[str, int | float | None]]:
+    """The content of log_history.json.
+
+    Raises:
+        RunError: it is missing or cannot be read.
+    """
+    try:
+        return _HISTORY.validate_python(read_json(path), strict=True)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"expected the log of a run at {path}, could not read it ({reason_of(error)}): restore "
+            f"or remove it"
+        ) from error

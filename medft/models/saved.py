@@ -93,7 +93,7 @@ class RunLayout:
                 f"expected the record of a run at {self.record}, could not read it "
                 f"({reason_of(error)}): give the output_dir of a run of medft"
             ) from error
-        return content
+        return {"trainable_parameters": 0, "total_parameters": 0} | content
 
 
 class SavedRecord(Section):

@@ -249,6 +249,18 @@ def break_file(file, damage):
         file.write_bytes(DAMAGE[damage])
 
 
+@pytest.mark.parametrize("damage", [*DAMAGE, "pipe", "sparse", "folder", "words"])
+def test_a_damaged_log_history_is_found_before_the_model_is_loaded(given, uses, refused, damage):
+    run = given("siglip")
+    if damage == "words":
+        (run / "log_history.json").write_text('[{"loss": "low"}]')
+    elif damage == "a list":
+        (run / "log_history.json").write_text("[5]")
+    else:
+        break_file(run / "log_history.json", damage)
+    assert "expected the log of a run at" in refused(uses(run, "siglip")["evaluate"])
+
+
 RUN_JSON = [
     {"data": {"train": {"path": 5, "sha256": "x"}}},
     {"data": {"train": {"path": "a\0b", "sha256": "x"}}},
@@ -260,6 +272,8 @@ RUN_JSON = [
     {"batch": {"steps": "1", "effective": 2}},
     {"metrics": {"eval_loss": "low"}},
     {"recipe": 3},
+    {"steps_done": None},
+    {"resumed": "often"},
 ]
 
 
