@@ -14,11 +14,14 @@ from medft.data.images import open_image
 from medft.data.rows import Row, load_rows
 from medft.errors import RunError
 from medft.files import file_sha256
+from medft.foreign import open_regular
 from medft.models.saved import SavedModel
 from medft.siglip.embedder import Embedder
 
 NEAREST = 5
 """Maximum number of training cases per image."""
+
+_MAX_INDEX_BYTES = 2**34
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class CaseIndex:
             logger.info("embedding the training images of %s", run.directory)
             stored = _embedded(path, embedder)
             draft = run.index.with_name(f".{run.index.name}")
+            draft.unlink(missing_ok=True)  # it may be a link to elsewhere
             with draft.open("wb") as file:
                 np.savez(file, allow_pickle=False, key=np.array(key), **stored)
             draft.replace(run.index)
@@ -92,10 +96,14 @@ class CaseIndex:
 
 
 def _stored_index(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays of an index that was written with this key, and fits together; else None."""
     try:
-        with np.load(path) as stored:
-            return dict(stored) if str(stored["key"]) == key else None
-    except (OSError, ValueError, KeyError, BadZipFile):
+        with open_regular(path, max_bytes=_MAX_INDEX_BYTES) as file, np.load(file) as stored:
+            arrays = dict(stored)
+        counts = {len(json.loads(arrays[name].tobytes())) for name in ("ids", "texts")}
+        fits = counts == {len(arrays["embeddings"])} and arrays["embeddings"].ndim == 2
+        return arrays if fits and str(arrays["key"]) == key else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, BadZipFile):
         return None
 
 

@@ -24,9 +24,13 @@ from transformers import (
 
 from medft.compat import resizes_by_pillow, unsharded
 from medft.config.recipe import ModelSection
+from medft.config.strict_yaml import shortened
 from medft.errors import BaseModelError
 from medft.models.model_folder import check_model_folder
 from medft.provenance import folder_sha256, remembered_sha256
+
+_MAX_SIDE = 2**13
+"""Pixels of an input's side at most, as of data.image_size."""
 
 
 @contextmanager
@@ -140,7 +144,8 @@ def load_processor(model: ModelSection) -> ProcessorMixin:
     transformers uses torchvision where it is installed, and the two resize differently.
 
     Raises:
-        BaseModelError: it cannot be read, or transformers chose another backend.
+        BaseModelError: it cannot be read, makes images without bound, or transformers chose another
+            backend.
     """
     check_model_folder(_folder_of(model))
     with readable_base(model):
@@ -151,6 +156,13 @@ def load_processor(model: ModelSection) -> ProcessorMixin:
         raise BaseModelError(
             f"expected a Pillow image processor for model.base {model.base}, transformers gives "
             f"{type(processor.image_processor).__name__}: upgrade transformers"
+        )
+    size = processor.image_processor.size
+    sides = [size[side] for side in ("height", "width") if side in size and size[side] is not None]
+    if any(not isinstance(side, int) or not 1 <= side <= _MAX_SIDE for side in sides):
+        raise BaseModelError(
+            f"expected images of 1 to {_MAX_SIDE} pixels a side in the processor of {model.base}, "
+            f"got {shortened(sides)}: restore its preprocessor_config.json"
         )
     return processor
 

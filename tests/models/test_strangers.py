@@ -374,6 +374,19 @@ def test_a_pipe_in_a_model_folder_hangs_nothing(given, uses, refused, name, use)
     assert "is a pipe, a device or a link to nothing" in refused(uses(run, "siglip")[use])
 
 
+@pytest.mark.parametrize("side", [10**6, 0, -5, 1.5, "wide"])
+@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+def test_a_processor_that_makes_images_without_bound_is_one_sentence(
+    bases, sections, write_recipe, refused, tmp_path, kind, side
+):
+    base = shutil.copytree(bases / kind, tmp_path / "base")
+    for file in base.glob("*processor_config.json"):
+        content = json.loads(file.read_text())
+        content.get("image_processor", content)["size"] = {"height": side, "width": 56}
+        file.write_text(json.dumps(content))
+    refused(["check", write_recipe(sections(kind)), f"model.base={base}"])
+
+
 def endless(body):
     return (
         "{% for i in range(10**5) %}{% for j in range(10**5) %}" + body + "{% endfor %}{% endfor %}"
