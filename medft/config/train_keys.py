@@ -35,7 +35,8 @@ class _NotNull:
 
 
 _Count = Annotated[int, Field(ge=1, le=10**6)]
-_Amount = Annotated[float, Field(ge=0, le=10**9), WrapValidator(_as_written)]
+_Amount = Annotated[float, Field(ge=0, le=1e38), WrapValidator(_as_written)]
+_Steps = Annotated[float, Field(ge=0, le=10**9), WrapValidator(_as_written)]
 _Interval = Annotated[float, Field(gt=0, le=10**9), WrapValidator(_as_written)]
 _Fraction = Annotated[float, Field(ge=0, lt=1), WrapValidator(_as_written)]
 _Workers = Annotated[int, Field(ge=0, le=1024)]
@@ -57,7 +58,7 @@ class TrainSection(Section):
     lr_scheduler_kwargs: dict[str, Any] | None = None
     """Extra arguments of the schedule."""
 
-    warmup_steps: _Amount = 0.1
+    warmup_steps: _Steps = 0.1
     """Optimizer steps of rising learning rate; below 1: a fraction of all steps."""
 
     optim: Annotated[str | None, _NotNull()] = None
@@ -113,7 +114,7 @@ class TrainSection(Section):
     eval_steps: _Interval | None = None
     """Optimizer steps between evaluations; below 1: a fraction of all steps."""
 
-    eval_delay: Annotated[_Amount | None, _NotNull()] = None
+    eval_delay: Annotated[_Steps | None, _NotNull()] = None
     """Optimizer steps or epochs before the first evaluation."""
 
     eval_on_start: Annotated[bool | None, _NotNull()] = None

@@ -103,6 +103,8 @@ BOUNDS = {
     "lora.r": (4096, 1_000_000),
     "lora.alpha": (8192, 10**12),
     "train.num_train_epochs": (1000, 1e308),
+    "train.learning_rate": (1e30, 1e308),
+    "train.warmup_steps": (10**6, 1e30),
     "train.max_steps": (10**6, 10**30),
     "train.per_device_train_batch_size": (4096, 10**9),
     "train.gradient_accumulation_steps": (4096, 10**9),
