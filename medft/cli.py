@@ -7,6 +7,7 @@ from pathlib import Path
 
 import medft
 from medft.errors import EXIT_NO, run_command
+from medft.masking import log_handler
 
 
 def main() -> int:
@@ -162,7 +163,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from medft.data.image_sentences import all_sentences
     from medft.data.prepare import prepare
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, handlers=[log_handler()])
     summary = prepare(arguments.sources, arguments.out, max_rejects=arguments.max_rejects)
     for name, counts in summary["sources"].items():
         reasons = "".join(f", {reason} {count}" for reason, count in counts["reasons"].items())

@@ -8,7 +8,6 @@ What only one architecture needs is imported where it is used, so that a release
 that architecture alone.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -28,7 +27,9 @@ from transformers.integrations import (
     get_available_reporting_integrations,
     unset_hf_deepspeed_config,
 )
+from transformers.trainer_pt_utils import safe_globals
 
+from medft.errors import RunError
 from medft.provenance import package_versions
 
 TESTED = {
@@ -49,14 +50,8 @@ def untested_versions() -> dict[str, str]:
     return {
         name: version
         for name, version in package_versions().items()
-        if name in TESTED and _minor(version) not in TESTED[name]
+        if name in TESTED and ".".join(version.split(".")[:2]) not in TESTED[name]
     }
-
-
-def _minor(version: str) -> str:
-    """The first two numbers of a version."""
-    found = re.match(r"\d+\.\d+", version)
-    return found.group() if found else version
 
 
 class HookedTrainer(Trainer):
@@ -81,8 +76,14 @@ class HookedTrainer(Trainer):
     def write_model(self, folder: Path) -> None:
         """Write weights and processor to a folder; called on every process."""
         self.save_model(str(folder), _internal_call=True)
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _restoring(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _restoring(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last step, as after one; called on every process."""
@@ -106,13 +107,28 @@ class HookedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.saved(Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            self.saved(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with _restoring(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.restored(Path(resume_from_checkpoint), self.model if model is None else model)
+
+
+@contextmanager
+def _restoring(checkpoint: str | None) -> Iterator[None]:
+    """Convert an exception on the content of a checkpoint to a RunError of one sentence."""
+    try:
+        yield
+    except Exception as error:  # foreign files make the libraries raise any exception
+        raise RunError(
+            f"expected a checkpoint of this run in {checkpoint}, it cannot be restored: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}: take another one"
+        ) from error
 
 
 class TokenScores(NamedTuple):
@@ -191,6 +207,28 @@ def unsharded(plugin: DeepSpeedPlugin | None) -> Iterator[None]:
     finally:
         if plugin is not None:
             plugin.set_deepspeed_weakref()
+
+
+_DEEPSPEED_STATES = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+"""Classes in DeepSpeed's checkpoints, which it unpickles without a limit."""
+
+
+def names_in_pickle(path: Path) -> list[str]:
+    """Classes and functions that unpickling a file of torch would import, beyond torch's own.
+
+    The file is disassembled, nothing of it runs.
+
+    Raises:
+        Exception: it is no file of torch.save, or has instructions that torch never writes.
+    """
+    with safe_globals():
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return sorted({*found} - _DEEPSPEED_STATES)
 
 
 def reset_accelerator() -> None:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from medft.masking import masked_text
+
 SHARED = "MEDFT_SHARED"
 """Environment variable; at 1, the umask of the process decides who may read what is written."""
 
@@ -18,6 +20,12 @@ EXIT_NO = 1
 EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 143
 EXIT_KEYBOARD_INTERRUPT = 130
+
+_PANIC = (
+    "expected files of a model that its libraries can read, one of them gave up ({}): take the "
+    "files of the model's author, tokenizer.json above all"
+)
+"""Of the tokenizer's library: it is written in Rust, and its panics are no Exception."""
 
 
 class MedftError(Exception):
@@ -75,17 +83,18 @@ class ErrorCollector:
         """Raise the collected errors, if there are any.
 
         Raises:
-            MedftError: with every sentence.
+            MedftError: with every sentence, once.
         """
         if self.problems:
-            raise MedftError(*self.problems)
+            raise MedftError(*dict.fromkeys(self.problems))
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """The exit code: 0 done, 2 bad input, 130 interrupted, 143 stopped by SIGTERM after saving.
 
     A MedftError is shown as its sentences, once, by rank 0; with `--debug` in argv it
-    is raised with its traceback instead. Any other exception is a bug of ours and is raised.
+    is raised with its traceback instead. Any other exception is a bug of ours and is raised, but
+    for a panic of the tokenizer's library, which only its files can cause.
 
     Folders and files that the command makes, itself or through a library, are its user's alone
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
@@ -98,12 +107,18 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if debug:
             raise
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.writelines(f"medft: error: {one_line(p)}\n" for p in error.problems)
+            for problem in error.problems:
+                _show(problem)
         return EXIT_BAD_INPUT
     except Terminated:
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         return EXIT_KEYBOARD_INTERRUPT
+    except BaseException as error:
+        if debug or type(error).__name__ != "PanicException":
+            raise
+        _show(_PANIC.format(str(error)))
+        return EXIT_BAD_INPUT
     return 0
 
 
@@ -121,6 +136,7 @@ def _private() -> Iterator[None]:
         os.umask(before)
 
 
-def one_line(text: str) -> str:
-    """The text with line ends and other control characters escaped; a name may hold them."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: repr(m.group())[1:-1], text)
+def _show(problem: str) -> None:
+    """Write a sentence as one line: secrets masked, and what a terminal would obey escaped."""
+    line = (sign if sign.isprintable() else ascii(sign)[1:-1] for sign in masked_text(problem))
+    sys.stderr.write(f"medft: error: {''.join(line)}\n")

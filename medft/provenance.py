@@ -23,6 +23,7 @@ import torch
 
 import medft
 from medft.files import cache_folder, file_sha256, write_json
+from medft.masking import MASK, NAMES_SECRET, masked_text
 
 PACKAGES = [
     "torch",
@@ -42,11 +43,11 @@ PACKAGES = [
 _COARSEST_TIME = 2.0
 """Seconds between two modification times of a file system that rounds them, as FAT does."""
 
-_SECRET = re.compile(r"(?i)token(?!iz)|key|secret|password")
-
 
 def masked(content: Any, *, secret: bool = False) -> Any:
-    """A copy with secrets masked: strings below a key that names one are `***`, home is `~`.
+    """A copy with secrets masked, and home as `~`.
+
+    A string is `***` below a key that names a secret; in others, what looks like one is.
 
     Args:
         content: a JSON-serializable value.
@@ -54,7 +55,7 @@ def masked(content: Any, *, secret: bool = False) -> Any:
     """
     if isinstance(content, dict):
         return {
-            key: masked(value, secret=secret or bool(_SECRET.search(str(key))))
+            key: masked(value, secret=secret or bool(NAMES_SECRET.search(str(key))))
             for key, value in content.items()
         }
     if isinstance(content, list | tuple):
@@ -62,17 +63,23 @@ def masked(content: Any, *, secret: bool = False) -> Any:
     if not isinstance(content, str):
         return content
     if secret:
-        return "***"
+        return MASK
+    content = masked_text(content)
     home = str(Path.home())
     return re.sub(rf"{re.escape(home)}(?=/|$)", "~", content) if home != "/" else content
 
 
 def masked_words(words: list[str]) -> list[str]:
-    """The words of a command line; an override that mentions a secret shows its key only."""
-    return [
-        f"{word.partition('=')[0]}=***" if "=" in word and _SECRET.search(word) else masked(word)
-        for word in words
-    ]
+    """The words of a command line; an override that names a secret shows its key only."""
+    return [_masked_word(word) for word in words]
+
+
+def _masked_word(word: str) -> str:
+    key, equals, value = word.partition("=")
+    named = [key, *re.findall(r"([\w-]+)['\"]?\s*:", value)]  # keys inside the value, too
+    if equals and any(map(NAMES_SECRET.search, named)):
+        return f"{key}={MASK}"
+    return masked(word)
 
 
 def folder_sha256(folder: Path, *, hash_of: Callable[[Path], str] = file_sha256) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
@@ -27,6 +28,7 @@ from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 from trl import SFTConfig, SFTTrainer
 
 from medft import compat
+from medft.errors import RunError
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = (ROOT / "docs" / "versions.md").read_text()
@@ -159,11 +161,13 @@ def test_saved_is_called_after_the_weights_are_written(recorded):
 
 def test_write_model_leaves_no_pickle_where_the_library_does(recorded, tmp_path):
     recorded.write_model(tmp_path / "ours")
-    recorded.save_model(str(tmp_path / "stock"))
+    Trainer(Layer(), recorded.args, data_collator=list).save_model(str(tmp_path / "stock"))
     names = {path.name for path in (tmp_path / "stock").iterdir()}
     assert {path.name for path in (tmp_path / "ours").iterdir()} == names - {"training_args.bin"}
     assert "training_args.bin" in names
-    assert recorded.saves[-2:] == [(tmp_path / "ours", True), (tmp_path / "stock", True)]
+    assert recorded.saves[-1] == (tmp_path / "ours", True)
+    checkpoint = Path(recorded.args.output_dir) / "checkpoint-2"
+    assert "training_args.bin" not in {path.name for path in checkpoint.iterdir()}
 
 
 @pytest.mark.parametrize("resumes", [True, False])
@@ -421,3 +425,38 @@ def test_operator_of_and_cpu_attention_are_what_a_TorchDispatchMode_sees():
     forward, backward = compat.cpu_attention()
     assert seen.index(forward) < seen.index(backward)
     assert torch.ops.aten.sum in seen
+
+
+def test_names_in_pickle_lists_what_unpickling_would_import_and_nothing_of_trainer(tmp_path):
+    saved = {"rng": np.random.get_state(), "generator": torch.get_rng_state()}
+    torch.save(saved, tmp_path / "state.pt")
+    assert compat.names_in_pickle(tmp_path / "state.pt") == []
+    torch.save({**saved, "code": print, "more": [Layer]}, tmp_path / "state.pt")
+    names = compat.names_in_pickle(tmp_path / "state.pt")
+    assert names == ["builtins.print", f"{Layer.__module__}.Layer"]
+
+
+def test_names_in_pickle_leaves_out_what_deepspeed_saves(tmp_path):
+    loss_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    dynamic = loss_scaler.DynamicLossScaler.__new__(loss_scaler.DynamicLossScaler)
+    scalers = [loss_scaler.LossScaler(1.0), dynamic]
+    torch.save({"scalers": scalers, "stage": ZeroStageEnum.gradients}, tmp_path / "state.pt")
+    assert compat.names_in_pickle(tmp_path / "state.pt") == []
+    torch.save({"scalers": loss_scaler.to_python_float}, tmp_path / "state.pt")
+    [name] = compat.names_in_pickle(tmp_path / "state.pt")
+    assert name.endswith("to_python_float")
+
+
+def test_what_trainer_cannot_restore_is_one_sentence(recorded):
+    folder = Path(recorded.args.output_dir) / "checkpoint-2"
+    again = Recorded(folder.parent)
+    again.train(resume_from_checkpoint=str(folder))
+    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"):
+        good = (folder / name).read_bytes()
+        for content in (good[:50], b""):
+            (folder / name).write_bytes(content)
+            with pytest.raises(RunError, match=r"it cannot be restored: .*: take another one$"):
+                Recorded(folder.parent).train(resume_from_checkpoint=str(folder))
+        (folder / name).write_bytes(good)

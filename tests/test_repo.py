@@ -1,8 +1,11 @@
 """The files that ship belong together."""
 
+import ast
 import json
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -134,3 +137,55 @@ def test_every_test_in_the_table_of_silent_failures_exists(page):
     assert len(named) == len(rows) - headers
     for file, name in named:
         assert f"def {name}(" in (ROOT / file).read_text(), name
+
+
+LOADS = {"from_pretrained", "from_config"}
+
+
+def test_every_load_from_a_model_folder_refuses_its_code():
+    loads = {}
+    for path in sorted((ROOT / "medft").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            owner = getattr(node, "func", None)
+            if isinstance(owner, ast.Attribute) and owner.attr in LOADS:
+                loads[f"{path.name}:{node.lineno} {ast.unparse(owner)}"] = {
+                    word.arg: ast.unparse(word.value) for word in node.keywords
+                }
+    without = ("Peft", "nn.Embedding")  # they have no such argument
+    loads = {name: words for name, words in loads.items() if not any(w in name for w in without)}
+    assert len(loads) >= 7
+    assert {words.get("trust_remote_code") for words in loads.values()} == {"False"}, loads
+
+
+def test_a_kernel_of_the_hub_is_never_fetched(tmp_path):
+    """With the package kernels, bitsandbytes would fetch one and run it."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*words, **keys): print('fetched')\n")
+    line = "from kernels import get_kernel; get_kernel('team/kernel')"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    for first, fetched in (("", True), ("import medft; ", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", first + line], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert ("fetched" in done.stdout) == fetched
+        assert ("import of kernels halted" in done.stderr) == (not fetched)
+
+
+@pytest.mark.slow
+def test_bitsandbytes_quantizes_without_the_package_that_fetches(tmp_path):
+    mark = tmp_path / "mark"
+    (tmp_path / "kernels.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    lines = (
+        "import torch, medft.decoder.model\n"
+        "from bitsandbytes.nn import Linear4bit\n"
+        "layer = Linear4bit(64, 64, compute_dtype=torch.float32).to('cpu')\n"
+        "print(layer(torch.ones(2, 64)).isfinite().all().item())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", lines], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout.split() == ["True"], done.stderr
+    assert "kernels" not in done.stderr
+    assert not mark.exists()

@@ -6,6 +6,7 @@ from medft.config.recipe import AnyRecipe, DecoderRecipe, Recipe, SiglipRecipe
 from medft.config.strict_yaml import StrictYaml
 from medft.errors import RecipeError
 from medft.files import packaged_file
+from medft.foreign import read_json
 
 
 def split_arguments(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -54,10 +55,18 @@ def recipe_class(file: Path, overrides: list[str]) -> type[Recipe]:
     base = model.get("base") if isinstance(model, dict) else None
     if not isinstance(base, str):
         return DecoderRecipe
+    return SiglipRecipe if _model_type(base) == "siglip" else DecoderRecipe
+
+
+def _model_type(base: str) -> str | None:
+    """The model_type of a base on this machine; where it is not, siglip if its name says so."""
     from transformers import PreTrainedConfig
 
     try:
-        content, _ = PreTrainedConfig.get_config_dict(base, local_files_only=True)
-    except (OSError, ValueError):
-        content = {"model_type": "siglip" if "siglip" in base.lower() else None}
-    return SiglipRecipe if content.get("model_type") == "siglip" else DecoderRecipe
+        if Path(base).is_dir():
+            content = read_json(Path(base) / "config.json", strict=False)
+        else:
+            content, _ = PreTrainedConfig.get_config_dict(base, local_files_only=True)
+        return content.get("model_type")
+    except (OSError, ValueError, AttributeError):  # the checks of the base say what is wrong
+        return "siglip" if "siglip" in base.lower() else None

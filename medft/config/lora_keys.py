@@ -15,8 +15,9 @@ pissa_niter_N at each load; eva, lora_ga and corda need a pass over the data, wh
 _OWNED = {
     *("lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_type"),
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("megatron_config", "megatron_core"),
 }
-"""Fields of peft.LoraConfig that medft sets, or has under its own names."""
+"""Fields of peft.LoraConfig that medft sets, or has under its own names, or that name code."""
 
 
 def lora_errors(lora: object, own: Collection[str]) -> list[ErrorDetails]:

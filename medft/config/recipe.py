@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from medft.config.advice import KeyPath, right_key
 from medft.config.lora_keys import INITIAL_WEIGHTS, lora_errors
-from medft.config.strict_yaml import ErrorDetails, Section, StrictYaml, errors_of
+from medft.config.strict_yaml import ErrorDetails, PathText, Section, StrictYaml, errors_of
 from medft.config.train_keys import TrainSection, refusal
 from medft.errors import RecipeError
 
@@ -25,7 +25,7 @@ from medft.errors import RecipeError
 class ModelSection(Section):
     """The base model and its precision."""
 
-    base: str = Field(min_length=1)
+    base: PathText
     """Hub id or local folder."""
 
     revision: str | None = None
@@ -42,20 +42,20 @@ class DecoderModelSection(ModelSection):
     cross_attention_fix: bool = False
     """Mllama: no cross-attention for tokens that may see no image, so that rows are independent."""
 
-    vision_cache: str | None = Field(None, min_length=1)
+    vision_cache: PathText | None = None
     """Folder that caches the projected outputs of the frozen vision tower for later epochs."""
 
-    vision_cache_gb: float = Field(200, gt=0)
+    vision_cache_gb: float = Field(200, gt=0, le=10**9)
     """10^9 bytes that this folder may reach; what does not fit is recomputed in each epoch."""
 
 
 class DataSection(Section):
     """The training and validation rows."""
 
-    train: str = Field(min_length=1)
+    train: PathText
     """File of training rows: chat JSONL, or pairs.parquet (its split `train`)."""
 
-    validation: str | None = Field(None, min_length=1)
+    validation: PathText | None = None
     """File of validation rows: chat JSONL, or pairs.parquet (its split `validation`)."""
 
     allow_overlap: bool = False
@@ -65,7 +65,7 @@ class DataSection(Section):
 class DecoderDataSection(DataSection):
     """The rows of a decoder."""
 
-    max_length: int = Field(512, ge=1)
+    max_length: int = Field(512, ge=1, le=2**20)
     """Tokens per row at most; longer answers are truncated."""
 
     too_long: Literal["error", "drop"] = "error"
@@ -78,10 +78,10 @@ class DecoderDataSection(DataSection):
 class SiglipDataSection(DataSection):
     """The pairs of an encoder."""
 
-    max_length: int = Field(64, ge=1)
+    max_length: int = Field(64, ge=1, le=2**20)
     """Tokens per caption; every caption is padded or truncated to exactly this length."""
 
-    image_size: int = Field(448, ge=1)
+    image_size: int = Field(448, ge=1, le=2**13)
     """Pixels per side of the square input; position embeddings are interpolated once, at load."""
 
     caption: str | None = None
@@ -123,10 +123,10 @@ class LoraSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    r: int = Field(16, ge=1)
+    r: int = Field(16, ge=1, le=2**14)
     """Inner width of the update; r in arXiv:2106.09685, section 4.1."""
 
-    alpha: int = Field(32, ge=1)
+    alpha: int = Field(32, ge=1, le=2**20)
     """The update is scaled by alpha / r; no unit."""
 
     dropout: float = Field(0.05, ge=0, lt=1)
@@ -135,7 +135,7 @@ class LoraSection(Section):
     targets: str | list[str] = "language"
     """A preset's name, a regular expression over full module names, or a list of name endings."""
 
-    init_from: str | None = Field(None, min_length=1)
+    init_from: PathText | None = None
     """Run or adapter folder whose weights are the initial weights; null: a new adapter."""
 
     def resumed(self) -> Self:
@@ -162,7 +162,7 @@ class ContrastiveSection(Section):
     positives: Literal["diagonal", "caption", "group"] = "caption"
     """Matching texts: own (diagonal), equal (caption), equal with group's rest ignored (group)."""
 
-    scale_lr: float = Field(1.0, ge=0)
+    scale_lr: float = Field(1.0, ge=0, le=10**9)
     """Learning-rate multiplier of logit_scale and logit_bias; no unit."""
 
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from medft.config.strict_yaml import Section
+from medft.config.strict_yaml import PathText, Section
 
 
 def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -34,18 +34,19 @@ class _NotNull:
         return handler(source)["schema"]
 
 
-_Count = Annotated[int, Field(ge=1)]
-_Index = Annotated[int, Field(ge=0)]
-_Amount = Annotated[float, Field(ge=0), WrapValidator(_as_written)]
-_Interval = Annotated[float, Field(gt=0), WrapValidator(_as_written)]
+_Count = Annotated[int, Field(ge=1, le=10**6)]
+_Amount = Annotated[float, Field(ge=0, le=1e38), WrapValidator(_as_written)]
+_Steps = Annotated[float, Field(ge=0, le=10**9), WrapValidator(_as_written)]
+_Interval = Annotated[float, Field(gt=0, le=10**9), WrapValidator(_as_written)]
 _Fraction = Annotated[float, Field(ge=0, lt=1), WrapValidator(_as_written)]
+_Workers = Annotated[int, Field(ge=0, le=1024)]
 _When = Literal["no", "steps", "epoch"]
 
 
 class TrainSection(Section):
     """Training arguments; a key that is not written has medft's default, or the library's."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: PathText
     """The run directory."""
 
     learning_rate: _Amount = 2e-4
@@ -57,7 +58,7 @@ class TrainSection(Section):
     lr_scheduler_kwargs: dict[str, Any] | None = None
     """Extra arguments of the schedule."""
 
-    warmup_steps: _Amount = 0.1
+    warmup_steps: _Steps = 0.1
     """Optimizer steps of rising learning rate; below 1: a fraction of all steps."""
 
     optim: Annotated[str | None, _NotNull()] = None
@@ -81,7 +82,7 @@ class TrainSection(Section):
     num_train_epochs: Annotated[_Interval | None, _NotNull()] = None
     """Epochs: passes over the training rows."""
 
-    max_steps: Annotated[Annotated[int, Field(ge=-1)] | None, _NotNull()] = None
+    max_steps: Annotated[Annotated[int, Field(ge=-1, le=10**9)] | None, _NotNull()] = None
     """Optimizer steps, instead of num_train_epochs."""
 
     per_device_train_batch_size: Annotated[_Count | None, _NotNull()] = None
@@ -104,7 +105,7 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     """Seed of initial weights, dropout and the order of rows."""
 
-    data_seed: _Index | None = None
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of the order of rows; default: seed."""
 
     eval_strategy: Annotated[_When | None, _NotNull()] = None
@@ -113,7 +114,7 @@ class TrainSection(Section):
     eval_steps: _Interval | None = None
     """Optimizer steps between evaluations; below 1: a fraction of all steps."""
 
-    eval_delay: Annotated[_Amount | None, _NotNull()] = None
+    eval_delay: Annotated[_Steps | None, _NotNull()] = None
     """Optimizer steps or epochs before the first evaluation."""
 
     eval_on_start: Annotated[bool | None, _NotNull()] = None
@@ -161,10 +162,10 @@ class TrainSection(Section):
     save_total_limit: _Count | None = None
     """Checkpoints that are kept; null: all."""
 
-    resume_from_checkpoint: bool | str | None = None
+    resume_from_checkpoint: bool | PathText | None = None
     """true: resume from the newest complete checkpoint of output_dir; or the path of one."""
 
-    dataloader_num_workers: Annotated[_Index | None, _NotNull()] = None
+    dataloader_num_workers: Annotated[_Workers | None, _NotNull()] = None
     """Worker processes that prepare batches; 0: the training process does."""
 
     dataloader_persistent_workers: Annotated[bool | None, _NotNull()] = None
@@ -185,7 +186,7 @@ class TrainSection(Section):
     ddp_find_unused_parameters: bool | None = None
     """Search for parameters without gradient in each step (DDP)."""
 
-    ddp_timeout: Annotated[_Count | None, _NotNull()] = None
+    ddp_timeout: Annotated[Annotated[int, Field(ge=1, le=10**8)] | None, _NotNull()] = None
     """Seconds that a process waits for the other processes."""
 
     tf32: bool | None = None

@@ -1,16 +1,16 @@
 """Files that somebody else made: inside their folder, regular, and of bounded size.
 
-One rule for every kind of source. A file is opened without waiting, so that a pipe cannot stop the
-command, and it is looked at once it is open, so that nothing can take its place in between.
+One rule for every kind of source.
 """
 
 import os
-import stat
 import zlib
 from pathlib import Path
 from typing import BinaryIO
 
+from medft import foreign
 from medft.data.table_row import Rejected
+from medft.foreign import UnusableFileError
 
 MAX_BYTES = 2**31
 """Bytes of a file at most, where nothing else bounds it."""
@@ -75,19 +75,10 @@ def open_regular(path: str | Path, *, max_bytes: int = MAX_BYTES) -> BinaryIO:
         OSError: it is missing, or may not be read.
         Rejected: no_regular_file for a folder, a pipe or a device; too_large.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    state = os.fstat(descriptor)
-    problem = None
-    if not stat.S_ISREG(state.st_mode):
-        detail = f"{os.path.basename(path)} is a folder, a pipe or a device"
-        problem = Rejected("no_regular_file", detail)
-    elif state.st_size > max_bytes:
-        detail = f"{os.path.basename(path)} has {state.st_size} bytes, at most {max_bytes} are read"
-        problem = Rejected("too_large", detail)
-    if problem is not None:
-        os.close(descriptor)
-        raise problem
-    return os.fdopen(descriptor, "rb")
+    try:
+        return foreign.open_regular(path, max_bytes=max_bytes)
+    except UnusableFileError as error:
+        raise Rejected(error.kind, error.detail) from error
 
 
 def inflated(content: bytes, *, max_bytes: int) -> bytes:

@@ -20,9 +20,16 @@ from medft.data.messages import Message
 from medft.data.template import IMAGE_PLACEHOLDER
 from medft.decoder.families.base import Family, ImageInputs
 from medft.errors import BaseModelError, DataError
+from medft.foreign import bounded_memory, bounded_time
 
 IGNORED = -100
 """Label of a token that is not trained; the ignore_index of torch's cross-entropy."""
+
+_RENDER_SECONDS = 10
+"""A chat template, a program of the base's author, may take for a conversation."""
+
+_RENDER_BYTES = 2**29
+"""Memory that it may take meanwhile."""
 
 _PLACEHOLDERS = (
     IMAGE_PLACEHOLDER,
@@ -92,6 +99,7 @@ class ConversationEncoder:
             name: the row's id, for error messages.
 
         Raises:
+            BaseModelError: the template takes too much time or memory.
             DataError: the template rejects the conversation, leaves out a text or does not end a
                 turn, a text holds a special token, or tokens merge across the end of a prompt.
         """
@@ -127,6 +135,7 @@ class ConversationEncoder:
         """The tokens of a conversation up to the assistant's next turn; every label is IGNORED.
 
         Raises:
+            BaseModelError: the template takes too much time or memory.
             DataError: the template rejects the conversation.
         """
         input_ids = self._tokens(self._render(messages, "", prompt=True))
@@ -169,15 +178,23 @@ class ConversationEncoder:
 
     def _render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
         try:
-            return self.processor.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **self.family.template_arguments,
-            )
+            with bounded_time(_RENDER_SECONDS), bounded_memory(_RENDER_BYTES):
+                return self.processor.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **self.family.template_arguments,
+                )
+        except (TimeoutError, MemoryError, RecursionError) as error:
+            raise BaseModelError(
+                f"expected a chat template that renders a conversation in {_RENDER_SECONDS} s and "
+                f"{_RENDER_BYTES >> 20} MiB, the base's needs more "
+                f"({str(error) or type(error).__name__}): put the template of its author back"
+            ) from error
         except Exception as error:  # a template raises what its author chose
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"row {name}: the base's chat template refuses the conversation: {error}"
+                f"row {name}: the base's chat template refuses the conversation: {reason}"
             ) from error
 
     def _tokens(self, rendered: str) -> list[int]:

@@ -96,8 +96,8 @@ def pretrain_decoder(
     reports = _reports(random)
     images, captions = _drawn(random, num_images)
     build_decoder(folder, seed=seed, max_tiles=1, width=128, layers=6, corpus=[*reports, *captions])
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "gate" in name.rpartition(".")[2]:
@@ -150,8 +150,8 @@ def pretrain_siglip(
         positions=POSITIONS,
         corpus=[*reports, *captions],
     )
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False)
     torch.manual_seed(seed)
     for embedding in (
         model.vision_model.embeddings.position_embedding,

@@ -25,6 +25,7 @@ from medft.evaluation.seen import scores_unseen
 from medft.files import check_folder_for_output, complete_folder, write_json
 from medft.metrics.predictions import Prediction, RetrievalPrediction, prediction_of
 from medft.metrics.scores import score
+from medft.models.run_record import read_log_history
 from medft.models.saved import find_saved_model
 from medft.pages import thumbnail_of
 from medft.siglip.embedder import Embedder
@@ -74,6 +75,11 @@ def evaluate(
     notes: list[str] = []
     train = training_rows(trained.run)
     overlap = None if train is None else find_overlap(train, rows)
+    run = trained.run
+    if run and not (run.history.exists() and run.curves.is_file()):
+        run = None
+    if run:
+        read_log_history(run.history)
     found: Iterator[Prediction]
     with complete_folder(out) as draft:
         if trained.is_encoder:
@@ -88,9 +94,6 @@ def evaluate(
         metrics: dict[str, Any] = {"model": str(source), "data": str(path), "split": split}
         metrics |= {**score(predictions), "notes": notes, **scores_unseen(predictions, overlap)}
         write_json(draft / "metrics.json", metrics)
-        run = trained.run
-        if run and not (run.history.is_file() and run.curves.is_file()):
-            run = None
         images = shown_images(rows, predictions)
         write_evaluation_report(draft / "report.html", predictions, metrics, images, run=run)
     return metrics

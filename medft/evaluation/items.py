@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from PIL import Image
 
 from medft.data.images import open_image
 from medft.data.messages import Message, text_of_message
-from medft.data.pairs import SPLITS
 from medft.data.rows import Row, image_source, load_rows
 from medft.errors import DataError, RunError
 from medft.files import file_sha256
@@ -57,10 +55,10 @@ def rows_to_evaluate(run: RunLayout | None, data: Path | None, split: str) -> tu
     if data is None:
         if run is None:
             raise RunError("expected --data for a model that is no run: give a file of rows")
-        known = data_of_run(run)
+        known = run.read_record()["data"]
         train = Path(known["train"]["path"]).expanduser()
         data = train if train.suffix == ".parquet" else train.with_name(f"{split}.jsonl")
-        if split in known:
+        if known.get(split):
             data = Path(known[split]["path"]).expanduser()
             if data.is_file() and file_sha256(data) != known[split]["sha256"]:
                 raise DataError(
@@ -68,26 +66,6 @@ def rows_to_evaluate(run: RunLayout | None, data: Path | None, split: str) -> tu
                     f"restore it, or name it with --data"
                 )
     return data, load_rows(data, split=split)
-
-
-def data_of_run(run: RunLayout) -> dict[str, dict[str, Any]]:
-    """Path and sha256 of each file of rows that a run has read, by split.
-
-    Raises:
-        RunError: its run.json says something else.
-    """
-    known = run.read_record().get("data")
-    files = {split: known.get(split) for split in SPLITS} if isinstance(known, dict) else {}
-    found = {split: file for split, file in files.items() if file is not None}
-    if "train" not in found or not all(
-        isinstance(file, dict) and all(isinstance(file.get(k), str) for k in ("path", "sha256"))
-        for file in found.values()
-    ):
-        raise RunError(
-            f"expected path and sha256 of the training rows in {run.record}, found something else: "
-            f"restore the file, or give the adapter folder alone"
-        )
-    return found
 
 
 def items_of(rows: Dataset) -> list[Item]:
@@ -172,7 +150,7 @@ def open_item_images(rows: Dataset, item: Item) -> list[Image.Image]:
 def training_rows(run: RunLayout | None) -> Dataset | None:
     """The rows that a run was trained on; None if they are not known or have changed."""
     if run is not None:
-        known = data_of_run(run)["train"]
+        known = run.read_record()["data"]["train"]
         path = Path(known["path"]).expanduser()
         if path.is_file() and file_sha256(path) == known["sha256"]:
             return load_rows(path, split="train")

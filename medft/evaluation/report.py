@@ -20,6 +20,7 @@ from medft.evaluation.labels import COLORS, interval, label
 from medft.evaluation.seen import overlap_line
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
+from medft.models.run_record import read_log_history
 from medft.models.saved import RunLayout
 from medft.pages import inline, page, png_of, shortened, table
 
@@ -290,22 +291,19 @@ def _curves(run: RunLayout) -> str:
 
 
 def _figures_of_run(run: RunLayout, record: Mapping[str, Any]) -> str:
-    try:
-        history = json.loads(run.history.read_text(encoding="utf-8"))
-        losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
-        batch = record["batch"]
-        rows = [
-            ["status", record["status"]],
-            ["started, ended", f"{record['started']}, {record.get('ended', 'not yet')}"],
-            ["base", record["base"]["base"]],
-            ["steps", f"{batch['steps']:,} of {batch['effective']} rows"],
-            ["trained parameters", f"{record['trainable_parameters']:,}"],
-            ["of", f"{record['total_parameters']:,}"],
-            *([["first and last loss", f"{losses[0]:.3f}, {losses[-1]:.3f}"]] if losses else []),
-            *([label(name), _shown(value)] for name, value in record.get("metrics", {}).items()),
-        ]
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
-        return '<p class="note">run.json and log_history.json are not those of a run.</p>'
+    history = read_log_history(run.history)
+    losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
+    batch = record["batch"]
+    rows = [
+        ["status", record["status"]],
+        ["started, ended", f"{record['started']}, {record.get('ended', 'not yet')}"],
+        ["base", record["base"]["base"]],
+        ["steps", f"{batch['steps']:,} of {batch['effective']} rows"],
+        ["trained parameters", f"{record['trainable_parameters']:,}"],
+        ["of", f"{record['total_parameters']:,}"],
+        *([["first and last loss", f"{losses[0]:.3f}, {losses[-1]:.3f}"]] if losses else []),
+        *([label(name), _shown(value)] for name, value in record.get("metrics", {}).items()),
+    ]
     return table(["", "value"], rows)
 
 

@@ -13,13 +13,15 @@ from PIL import Image
 from medft.data.images import open_image
 from medft.data.rows import Row, load_rows
 from medft.errors import RunError
-from medft.evaluation.items import data_of_run
 from medft.files import file_sha256
+from medft.foreign import open_regular
 from medft.models.saved import SavedModel
 from medft.siglip.embedder import Embedder
 
 NEAREST = 5
 """Maximum number of training cases per image."""
+
+_MAX_INDEX_BYTES = 2**34
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class CaseIndex:
         """
         assert saved.run is not None
         run = saved.run
-        data = data_of_run(run)["train"]
+        data = run.read_record()["data"]["train"]
         path = Path(data["path"]).expanduser()
         if not path.is_file() or file_sha256(path) != data["sha256"]:
             raise RunError(
@@ -67,6 +69,7 @@ class CaseIndex:
             logger.info("embedding the training images of %s", run.directory)
             stored = _embedded(path, embedder)
             draft = run.index.with_name(f".{run.index.name}")
+            draft.unlink(missing_ok=True)  # it may be a link to elsewhere
             with draft.open("wb") as file:
                 np.savez(file, allow_pickle=False, key=np.array(key), **stored)
             draft.replace(run.index)
@@ -99,13 +102,13 @@ def _stored_index(path: Path, key: str, width: int) -> dict[str, np.ndarray] | N
     Objects are never unpickled, and nothing is inflated: `_embedded` writes plain arrays.
     """
     try:
-        if not path.is_file():
-            return None
-        with ZipFile(path) as archive:
-            if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
-                return None
-        with np.load(path, allow_pickle=False) as arrays:
-            stored = {name: arrays[name] for name in ("key", "ids", "texts", "embeddings")}
+        with open_regular(path, max_bytes=_MAX_INDEX_BYTES) as file:
+            with ZipFile(file) as archive:
+                if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
+                    return None
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                stored = {name: arrays[name] for name in ("key", "ids", "texts", "embeddings")}
         is_index = str(stored["key"]) == key and _fits(stored, width)
         return stored if is_index else None
     except (OSError, ValueError, KeyError, EOFError, MemoryError, RecursionError, BadZipFile):

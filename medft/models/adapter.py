@@ -16,8 +16,12 @@ from torch import nn
 
 from medft.config.recipe import LoraSection
 from medft.errors import BaseModelError, RunError
+from medft.models.model_folder import check_model_folder
+from medft.models.patterns import check_patterns
 from medft.models.saved import WEIGHTS_FILE, SavedModel, check_weights, find_saved_adapter
 from medft.provenance import folder_sha256, masked
+
+_PLAUSIBLE_RANK = 1024
 
 
 def find_initial(lora: LoraSection | None) -> SavedModel | None:
@@ -75,10 +79,7 @@ def initial_weights(adapted: PeftModel, initial: SavedModel) -> dict[str, torch.
             f"lora.r, {len(other)} tensors of {folder} differ, first {min(other)}: take the "
             f"section lora of its recipe.yaml"
         )
-    with _read_by_peft(folder):
-        trained = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(trained, LoraConfig):
-            raise TypeError(f"its adapter_config.json describes a {type(trained).__name__}")
+    trained = _read_config(folder)
     if trained.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
         raise BaseModelError(
             f"expected lora.init_from to name an adapter on the base's own weights, the one in "
@@ -107,7 +108,10 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
             adapter was never trained.
     """
     saved = _read_weights(folder)
+    config = _read_config(folder)
     with _read_by_peft(folder):
+        check_patterns(model, config, where=str(folder / "adapter_config.json"))
+        _check_ranks(config, saved)
         adapted = PeftModel.from_pretrained(model, str(folder))
     unmatched = saved.keys() ^ get_peft_model_state_dict(adapted).keys()
     if unmatched:
@@ -132,6 +136,24 @@ def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
     return model.disable_adapter()
 
 
+def _read_config(folder: Path) -> LoraConfig:
+    """The configuration of an adapter folder."""
+    with _read_by_peft(folder):
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise TypeError(f"its adapter_config.json describes a {type(config).__name__}")
+    return config
+
+
+def _check_ranks(config: LoraConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse ranks for which PEFT would take memory without end, before it reads the weights."""
+    widths = [weight.shape[0] for name, weight in weights.items() if "lora_A" in name]
+    largest = max(_PLAUSIBLE_RANK, *widths, 0)
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if not 1 <= rank <= largest:
+            raise ValueError(f"its adapter_config.json has a rank of {rank}, the weights have none")
+
+
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter folder, every layer checked to be trained."""
     weights_file = folder / WEIGHTS_FILE
@@ -141,6 +163,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
             f"give the folder of a finished run, or its adapter/ or best_model/"
         )
     with _read_by_peft(folder):
+        check_model_folder(folder)
         saved = load_file(weights_file)
     refuse_inert(saved)
     return saved
@@ -150,6 +173,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _read_by_peft(folder: Path) -> Iterator[None]:
     try:
         yield
+    except BaseModelError:
+        raise
     except Exception as error:  # damaged files make the libraries raise any exception
         raise BaseModelError(
             f"expected an adapter that PEFT reads in {folder}, it says: "

@@ -24,8 +24,13 @@ from transformers import (
 
 from medft.compat import resizes_by_pillow, unsharded
 from medft.config.recipe import ModelSection
+from medft.config.strict_yaml import shortened
 from medft.errors import BaseModelError
+from medft.models.model_folder import check_model_folder
 from medft.provenance import folder_sha256, remembered_sha256
+
+_MAX_SIDE = 2**13
+"""Pixels of an input's side at most, as of data.image_size."""
 
 
 @contextmanager
@@ -78,7 +83,8 @@ def check_local_base(model: ModelSection) -> None:
     """Raise, before the hub is queried, if a base looks like a folder and is not a model folder.
 
     Raises:
-        BaseModelError: the path does not exist or holds no config.json.
+        BaseModelError: the path does not exist, holds no config.json, or what `check_model_folder`
+            refuses.
     """
     base = Path(model.base)
     looks_local = model.base.startswith((".", "/", "~")) or model.base.count("/") != 1
@@ -88,6 +94,7 @@ def check_local_base(model: ModelSection) -> None:
                 f"expected config.json in model.base {model.base}, there is none: "
                 f"give the folder of a complete model"
             )
+        check_model_folder(base)
     elif looks_local:
         raise BaseModelError(
             f"expected model.base to be a hub id or a local folder, {model.base!r} is neither: "
@@ -103,7 +110,11 @@ def load_config(model: ModelSection) -> PreTrainedConfig:
     """
     check_local_base(model)
     with readable_base(model):
-        return AutoConfig.from_pretrained(model.base, revision=model.revision)
+        config = AutoConfig.from_pretrained(
+            model.base, revision=model.revision, trust_remote_code=False
+        )
+    check_model_folder(_folder_of(model))
+    return config
 
 
 def commit_of(model: ModelSection) -> str | None:
@@ -111,15 +122,20 @@ def commit_of(model: ModelSection) -> str | None:
 
     The rest of the base is loaded from this commit, even if its branch has moved since.
     """
+    return None if Path(model.base).is_dir() else _folder_of(model).name
+
+
+def _folder_of(model: ModelSection) -> Path:
+    """The folder of a base: as given, or its commit in the hub's cache."""
     if Path(model.base).is_dir():
-        return None
+        return Path(model.base)
     file = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
     if not isinstance(file, str):
         raise BaseModelError(
             f"expected {model.base} in the hub's cache after its configuration was loaded, it is "
             f"not there: download it to a folder and give that as model.base"
         )
-    return Path(file).parent.name
+    return Path(file).parent
 
 
 def load_processor(model: ModelSection) -> ProcessorMixin:
@@ -128,16 +144,25 @@ def load_processor(model: ModelSection) -> ProcessorMixin:
     transformers uses torchvision where it is installed, and the two resize differently.
 
     Raises:
-        BaseModelError: it cannot be read, or transformers chose another backend.
+        BaseModelError: it cannot be read, makes images without bound, or transformers chose another
+            backend.
     """
+    check_model_folder(_folder_of(model))
     with readable_base(model):
         processor = AutoProcessor.from_pretrained(
-            model.base, revision=commit_of(model), backend="pil"
+            model.base, revision=commit_of(model), backend="pil", trust_remote_code=False
         )
     if not resizes_by_pillow(processor):
         raise BaseModelError(
             f"expected a Pillow image processor for model.base {model.base}, transformers gives "
             f"{type(processor.image_processor).__name__}: upgrade transformers"
+        )
+    size = processor.image_processor.size
+    sides = [size[side] for side in ("height", "width") if side in size and size[side] is not None]
+    if any(not isinstance(side, int) or not 1 <= side <= _MAX_SIDE for side in sides):
+        raise BaseModelError(
+            f"expected images of 1 to {_MAX_SIDE} pixels a side in the processor of {model.base}, "
+            f"got {shortened(sides)}: restore its preprocessor_config.json"
         )
     return processor
 
@@ -157,7 +182,7 @@ def empty_model(
     """
     with unsharded(deepspeed_plugin):
         with init_empty_weights():
-            model = auto_class.from_config(config)
+            model = auto_class.from_config(config, trust_remote_code=False)
         model.tie_weights()  # the meta device undid the tying
         return model
 
@@ -175,9 +200,15 @@ def load_weights(auto_class: type[Any], model: ModelSection, **options: Any) -> 
     Raises:
         BaseModelError: it cannot be loaded, or a tensor is missing or of another shape.
     """
+    check_model_folder(_folder_of(model))
     with readable_base(model):
         loaded, report = auto_class.from_pretrained(
-            model.base, revision=commit_of(model), output_loading_info=True, **options
+            model.base,
+            revision=commit_of(model),
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
         )
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:

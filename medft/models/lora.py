@@ -3,7 +3,6 @@
 An adapter that never runs and a target that matches no module are errors here; PEFT ignores them.
 """
 
-import re
 from collections.abc import Collection, Mapping
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -13,6 +12,7 @@ from medft.compat import is_lora_layer
 from medft.config.recipe import LoraSection
 from medft.errors import BaseModelError
 from medft.models.adapter import initial_weights
+from medft.models.patterns import check_patterns, matched_names
 from medft.models.saved import SavedModel
 
 ALL_WEIGHTS = "none, every weight is trained"
@@ -60,14 +60,8 @@ def target_modules(
 def _matched_by_pattern(
     modules: Mapping[str, nn.Module], targets: str, presets: Mapping[str, str]
 ) -> list[str]:
-    try:
-        pattern = re.compile(presets.get(targets, targets))
-    except re.error as error:
-        raise BaseModelError(
-            f"expected lora.targets to be a preset, a regular expression or a list, "
-            f"got {targets!r} ({error}): presets are {', '.join(presets)}"
-        ) from error
-    matched = [name for name in modules if pattern.fullmatch(name)]
+    pattern = presets.get(targets, targets)
+    matched = matched_names([pattern], modules, where="lora.targets")
     if not matched:
         raise BaseModelError(
             f"expected lora.targets to match modules of the base, {targets!r} matches none: "
@@ -140,6 +134,7 @@ def attach_adapter(
             task_type=task_type,
             **further,
         )
+        check_patterns(model, config, where="lora")
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise BaseModelError(

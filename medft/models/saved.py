@@ -4,19 +4,21 @@ A path is resolved once per command, by `find_saved_model`, and handed down as a
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 import medft
 from medft.config.recipe import ModelSection, QuantizationSection
-from medft.config.strict_yaml import Section
+from medft.config.strict_yaml import PathText, Section, shortened
 from medft.errors import BaseModelError, RunError
 from medft.files import write_json
+from medft.foreign import path_problem, read_json
 from medft.models.base import base_sha256, load_config
+from medft.models.model_folder import check_model_folder
+from medft.models.run_record import RunRecord, reason_of
 from medft.provenance import masked, remembered_sha256
 
 RECORD_FILE = "medft.json"
@@ -84,12 +86,14 @@ class RunLayout:
             RunError: it is missing or cannot be read.
         """
         try:
-            return json.loads(self.record.read_text(encoding="utf-8"))
+            content = read_json(self.record)
+            RunRecord.model_validate(content)
         except (OSError, ValueError) as error:
             raise RunError(
-                f"expected the record of a run at {self.record}, could not read it: "
-                f"give the output_dir of a run of medft"
+                f"expected the record of a run at {self.record}, could not read it "
+                f"({reason_of(error)}): give the output_dir of a run of medft"
             ) from error
+        return {"trainable_parameters": 0, "total_parameters": 0} | content
 
 
 class SavedRecord(Section):
@@ -104,7 +108,7 @@ class SavedRecord(Section):
     family: str
     """model_type of the base."""
 
-    base: str
+    base: PathText
     """Hub id or folder of the base."""
 
     revision: str | None
@@ -122,13 +126,13 @@ class SavedRecord(Section):
     cross_attention_fix: bool = False
     """Mllama: whether rows are independent of each other."""
 
-    max_image_tiles: int | None = None
+    max_image_tiles: int | None = Field(None, ge=1, le=64)
     """Mllama: tiles of an image at most."""
 
-    image_size: int | None = None
+    image_size: int | None = Field(None, ge=1, le=2**13)
     """SigLIP: side of the square input in pixels."""
 
-    max_length: int | None = None
+    max_length: int | None = Field(None, ge=1, le=2**20)
     """Tokens of a row, or of a SigLIP text, at most."""
 
     caption: str | None = None
@@ -149,7 +153,7 @@ class SavedRecord(Section):
     system: str | None = None
     """The system turn that every training row had."""
 
-    longest_answer: int | None = None
+    longest_answer: int | None = Field(None, ge=0, le=2**20)
     """Tokens of the longest trained answer, its end included."""
 
     merged_onto: Literal["original"] | None = None
@@ -167,25 +171,24 @@ class SavedRecord(Section):
         """
         path = folder / RECORD_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             version = content.get("format", FORMAT)
         except (OSError, ValueError, AttributeError) as error:
             raise BaseModelError(
-                f"expected {RECORD_FILE} in {folder}, could not read it: give a folder that medft "
-                f"wrote"
+                f"expected {RECORD_FILE} in {folder}, could not read it ({error}): give a folder "
+                f"that medft wrote"
             ) from error
         if isinstance(version, int) and version > FORMAT:
             raise BaseModelError(
-                f"expected {path} of format {FORMAT} or older, it has {version}: upgrade medft"
+                f"expected {path} of format {FORMAT} or older, it has {shortened(version)}: "
+                f"upgrade medft"
             )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            found = error.errors()[0]
-            key = ".".join(map(str, found["loc"]))
             raise BaseModelError(
-                f"expected the keys that medft writes in {path}, {key}: {found['msg']}: restore "
-                f"the file"
+                f"expected the keys that medft writes in {path}, {reason_of(error)}: restore the "
+                f"file"
             ) from error
 
     def write(self, folder: Path) -> None:
@@ -284,6 +287,12 @@ def _adapter_folder(source: Path) -> Path:
     return source
 
 
+def _check_path(source: Path) -> None:
+    problem = path_problem(str(source))
+    if problem:
+        raise RunError(f"expected {problem}, got {source}: rename the folder")
+
+
 def find_saved_adapter(source: Path) -> SavedModel:
     """The adapter of a run or an adapter folder.
 
@@ -291,7 +300,9 @@ def find_saved_adapter(source: Path) -> SavedModel:
         RunError: the path does not exist, or is neither a finished run nor an adapter.
         BaseModelError: its record cannot be read.
     """
+    _check_path(source)
     folder = _adapter_folder(source)
+    check_model_folder(folder)
     return _saved(source, folder, SavedRecord.read(folder), is_adapter=True)
 
 
@@ -302,6 +313,7 @@ def find_saved_model(source: Path) -> SavedModel:
         RunError: the run of an adapter is not completed, or the path is none of the three.
         BaseModelError: the record or the configuration cannot be read.
     """
+    _check_path(source)
     run = RunLayout(source)
     if (source / "config.json").is_file():
         folder = source
@@ -309,7 +321,8 @@ def find_saved_model(source: Path) -> SavedModel:
         folder = run.model
     else:
         return find_saved_adapter(source)
-    if (folder / RECORD_FILE).is_file():
+    check_model_folder(folder)
+    if (folder / RECORD_FILE).exists():
         record = SavedRecord.read(folder)
     else:
         family = load_config(ModelSection(base=str(folder))).model_type

@@ -74,7 +74,7 @@ def load_siglip_processor(
         logger.info("the base's tokenizer keeps upper case: Siglip2Tokenizer takes its place")
         with readable_base(model):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(
-                model.base, revision=commit_of(model)
+                model.base, revision=commit_of(model), trust_remote_code=False
             )
     processor.tokenizer.padding_side = "right"
     processor.tokenizer.model_max_length = max_length

@@ -5,14 +5,26 @@ number of processes that saved them. The manifest is written last, so that a kil
 disk, and a file that was lost or truncated afterwards are all detected.
 """
 
-import json
 import logging
+import re
 from pathlib import Path
+from typing import Annotated
 
-from medft.errors import RunError
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import TrainerState
+
+from medft.compat import names_in_pickle
+from medft.config.strict_yaml import PathText
+from medft.errors import MedftError, RunError
 from medft.files import file_sha256, write_json
+from medft.foreign import read_json
+from medft.models.model_folder import check_model_folder
+from medft.models.run_record import reason_of
 
 MANIFEST = "manifest.json"
+
+_NEVER_LOADED = "training_args.bin"
+"""A pickle that Trainer writes and does not read; older checkpoints of medft hold it."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +40,32 @@ def write_manifest(checkpoint: Path, *, world_size: int) -> None:
     write_json(checkpoint / MANIFEST, {"world_size": world_size, "files": entries})
 
 
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    world_size: int
+    files: dict[PathText, Annotated[tuple[int, str], Field(strict=False)]]
+
+
+class _State(BaseModel):
+    """What medft reads of Trainer's state."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    global_step: int
+    max_steps: int
+    log_history: list[dict[str, int | float]]
+
+
 def what_is_missing(checkpoint: Path) -> str | None:
-    """The reason why a checkpoint cannot be resumed from, or None if it is complete."""
+    """The reason why a checkpoint cannot be resumed from, or None if it is complete.
+
+    A file that would run code when it is loaded is such a reason: somebody else may have made the
+    checkpoint, manifest included.
+    """
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        files = _manifest(checkpoint).files
+    except (OSError, ValueError):
         return f"it has no readable {MANIFEST}, so its save did not end"
     for name, (size, digest) in files.items():
         path = checkpoint / name
@@ -48,7 +81,57 @@ def what_is_missing(checkpoint: Path) -> str | None:
         "RNG state": any(name.startswith("rng_state") for name in files),
     }
     absent = [name for name, there in required.items() if not there]
-    return f"it holds no {', no '.join(absent)}" if absent else None
+    if absent:
+        return f"it holds no {', no '.join(absent)}"
+    return _what_is_foreign(checkpoint)
+
+
+def _manifest(checkpoint: Path) -> _Manifest:
+    """The manifest; raises OSError or ValueError if it cannot be read."""
+    return _Manifest.model_validate(read_json(checkpoint / MANIFEST))
+
+
+def _what_is_foreign(checkpoint: Path) -> str | None:
+    """What a complete checkpoint holds that medft never saves; None if nothing."""
+    try:
+        state_of(checkpoint)
+        check_model_folder(checkpoint)
+    except MedftError as error:
+        return error.problems[0]
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.suffix not in (".pt", ".pth", ".bin") or name == _NEVER_LOADED:
+            continue
+        try:
+            named = names_in_pickle(path)
+        except Exception:  # whatever a damaged file makes torch raise
+            return f"{name} is no file that torch.save writes"
+        if named:
+            return f"{name} would run code that it names ({', '.join(named[:3])})"
+    tag = checkpoint / "latest"
+    if tag.exists() and not re.fullmatch(
+        r"global_step\d+", tag.read_text(errors="replace").strip()
+    ):
+        return "latest, of DeepSpeed, names another folder"
+    return None
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    """The Trainer state saved in a checkpoint.
+
+    Raises:
+        RunError: it cannot be read, or has other types.
+    """
+    path = checkpoint / "trainer_state.json"
+    try:
+        content = read_json(path, strict=False)  # it may hold NaN
+        _State.model_validate(content)
+        return TrainerState(**content)
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(
+            f"expected Trainer's state in {path}, could not read it ({reason_of(error)}): resume "
+            f"another checkpoint"
+        ) from error
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -91,4 +174,4 @@ def checkpoint_to_resume(run: Path, resume: bool | str | None) -> Path | None:
 
 def world_size_of(checkpoint: Path) -> int:
     """The number of processes that wrote a complete checkpoint."""
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["world_size"]
+    return _manifest(checkpoint).world_size

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from medft.masking import log_handler
+
 
 @contextmanager
 def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[None]:
@@ -21,7 +23,7 @@ def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[N
     import transformers
 
     is_first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(handlers=[log_handler()])
     level = logging.WARNING if quiet else logging.INFO
     logging.getLogger("medft").setLevel(level if is_first else logging.ERROR)
     # meant for other libraries, not for the user

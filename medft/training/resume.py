@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerState
-
 from medft.config.recipe import Recipe
 from medft.config.train_keys import TrainSection
 from medft.errors import RunError
@@ -17,7 +15,7 @@ from medft.models.saved import RunLayout, SavedModel
 from medft.provenance import (
     masked,
 )
-from medft.training.checkpoints import checkpoint_to_resume, world_size_of
+from medft.training.checkpoints import checkpoint_to_resume, state_of, world_size_of
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
@@ -34,7 +32,7 @@ def check_output_dir(train: TrainSection) -> Path | None:
 
     Raises:
         RunError: the folder is not empty and the run does not resume, or holds no complete
-            checkpoint to resume from.
+            checkpoint to resume from, or what medft never writes into a run.
     """
     output_dir, resume = Path(train.output_dir), train.resume_from_checkpoint
     check_folder_for_output(output_dir, allow_content=True)
@@ -43,6 +41,8 @@ def check_output_dir(train: TrainSection) -> Path | None:
             f"expected train.output_dir to be empty, {output_dir} is not: choose another "
             f"folder, or resume with train.resume_from_checkpoint=true"
         )
+    if resume:
+        _check_entries(output_dir)
     checkpoint = checkpoint_to_resume(output_dir, resume)
     if checkpoint and checkpoint.absolute().parent != output_dir.absolute():
         raise RunError(
@@ -50,6 +50,26 @@ def check_output_dir(train: TrainSection) -> Path | None:
             f"{checkpoint}: a run goes on in its own folder"
         )
     return checkpoint
+
+
+def _check_entries(run: Path) -> None:
+    """Refuse a run directory through which a resumed run would write elsewhere, or wait forever.
+
+    Raises:
+        RunError: a link in it leaves it, or an entry is a pipe, a device or a link to nothing.
+    """
+    root = run.resolve()
+    for path in run.rglob("*"):
+        if not (path.is_file() or path.is_dir()):
+            problem = "a pipe, a device or a link to nothing"
+        elif not path.resolve().is_relative_to(root):
+            problem = "a link that leaves it"
+        else:
+            continue
+        raise RunError(
+            f"expected files and folders of its own in the run {run}, {path.relative_to(run)} is "
+            f"{problem}: remove it, or start a new run in another folder"
+        )
 
 
 class PreparedData(Protocol):
@@ -153,11 +173,6 @@ def check_same_run(
             f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
             f"got {world_size}: the order of the rows would change"
         )
-
-
-def state_of(checkpoint: Path) -> TrainerState:
-    """The Trainer state saved in a checkpoint."""
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

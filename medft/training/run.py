@@ -39,9 +39,10 @@ from medft.training.callbacks import (
     SignalCallback,
     UntrainedParameterCallback,
 )
+from medft.training.checkpoints import state_of
 from medft.training.curves import draw_curves
 from medft.training.process import wait_for_everyone
-from medft.training.resume import PreparedData, identify_run, state_of
+from medft.training.resume import PreparedData, identify_run
 from medft.training.trainer import RowTrackingTrainer
 
 logger = logging.getLogger(__name__)

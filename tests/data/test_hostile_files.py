@@ -108,7 +108,7 @@ def test_a_table_that_is_no_file_is_one_sentence(export, kind, what):
     assert outcome.peak < BASE
 
 
-@pytest.mark.parametrize("key", ["group_map", "group_key"])
+@pytest.mark.parametrize("key", ["group_map", "group_key", "keep"])
 def test_a_pipe_in_place_of_another_file_is_one_sentence(export, key):
     os.mkfifo(export / "pipe")
     (export / "t.json").write_text(json.dumps([{"file": "good.png", "text": "a", "p": "1"}]))

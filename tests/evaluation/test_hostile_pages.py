@@ -22,6 +22,13 @@ HARMLESS |= {"table", "tr", "th", "td", "b", "br", "span", "svg", "line", "text"
 HARMLESS |= {"dl", "dt", "dd", "ins", "del", "i", "details", "summary", "pre"}
 
 
+RECORD = {
+    "status": "completed", "started": NASTY, "base": {"base": NASTY}, "trainable_parameters": 1,
+    "batch": {"steps": 1, "effective": 1}, "total_parameters": 1, "recipe": {NASTY: NASTY},
+    "data": {"train": {"path": NASTY, "sha256": NASTY}}, "metrics": {NASTY: 1.0}, "argv": [NASTY],
+}  # fmt: skip
+
+
 class Tags(HTMLParser):
     """The tags of a page, the sources of its images, its styles."""
 
@@ -44,12 +51,7 @@ def run(tmp_path):
     """A run directory whose every text is nasty, and whose curves are a PNG."""
     layout = RunLayout(tmp_path / NASTY.replace("/", ""))
     layout.directory.mkdir()
-    record = {
-        "status": NASTY, "started": NASTY, "base": {"base": NASTY}, "trainable_parameters": 1,
-        "batch": {"steps": 1, "effective": 1}, "total_parameters": 1,
-        "metrics": {NASTY: 1.0}, "argv": [NASTY],
-    }  # fmt: skip
-    layout.record.write_text(json.dumps(record))
+    layout.record.write_text(json.dumps(RECORD))
     layout.history.write_text(json.dumps([{"loss": 1.0}, {"loss": None}]))
     info = PngImagePlugin.PngInfo()
     info.add_text("Patient", "Doe^Jane")
@@ -126,16 +128,8 @@ def test_what_is_no_image_is_not_shown(tmp_path, run, content):
     assert not [source for source in Tags(page).sources if "png" in source]
 
 
-@pytest.mark.parametrize("record", ["{}", '{"batch": 7}', '{"batch": {"steps": "x"}}'])
-@pytest.mark.parametrize("history", ["[]", "{", "[7]", "[" * 100_000])
-def test_a_run_of_another_form_is_shown_without_figures(tmp_path, run, record, history):
-    run.record.write_text(record)
-    run.history.write_text(history)
-    assert "are not those of a run" in written(tmp_path, nasty_answers(), run)
-
-
 def test_a_page_stays_small_whatever_its_texts(tmp_path, run):
-    run.record.write_text(json.dumps({"argv": ["<" * 10_000_000]}))
+    run.record.write_text(json.dumps(RECORD | {"argv": ["<" * 10_000_000]}))
     long = " ".join(f"w{n}" for n in range(100_000))
     texts = {"predictions": {"tuned": long + " x", "base": long}, "reference": long}
     names = {"question": long, "source": "s" * 100_000}

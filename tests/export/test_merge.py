@@ -176,7 +176,8 @@ def test_what_cannot_be_merged_is_one_sentence(runs, bases, tmp_path):
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"file"}
     broken = tmp_path / "run"
     broken.mkdir()
-    (broken / "run.json").write_text('{"status": "interrupted"}')
+    record = json.loads((runs / "decoder" / "run.json").read_text())
+    (broken / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     with pytest.raises(RunError, match="its status is interrupted"):
         merge(broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()

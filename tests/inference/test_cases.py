@@ -88,7 +88,7 @@ def test_a_record_without_its_rows_is_one_sentence(embedder, runs, tmp_path, kno
     shutil.copytree(runs / "siglip", run)
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"data": known}))
-    with pytest.raises(RunError, match="expected path and sha256 of the training rows"):
+    with pytest.raises(RunError, match=r"expected the record of a run at .*data"):
         CaseIndex.of_run(find_saved_model(run), embedder)
 
 
@@ -120,3 +120,27 @@ def test_rows_with_the_same_id_keep_their_texts(embedder, runs, data, tmp_path):
         [own] = embedder.embed_images([open_image(row["images"][0])])
         assert index.nearest(own)[0].text == f"text {number}"
     assert len({case.id for case in index.nearest(own)}) == 4
+
+
+@pytest.mark.parametrize("index", ["pipe", "text", "objects", "of other rows", "one number"])
+def test_an_index_that_somebody_else_wrote_is_made_anew(embedder, runs, tmp_path, index):
+    run = shutil.copytree(runs / "siglip", tmp_path / "siglip")
+    saved = find_saved_model(run)
+    CaseIndex.of_run(saved, embedder)
+    good = dict(np.load(run / "index.npz"))
+    (run / "index.npz").unlink()
+    (tmp_path / "precious").write_text("years")
+    (run / ".index.npz").symlink_to(tmp_path / "precious")
+    changed = {
+        "text": {"ids": np.frombuffer(b"[", np.uint8)},
+        "objects": {"ids": np.array([{1: 2}], dtype=object)},
+        "of other rows": {"embeddings": good["embeddings"][:1]},
+        "one number": {"embeddings": np.array(1.0)},
+    }
+    if index == "pipe":
+        os.mkfifo(run / "index.npz")
+    else:
+        np.savez(run / "index.npz", **{**good, **changed[index]})
+    found = CaseIndex.of_run(saved, embedder)
+    assert len(found.ids) == len(found.embeddings) == len(good["embeddings"])
+    assert (tmp_path / "precious").read_text() == "years"

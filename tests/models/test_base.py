@@ -95,3 +95,18 @@ def test_a_run_records_the_commit_and_is_loaded_at_it(
     assert medft("check", file, *again) == 2
     assert f"expected model.base with revision {FIRST}" in capsys.readouterr().err
     assert medft("check", file, *again, f"model.revision={FIRST}") == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_base_of_the_hub_that_names_code_of_its_own_is_refused(hub, tmp_path, name):
+    section = ModelSection(base="team/base")
+    folder = tmp_path / "hub" / "models--team--base" / "snapshots" / FIRST
+    load_processor(section)
+    file = folder / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, "auto_map": {"AutoConfig": "evil.Config"}}))
+    for load in (load_config, load_processor, lambda base: load_weights(AutoModel, base)):
+        with pytest.raises(BaseModelError, match=f"code of its own, .* by auto_map in {name}"):
+            load(section)
+    hub(SECOND)
+    load_processor(section)

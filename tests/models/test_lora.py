@@ -82,6 +82,37 @@ def test_a_target_that_matches_nothing_usable_is_an_error(mllama, targets, messa
         target_modules(mllama, targets, MLLAMA.presets)
 
 
+ENDLESS = "(([a-z.0-9_]+)+)+!"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 4}},
+        {"alpha_pattern": {ENDLESS: 4}},
+        {"modules_to_save": [ENDLESS]},
+    ],
+    ids=str,
+)
+def test_a_target_that_never_ends_is_one_sentence(mllama, monkeypatch, changes):
+    monkeypatch.setattr("medft.models.patterns.SECONDS", 0.5)
+    lora = LoraSection(**{"r": 4, "alpha": 8, **changes})
+    with pytest.raises(BaseModelError, match=r"matched in 0.5 s|lora\.modules_to_save"):
+        attach_adapter(mllama, lora, MLLAMA.presets, task_type=None)
+
+
+def test_patterns_of_ordinary_form_are_taken(bases):
+    config = AutoConfig.from_pretrained(bases / "decoder")
+    empty = empty_model(AutoModelForImageTextToText, config)
+    patterns = {"rank_pattern": {r"layers\.0\..*q_proj": 2}, "exclude_modules": r".*vision.*"}
+    lora = LoraSection(r=4, alpha=8, init_lora_weights=False, **patterns)
+    adapted = attach_adapter(empty, lora, MLLAMA.presets, task_type=None)
+    ranks = {p.shape[0] for name, p in adapted.named_parameters() if "lora_A" in name}
+    assert ranks == {2, 4}
+
+
 @pytest.mark.parametrize("targets", [["out_proj"], r".*head\.attention.*", ["attention"]])
 def test_adapters_in_the_pooling_head_which_would_never_run_are_refused(siglip, targets):
     with pytest.raises(BaseModelError, match="never calls it"):

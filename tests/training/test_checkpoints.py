@@ -1,8 +1,12 @@
 """Only whole checkpoints are resumed from, and folders appear complete or not at all."""
 
+import contextlib
+import json
 import logging
+import pickle
 
 import pytest
+import torch
 
 from medft.errors import RunError
 from medft.training.checkpoints import (
@@ -23,8 +27,9 @@ def run(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for name in FILES:
-            (folder / name).write_bytes(name.encode() * 9)
-        (folder / "trainer_state.json").write_text("{}")
+            torch.save({name: torch.zeros(9)}, folder / name)
+        state = {"global_step": step, "max_steps": 20, "log_history": [{"loss": 2.5}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
         write_manifest(folder, world_size=1)
     return tmp_path
 
@@ -80,3 +85,76 @@ def test_nothing_whole_is_an_error(run):
         (path / "manifest.json").unlink()
     with pytest.raises(RunError, match="found none"):
         checkpoint_to_resume(run, True)
+
+
+class Marks:
+    """Unpickling it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin",
+           "global_step20/a_optim_states.pt"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKLES)
+@pytest.mark.parametrize("form", ["torch", "pickle", "protocol 4"])
+def test_a_checkpoint_that_would_run_code_is_refused_though_its_manifest_fits(run, name, form):
+    mark = run / "mark"
+    file = run / "checkpoint-20" / name
+    file.parent.mkdir(exist_ok=True)
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(Marks(mark)))
+    else:
+        torch.save({"state": Marks(mark)}, file, pickle_protocol=4 if form == "protocol 4" else 2)
+    write_manifest(run / "checkpoint-20", world_size=1)
+    assert name in what_is_missing(run / "checkpoint-20")
+    assert checkpoint_to_resume(run, True).name == "checkpoint-10"
+    with pytest.raises(RunError, match=r"would run code that it names|that torch\.save writes"):
+        checkpoint_to_resume(run, str(run / "checkpoint-20"))
+    assert not mark.exists()
+    with contextlib.suppress(pickle.UnpicklingError, RuntimeError):
+        torch.load(file, weights_only=False)
+    assert mark.exists()  # the file does what it is for
+
+
+def test_the_pickle_that_trainer_never_reads_is_no_reason(run):
+    (run / "checkpoint-20" / "training_args.bin").write_bytes(pickle.dumps(Marks(run / "mark")))
+    write_manifest(run / "checkpoint-20", world_size=1)
+    assert what_is_missing(run / "checkpoint-20") is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trainer_state.json", "[]"),
+        ("trainer_state.json", '{"global_step": "5", "max_steps": 20, "log_history": []}'),
+        (
+            "trainer_state.json",
+            '{"global_step": 5, "max_steps": 20, "log_history": [{"loss": "x"}]}',
+        ),
+        ("trainer_state.json", '{"global_step": 5, "max_steps": 20, "log_history": [], "no": 1}'),
+        ("adapter_config.json", '{"auto_mapping": {"parent_library": "os"}}'),
+        ("latest", "../../elsewhere"),
+    ],
+)
+def test_a_checkpoint_with_foreign_content_is_refused_though_its_manifest_fits(run, file, content):
+    (run / "checkpoint-20" / file).write_text(content)
+    write_manifest(run / "checkpoint-20", world_size=1)
+    with pytest.raises(RunError, match=r"expected a complete checkpoint at"):
+        checkpoint_to_resume(run, str(run / "checkpoint-20"))
+    assert checkpoint_to_resume(run, True).name == "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": [1, 2]}}',
+     '{"files": {"a\\u0000": [1, "x"]}, "world_size": 1}', '{"files": {}, "world_size": "1"}'],
+)  # fmt: skip
+def test_a_manifest_of_other_types_is_none(run, content):
+    (run / "checkpoint-20" / "manifest.json").write_text(content)
+    assert "no readable manifest" in what_is_missing(run / "checkpoint-20")

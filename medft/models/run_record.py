@@ -1,0 +1,81 @@
+"""run.json and log_history.json: what medft reads of them has its types, whoever wrote them."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from medft.config.strict_yaml import PathText
+from medft.errors import RunError
+from medft.foreign import read_json
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a record that was read: of pydantic's errors, the first."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    found = error.errors()[0]
+    key = ".".join(map(str, found["loc"])) or "its content"
+    return f"{key}: {found['msg']}"
+
+
+class _Recorded(BaseModel):
+    """A part of run.json: what stands here has this type, and there is more."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _RecordedRows(_Recorded):
+    path: PathText
+    sha256: str
+
+
+class _RecordedData(_Recorded):
+    train: _RecordedRows
+    validation: _RecordedRows | None = None
+    test: _RecordedRows | None = None
+
+
+class _RecordedBase(_Recorded):
+    base: PathText
+
+
+class _RecordedBatch(_Recorded):
+    steps: int
+    effective: int
+
+
+class RunRecord(_Recorded):
+    """What medft reads of run.json."""
+
+    status: Literal["running", "completed", "interrupted", "failed"]
+    recipe: dict[str, Any]
+    base: _RecordedBase
+    data: _RecordedData
+    batch: _RecordedBatch
+    started: str
+    steps_done: int = 0
+    resumed: list[str] = []
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    metrics: dict[str, int | float] = {}
+
+
+_HISTORY: TypeAdapter[list[dict[str, int | float | None]]] = TypeAdapter(
+    list[dict[str, int | float | None]]
+)
+
+
+def read_log_history(path: Path) -> list[dict[str, int | float | None]]:
+    """The content of log_history.json.
+
+    Raises:
+        RunError: it is missing or cannot be read.
+    """
+    try:
+        return _HISTORY.validate_python(read_json(path), strict=True)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"expected the log of a run at {path}, could not read it ({reason_of(error)}): restore "
+            f"or remove it"
+        ) from error
