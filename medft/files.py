@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import medft
 from medft.errors import RecipeError, RunError
@@ -21,8 +21,20 @@ _COMPLETE = ".complete"
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically: the file holds its old content or all of the new."""
+    with replaced_file(path) as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[TextIO]:
+    """A file beside `path`, in UTF-8, that replaces it when the block ends without an error.
+
+    A link that somebody put in its place is not followed.
+    """
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    draft.unlink(missing_ok=True)
+    with draft.open("x", encoding="utf-8", newline="") as file:
+        yield file
     os.replace(draft, path)
 
 
@@ -60,6 +72,8 @@ def complete_folder(folder: Path) -> Iterator[Path]:
     with _draft(folder.with_name(f".{folder.name}.draft"), shown=folder) as draft:
         yield draft
         old = folder.with_name(f".{folder.name}.old")
+        if old.is_symlink():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             shutil.copymode(folder, draft)  # its owner may have shared it
@@ -96,6 +110,8 @@ def complete_files(folder: Path) -> Iterator[Path]:
 def finish_swap(folder: Path) -> None:
     """Move the files that a killed process had completed in `complete_files` and not yet moved."""
     complete = folder / _COMPLETE
+    if complete.is_symlink():  # which medft never makes
+        return
     with contextlib.suppress(FileNotFoundError):  # there are none, or another process moved them
         for path in list(complete.iterdir()):
             with contextlib.suppress(FileNotFoundError):
@@ -106,8 +122,10 @@ def finish_swap(folder: Path) -> None:
 @contextmanager
 def _draft(draft: Path, *, shown: Path) -> Iterator[Path]:
     """An empty folder that one process has at a time; it is removed if the block fails."""
+    if draft.is_symlink():  # which medft never makes: it leads to files of somebody
+        draft.unlink()
     draft.mkdir(parents=True, exist_ok=True)
-    held = os.open(draft, os.O_RDONLY)
+    held = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if not (_locks(held) and _is_at(held, draft)):
             raise RunError(
@@ -116,7 +134,8 @@ def _draft(draft: Path, *, shown: Path) -> Iterator[Path]:
             )
         try:
             for path in draft.iterdir():  # of a process that was killed
-                path.unlink() if path.is_file() else shutil.rmtree(path)
+                is_folder = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if is_folder else path.unlink()
             yield draft
         except BaseException as error:
             if _is_at(held, draft):

@@ -117,3 +117,55 @@ def test_a_swap_that_a_kill_interrupted_is_finished_by_the_next_reader(tmp_path,
     assert {(tmp_path / name).read_text() for name in ("a", "b")} == {"new"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
     finish_swap(tmp_path)  # once more changes nothing
+
+
+def planted(folder):
+    """A folder of somebody else that links lead to."""
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "kept.txt").write_text("kept")
+    return folder / "elsewhere"
+
+
+@pytest.mark.parametrize("name", [".out.draft", ".out.old"])
+def test_a_link_in_place_of_a_draft_beside_the_folder_is_not_followed(tmp_path, name):
+    elsewhere = planted(tmp_path)
+    (tmp_path / name).symlink_to(elsewhere)
+    with complete_folder(tmp_path / "out") as draft:
+        (draft / "new.txt").write_text("new")
+    with complete_folder(tmp_path / "out") as draft:
+        (draft / "new.txt").write_text("newer")
+    assert [path.name for path in elsewhere.iterdir()] == ["kept.txt"]
+    assert (tmp_path / "out" / "new.txt").read_text() == "newer"
+    assert not (tmp_path / "out").is_symlink()
+
+
+def test_links_in_place_of_drafts_inside_the_folder_are_not_followed(tmp_path):
+    elsewhere = planted(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".complete").symlink_to(elsewhere)
+    finish_swap(out)
+    assert (elsewhere / "kept.txt").exists()
+    (out / ".complete").unlink()
+    (out / ".draft").symlink_to(elsewhere)
+    with complete_files(out) as draft:
+        (draft / "new.txt").write_text("new")
+    assert (elsewhere / "kept.txt").exists()
+    assert [path.name for path in out.iterdir()] == ["new.txt"]
+
+
+def test_a_link_in_a_draft_that_was_left_is_removed_alone(tmp_path):
+    elsewhere = planted(tmp_path)
+    (tmp_path / ".out.draft").mkdir()
+    (tmp_path / ".out.draft" / "link").symlink_to(elsewhere)
+    with complete_folder(tmp_path / "out") as draft:
+        assert list(draft.iterdir()) == []
+    assert (elsewhere / "kept.txt").exists()
+
+
+def test_a_link_in_place_of_the_draft_of_a_file_is_not_written_through(tmp_path):
+    kept = planted(tmp_path) / "kept.txt"
+    (tmp_path / ".record.json.draft").symlink_to(kept)
+    write_json(tmp_path / "record.json", {"a": 1})
+    assert kept.read_text() == "kept"
+    assert json.loads((tmp_path / "record.json").read_text()) == {"a": 1}

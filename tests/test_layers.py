@@ -15,7 +15,7 @@ HOUSE = """
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval findings predictions scores
     data/ template draft_guard table_row source_file bit_depth images plain_content stored_image
-    data/ encoding csv_rows json_rows tables
+    data/ encoding csv_rows json_rows parquet_parts tables
     data/ dicom_files decoder_process dicom_codecs dicom_image dicom_reports dicom
     data/ splits source_section study_order chosen_images sources identifiers group_key clearing
     data/ groups pair_columns pairs

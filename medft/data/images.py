@@ -25,6 +25,8 @@ MAX_SCANS = 100
 
 _ORIENTATION = 0x0112
 
+Image.MAX_IMAGE_PIXELS = None  # `opened` has limits of its own, before anything is decoded
+
 MAX_PIXELS = 64_000_000
 """Maximum pixels of an image, checked before decoding."""
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medft.data.pairs import group_facts, open_pairs
+from medft.data.pairs import group_facts, read_pairs
 from medft.errors import DataError
 
 SHOWN_GROUPS = 3
@@ -61,10 +61,10 @@ def read_earlier_split(path: Path, *, key_id: str | None, hides: bool) -> Earlie
             f"{'an older medft wrote it' if facts is None else 'group_key differs'}: prepare the "
             f"earlier export again, with the same group_key"
         )
-    rows = open_pairs(path).read(columns=["group_id", "split", "sha256"]).to_pydict()
     splits: dict[str, str] = {}
     of_image: dict[str, str] = {}
-    for group, split, hashes in zip(rows["group_id"], rows["split"], rows["sha256"], strict=True):
+    for row in read_pairs(path, images=False):
+        group, split, hashes = row["group_id"], row["split"], row["sha256"]
         if splits.setdefault(group, split) != split:
             raise DataError(
                 f"expected every group of {path} in one split, {'one' if hides else group} stands "

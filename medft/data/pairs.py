@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 from medft.data.pair_columns import SCHEMA as SCHEMA
 from medft.data.pair_columns import SPLITS as SPLITS
 from medft.data.pair_columns import bad_row, problem_of_columns, problem_of_row
+from medft.data.parquet_parts import ROWS_AT_A_TIME, batches_of
 from medft.errors import DataError
 from medft.files import finish_swap
 
@@ -27,15 +28,6 @@ _DEFAULT_METADATA = b'{"prompts": ["Describe this medical image."]}'
 """Of a file whose metadata another tool removed."""
 
 _Templates = Annotated[list[str], Field(min_length=1)]
-
-_ROWS_PER_GROUP = 64
-
-_BATCH_BYTES = 2**26
-"""Bytes of a batch of rows, as far as the file says how much its columns hold."""
-
-_LIMIT_FACTOR = 32
-_LIMIT_BYTES = 2**30
-"""A file may hold so many bytes, and so many times its own size, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +79,7 @@ def write_pairs(
     }
     schema = SCHEMA.with_metadata(metadata)
     with _writer(path, schema) as writer:
-        batches = batched(rows, _ROWS_PER_GROUP)
+        batches = batched(rows, ROWS_AT_A_TIME)
         for table in _ahead(pa.Table.from_pylist(batch, schema=schema) for batch in batches):
             writer.write_table(table)
 
@@ -209,43 +201,10 @@ def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     Raises:
         DataError: the file is damaged, or holds far more than its size.
     """
-    file = open_pairs(path)
-    room = _LIMIT_BYTES + _LIMIT_FACTOR * path.stat().st_size
     try:
-        for number in range(file.num_row_groups):
-            size = _rows_at_a_time(file.metadata.row_group(number), columns)
-            for batch in file.iter_batches(size, row_groups=[number], columns=columns):
-                batch = _decoded(batch)
-                room -= batch.nbytes
-                if room < 0:
-                    raise DataError(
-                        f"expected a file that holds at most {_LIMIT_FACTOR} times its size, "
-                        f"{path} holds more: write it with medft data prepare"
-                    )
-                yield batch
+        yield from batches_of(path, open_pairs(path), columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
-
-
-def _decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, with values in place of the indices of a dictionary."""
-    columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch]
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _rows_at_a_time(group: Any, columns: list[str]) -> int:
-    """Rows of a row group that fit into _BATCH_BYTES, at least one.
-
-    Where an encoding other than PLAIN is used, every row may hold all that the column chunk holds.
-    """
-    expected = 0.0
-    for index in range(group.num_columns):
-        chunk = group.column(index)
-        if chunk.path_in_schema.partition(".")[0] in columns:
-            is_plain = {*chunk.encodings} <= {"PLAIN", "RLE", "BIT_PACKED"}
-            rows = max(group.num_rows, 1) if is_plain else 1
-            expected += chunk.total_uncompressed_size / rows
-    return int(min(max(_BATCH_BYTES / max(expected, 1), 1), _ROWS_PER_GROUP))
 
 
 def read_rows(path: Path, indices: Collection[int]) -> Iterator[dict[str, Any]]:

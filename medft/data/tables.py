@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from medft.data.csv_rows import csv_rows
 from medft.data.encoding import opened_table, read_text
 from medft.data.json_rows import json_rows, jsonl_rows
+from medft.data.parquet_parts import batches_of
 from medft.data.source_file import inside
 from medft.data.table_row import AS_WRITTEN, ReadOptions, TableCounts
 from medft.data.table_row import Rejected as Rejected
@@ -146,7 +147,7 @@ def _parquet_rows(
             raise DataError(
                 f"expected different column names in {table}, got {', '.join(names)}: rename one"
             )
-        for batch in file.iter_batches(batch_size=64, columns=columns):
+        for batch in batches_of(table, file, columns):
             yield from batch.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(

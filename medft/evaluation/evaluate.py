@@ -23,6 +23,7 @@ from medft.evaluation.predictions import answer_predictions, retrieval_predictio
 from medft.evaluation.report import shown_cases, write_evaluation_report
 from medft.evaluation.seen import scores_unseen
 from medft.files import check_folder_for_output, complete_folder, write_json
+from medft.masking import masked_text
 from medft.metrics.predictions import Prediction, RetrievalPrediction, prediction_of
 from medft.metrics.scores import score
 from medft.models.run_record import read_log_history
@@ -91,7 +92,11 @@ def evaluate(
             )
         write_predictions(draft / "predictions.jsonl", found)
         predictions = read_predictions(draft / "predictions.jsonl")
-        metrics: dict[str, Any] = {"model": str(source), "data": str(path), "split": split}
+        metrics: dict[str, Any] = {
+            "model": masked_text(str(source)),
+            "data": masked_text(str(path)),
+            "split": split,
+        }
         metrics |= {**score(predictions), "notes": notes, **scores_unseen(predictions, overlap)}
         write_json(draft / "metrics.json", metrics)
         images = shown_images(rows, predictions)

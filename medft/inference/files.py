@@ -23,6 +23,7 @@ from medft.inference.predictor import (
 )
 from medft.inference.prompts import conversation_for, prompt_for
 from medft.inference.records import kept_rows, record_writer, rewrite
+from medft.masking import masked_text
 from medft.models.saved import SavedModel, find_saved_model
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,10 @@ def predict_files(
     entries = entries_of(inputs, partial(_prompt, saved, prompt))
     beside = None if siglip is None else find_saved_model(siglip)
     weights = " ".join(model.weights for model in (saved, beside) if model)
-    head = {"model": writable(str(source)), "siglip": writable(str(siglip or ""))}
+    head = {
+        "model": writable(masked_text(str(source))),
+        "siglip": writable(masked_text(str(siglip or ""))),
+    }
     head["weights"] = weights
     kept = kept_rows(out, weights)
     if max_new_tokens is not None:

@@ -4,7 +4,6 @@ import codecs
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from medft.data.csv_rows import LARGEST_CELL
 from medft.data.source_file import open_regular
 from medft.data.table_row import Rejected
 from medft.errors import RunError
+from medft.files import replaced_file
 
 HEAD = ("image", "prompt", "model", "siglip", "weights")
 
@@ -122,14 +122,12 @@ def _rows_of_table(content: str) -> list[dict[str, Any]]:
 
 def rewrite(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rewrite the file with its complete rows, or create it with its header."""
-    draft = out.with_name(f".{out.name}.draft")
-    with draft.open("w", encoding="utf-8", newline="") as file:
+    with replaced_file(out) as file:
         if out.suffix == ".csv":
             csv.DictWriter(file, CSV_COLUMNS).writeheader()
             csv.DictWriter(file, CSV_COLUMNS).writerows(map(_harmless, rows))
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(draft, out)
 
 
 def _harmless(row: dict[str, Any]) -> dict[str, Any]:

@@ -202,3 +202,33 @@ def test_a_png_that_inflates_without_end_takes_no_memory(export):
     outcome = run_hostile(words, timeout=60)
     assert outcome.code == 0
     assert outcome.peak < BASE
+
+
+def test_a_parquet_table_that_decodes_to_gigabytes_takes_no_memory(export):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    long = "x" * 60_000_000
+    table = pa.table({"file": ["good.png"] * 64, "text": [long] * 64})
+    pq.write_table(table, export / "t.json", use_dictionary=True, compression="zstd")
+    assert (export / "t.json").stat().st_size < 1_000_000
+    sources = write_sources(export, kind="parquet", images="images")
+    outcome = run_hostile(["data", "prepare", sources, "--out", export / "out"], timeout=100)
+    assert outcome.code == 2
+    assert "holds at most 32 times its size" in outcome.sentences[0]
+    assert outcome.peak < 4 * BASE  # of 64 rows at once, 3.8 GB
+
+
+def test_a_limit_above_that_of_pillow_is_the_one_that_holds(export):
+    stream = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(stream, "PNG")
+    (export / "images" / "large.png").write_bytes(stream.getvalue())
+    (export / "t.json").write_text(json.dumps([{"file": "large.png", "text": "a"}]))
+    sources = write_sources(export, images="images")
+    words = ["data", "prepare", sources, "--out", export / "out"]
+    assert "at most 64000000 pixels" in run_hostile(words).sentences[0]
+    content = json.loads(sources.read_text()) | {"images": {"max_pixels": 300_000_000}}
+    sources.write_text(json.dumps(content | {"split": {"validation": 0.0}}))
+    outcome = run_hostile(words)
+    assert outcome.code == 0
+    assert outcome.err == ""
