@@ -49,7 +49,11 @@ def open_inside(path: str, root: str, *, max_bytes: int) -> BinaryIO:
         OSError: it is missing, or may not be read.
         Rejected: outside_root, no_regular_file or too_large.
     """
-    file = open_regular(path, max_bytes=max_bytes)
+    try:
+        file = open_regular(path, max_bytes=max_bytes)
+    except FileNotFoundError:
+        inside(Path(path), Path(root))
+        raise
     try:
         place = os.readlink(f"/proc/self/fd/{file.fileno()}")
     except OSError:  # not of Linux

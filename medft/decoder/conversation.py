@@ -28,8 +28,8 @@ IGNORED = -100
 _RENDER_SECONDS = 10
 """A chat template, a program of the base's author, may take for a conversation."""
 
-_RENDER_BYTES = 2**29
-"""Memory that it may take meanwhile."""
+_RENDER_BYTES = 2**31
+"""Memory that the process may take meanwhile, with all its threads, which must not starve."""
 
 _PLACEHOLDERS = (
     IMAGE_PLACEHOLDER,
