@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -266,8 +267,13 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
+    """Write a line; where nobody can read it any more, what was done is done nevertheless."""
     encoding = sys.stdout.encoding or "utf-8"  # names may hold bytes that are no text
-    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    try:
+        sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError:  # its reader is gone, or its disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

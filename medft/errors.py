@@ -100,6 +100,9 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
     """
     debug = "--debug" in argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         with _private():
             main([word for word in argv if word != "--debug"])

@@ -12,13 +12,14 @@ NAMES_SECRET = re.compile(r"(?i)token(?!iz)|secret|password|keys?(?![a-z0-9]|[_-
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{30,}"  # Hugging Face
     r"|\bgh[opsur]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{50,}"  # GitHub
-    r"|\bsk-[A-Za-z0-9_-]{32,}"  # OpenAI and others
+    r"|\bglpat-[\w-]{20,}"  # GitLab
+    r"|\bsk-(?:(?:proj|svcacct|ant|or)-[\w-]{28,}|[A-Za-z0-9]{32,})"  # OpenAI and others
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
-    r"|(?<=\bBearer )[A-Za-z0-9._~+/=-]{16,}"
+    r"|(?<=\b[Bb]earer )[A-Za-z0-9._~+/=-]{16,}"
 )
 
-_LOGIN = re.compile(r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)")
-"""user:password of a URL."""
+_LOGIN = re.compile(r"(?<=://)(?:[^\s/:@'\"]*:[^\s/'\"]+|[^\s/:@'\"]{20,})(?=@)")
+"""user:password of a URL, or a token in its place."""
 
 
 def masked_text(text: str) -> str:

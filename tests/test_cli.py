@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from medft import cli
 from medft.errors import DataError, MedftError, Terminated, run_command
@@ -95,3 +96,27 @@ def test_a_bug_of_ours_is_not_hidden():
 
     with pytest.raises(ZeroDivisionError):
         run_command(broken, [])
+
+
+@pytest.mark.parametrize("words", [">&-", "2>&-", ">/dev/full", "| true"])
+def test_streams_that_nobody_reads_stop_no_command(tmp_path, words):
+    """Closed, full, or a reader that is gone: what was to be done is done."""
+    Image.new("L", (9, 9), 90).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("file,text\na.png,text\n")
+    (tmp_path / "SOURCES.yaml").write_text(
+        "sources: [{name: s, kind: csv, path: t.csv, image: file, text: text}]\n"
+        "split: {validation: 0.0, test: 0.0}\n"
+    )
+    command = (
+        f"{sys.executable} -m medft.cli data prepare {tmp_path}/SOURCES.yaml --out {tmp_path}/o"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} {words}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
+    assert done.returncode == 0
+    assert (tmp_path / "o" / "pairs.parquet").exists()

@@ -19,6 +19,8 @@ SECRETS = {
     "aws": "AKIA" + "ABCD1234" * 2,
     "bearer": "eyJhbGciOi.JIUzI1NiIsInR5cCI6",
     "password in a URL": "ada:pa55",
+    "password with an at sign in a URL": "ada:pa@55",
+    "gitlab": "glpat-" + "aB3_" * 6,
 }
 
 PLAIN = [
@@ -28,6 +30,7 @@ PLAIN = [
     "ada@ward.org",
     "https://host.org/a@b",
     "https://host.org:8080/x",
+    "/models/sk-siglip-base-patch16-448-chest-xray-v2",
     "meta-llama/Llama-3.2-11B-Vision-Instruct",
     "hf_home",
     "ask-the-radiologist-about-the-small-shadow",
@@ -42,6 +45,7 @@ def written(name, secret):
     return {
         "bearer": f"Authorization: Bearer {secret}",
         "password in a URL": f"https://{secret}@host.org/x",
+        "password with an at sign in a URL": f"https://{secret}@host.org/x",
     }.get(name, f"it was {secret}, sorry")
 
 

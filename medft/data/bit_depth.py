@@ -5,6 +5,7 @@ Scanners write 10, 12 or 14 bits into files of 16, which do not say how many: sc
 different. So the range is that of the source, which a pass over its images before finds.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -35,13 +36,16 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True, slots=True)
 class WideValues:
-    """The gray values of an image that has more than 8 bits a pixel."""
+    """The gray values of an image that has more than 8 bits a pixel, or signed ones."""
 
     values: np.ndarray
     """[H, W], unsigned or signed integers or float32."""
 
     is_inverted: bool
     """Whether 0 is white: TIFF's WhiteIsZero, which Pillow applies to 8 bits alone."""
+
+    transparent: int | None = None
+    """The value of transparent pixels, which become black."""
 
     @property
     def is_float(self) -> bool:
@@ -65,15 +69,34 @@ class WideValues:
 
 
 def wide_values(image: Image.Image) -> WideValues | None:
-    """The values of a gray image of more than 8 bits a pixel; None for any other image."""
+    """The values of a gray image with more than 8 bits a pixel, or signed; None for any other.
+
+    Args:
+        image: as Pillow opened it, not decoded yet.
+    """
+    tags = getattr(image, "tag_v2", {})
+    sample_format = tags.get(_SAMPLE_FORMAT, (1,))
+    if image.mode == "L" and sample_format == (2,):
+        return WideValues(np.asarray(image).view(np.int8), False)
     if not (image.mode.startswith("I") or image.mode == "F"):
         return None
-    tags = getattr(image, "tag_v2", {})
+    stretched = _largest_of_pgm(image)
     values = np.asarray(image)
-    is_unsigned = tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
-    if image.mode == "I" and tags.get(_BITS) == (32,) and is_unsigned:
+    if image.mode == "I" and tags.get(_BITS) == (32,) and sample_format == (1,):
         values = values.view(np.uint32)
-    return WideValues(values, tags.get(_PHOTOMETRIC) == 0)
+    if stretched is not None:
+        values = np.rint(values * (stretched / FULL_RANGE.high)).astype(np.uint16)
+    transparent = image.info.get("transparency")
+    is_value = isinstance(transparent, int)
+    return WideValues(values, tags.get(_PHOTOMETRIC) == 0, transparent if is_value else None)
+
+
+def _largest_of_pgm(image: Image.Image) -> int | None:
+    """The largest value that a PGM says it may have, by which Pillow stretches all others."""
+    if image.format != "PPM" or image.mode != "I":
+        return None
+    arguments = getattr(image, "tile", [])[0].args
+    return arguments[1] if isinstance(arguments, tuple) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +107,33 @@ class GrayRange:
     high: float
 
     def scaled(self, wide: WideValues) -> Image.Image:
-        """An 8-bit gray image: values below and above the range clipped, NaN black."""
-        if not wide.is_float and self.high - self.low < 2**MOST and self.low >= 0:
-            table = self._eight_bits(np.arange(int(self.high) + 1), wide.is_inverted)
-            pixels = table[wide.values.clip(0, int(self.high))]
+        """An 8-bit gray image: values beyond the range clipped, NaN and transparent ones black."""
+        values = wide.values
+        if not wide.is_float and self.low >= 0 and self.high < 2**MOST:
+            most = math.ceil(self.high)
+            pixels = self._levels(np.arange(most + 1), wide.is_inverted)[values.clip(0, most)]
         else:
-            pixels = np.empty(wide.values.shape, np.uint8)
+            pixels = np.empty(values.shape, np.uint8)
             rows = max(_BLOCK // pixels.shape[1], 1)
             for top in range(0, len(pixels), rows):
                 block = slice(top, top + rows)
-                pixels[block] = self._eight_bits(wide.values[block], wide.is_inverted)
+                pixels[block] = self._levels(values[block], wide.is_inverted)
+        if wide.transparent is not None:
+            pixels[values == wide.transparent] = 0
         return Image.fromarray(pixels)
 
-    def _eight_bits(self, values: np.ndarray, is_inverted: bool) -> np.ndarray:
+    def _levels(self, values: np.ndarray, is_inverted: bool) -> np.ndarray:
         span = (self.high - self.low) or 1.0
         scaled = (values.astype(np.float64) - self.low) * (255 / span)
         scaled = np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255)
         levels = np.rint(scaled).astype(np.uint8)
-        return 255 - levels if is_inverted else levels
+        if is_inverted:
+            levels = 255 - levels
+            levels[np.isnan(values)] = 0
+        return levels
+
+
+FULL_RANGE = GrayRange(0, 2.0**MOST - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +161,6 @@ class GrayScale:
                 "outside_bit_depth", f"its values go from {low:g} to {high:g}, allowed: {allowed}"
             )
         return known.scaled(wide)
-
-
-FULL_RANGE = GrayRange(0, 2.0**MOST - 1)
 
 
 def eight_bits_alone(wide: WideValues) -> Image.Image:

@@ -59,6 +59,8 @@ def _images_of(
         return range(frame_count(row["path"], max_pixels=max_pixels))
     except Rejected as verdict:
         return verdict
+    except MemoryError:
+        return Rejected("too_large", f"{row['path'].name}: its header takes too much memory")
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -16,6 +16,9 @@ from medft.data.tables import Rejected, TableRow, takes
 from medft.data.template import text_of
 from medft.errors import DataError
 
+_ALWAYS = "SOPClassUID"
+"""A tag that is read from every header: where none is named, pydicom reads all of them."""
+
 
 def dicom_rows(
     folder: Path,
@@ -96,7 +99,10 @@ def _tags_of(file: DicomFile, tags: list[str], max_pixels: int) -> dict[str, str
     try:
         with opened_dicom(file.path, max_pixels=max_pixels) as stream:
             header = pydicom.dcmread(
-                stream, defer_size=HEADER_BYTES, stop_before_pixels=True, specific_tags=tags or None
+                stream,
+                defer_size=HEADER_BYTES,
+                stop_before_pixels=True,
+                specific_tags=[*tags, _ALWAYS],
             )
             return {tag: _value(header, tag) for tag in tags}
     except Rejected:

@@ -14,6 +14,7 @@ import numpy as np
 
 from medft.data.decoder_process import decode_apart
 from medft.data.dicom_files import BYTES_PER_PIXEL, HEADER_BYTES
+from medft.data.images import MAX_SCANS
 from medft.data.table_row import Rejected
 from medft.errors import DataError
 
@@ -105,6 +106,8 @@ def _check_size(frame: bytes, syntax: str, rows: int, columns: int) -> None:
         _check_run_lengths(frame, rows * columns)
         return
     if syntax in _JPEG:
+        if frame.count(b"\xff\xda") > MAX_SCANS:
+            raise Rejected("bad_dicom", f"a frame of more than {MAX_SCANS} scans")
         size = _jpeg_size(frame)
     elif syntax in _JPEG_2000:
         size = _jpeg_2000_size(frame)

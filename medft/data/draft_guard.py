@@ -29,12 +29,12 @@ def removed_if_killed(draft: Path) -> Iterator[None]:
 
 
 def _wait(draft: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that is guarded decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    opened = os.open(draft, os.O_RDONLY | os.O_CLOEXEC)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # the one that is guarded decides
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
     with suppress(OSError):
+        opened = os.open(draft, os.O_RDONLY | os.O_CLOEXEC)
+        parent.join()
         if os.path.samestat(os.fstat(opened), draft.stat()):
             shutil.rmtree(draft, ignore_errors=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from medft.data.bit_depth import GrayScale, eight_bits_alone, wide_values
 from medft.data.table_row import Rejected
@@ -23,7 +23,25 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 MAX_SCANS = 100
 """Scans of a progressive JPEG; encoders write about ten."""
 
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
+"""Tag of EXIF."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its orientation.
+
+Not ImageOps.exif_transpose, which also writes all other tags anew, damaged ones among them.
+"""
+
+_BITS, _PLANAR, _SAMPLE_FORMAT = 258, 284, 339
+"""Tags of TIFF."""
 
 Image.MAX_IMAGE_PIXELS = None  # `opened` has limits of its own, before anything is decoded
 
@@ -77,9 +95,8 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
                     f"expected an image of at most {max_pixels} pixels, {name} has "
                     f"{width} x {height}: shrink it or raise the limit"
                 )
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise DataError(f"expected a single image, {name} has {frames} frames: choose one")
+            if getattr(image, "is_animated", False):
+                raise DataError(f"expected a single image, {name} has several frames: choose one")
             if image.format == "JPEG" and (scans := _scans(source)) > MAX_SCANS:
                 raise DataError(
                     f"expected a JPEG of at most {MAX_SCANS} scans, {name} has {scans}, each of "
@@ -88,14 +105,9 @@ def opened(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[Im
             yield image
     except FileNotFoundError as error:
         raise DataError(f"expected an image at {name}, there is no file: check the path") from error
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-    ) as error:
+    except (DataError, Rejected, MemoryError):
+        raise
+    except Exception as error:  # damaged files make Pillow raise many exceptions
         # Pillow's message names the object in memory, which differs between runs
         unknown = isinstance(error, UnidentifiedImageError)
         problem = "it is of another format" if unknown else error
@@ -127,17 +139,22 @@ def eight_bits(image: Image.Image, scale: GrayScale | None) -> Image.Image:
     """
     is_wide_color = _is_wide_color(image)
     wide = wide_values(image)
-    if wide is not None:
-        gray = eight_bits_alone(wide) if scale is None else scale.eight_bits(wide)
-        gray.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
-        return ImageOps.exif_transpose(gray)
-    image = ImageOps.exif_transpose(image)
-    if is_wide_color and np.asarray(image.convert("RGB")).max() < 128:
+    if wide is None:
+        shown = _opaque(image)
+    else:
+        shown = eight_bits_alone(wide) if scale is None else scale.eight_bits(wide)
+    if is_wide_color and np.asarray(shown).max() < 128:
         raise Rejected(
             "unknown_range",
             "it is of 16 bits per channel and does not use them, so that it would come out dark: "
             "write it with 8 bits per channel",
         )
+    turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
+    return shown if turn is None else shown.transpose(turn)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image of mode L or RGB, transparency composited over black."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
@@ -146,6 +163,15 @@ def eight_bits(image: Image.Image, scale: GrayScale | None) -> Image.Image:
 
 
 def _is_wide_color(image: Image.Image) -> bool:
-    """Whether the file has 16 bits per channel, of which Pillow reads the upper 8."""
+    """Whether the file has 16 bits per channel, of which Pillow reads the upper 8.
+
+    Raises:
+        Rejected: unknown_range, it is laid out so that Pillow reads it wrongly.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits, formats = tags.get(_BITS, ()), tags.get(_SAMPLE_FORMAT, ())
+    is_planar = tags.get(_PLANAR) == 2 and max(bits, default=8) > 8
+    if len(bits) > 1 and (is_planar or not {*formats} <= {1}):
+        raise Rejected("unknown_range", "its color is signed or in planes of 16 bits: write 8 bits")
     tiles = getattr(image, "tile", None) or ()
     return any(";16" in str(tile[3]) for tile in tiles) and not image.mode.startswith("I")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from medft.data.bit_depth import GrayScale
 from medft.data.images import eight_bits, opened
-from medft.data.plain_content import plain_content
+from medft.data.plain_content import plain_content, profile_of
 
 # Rows 0 to 7 of the cosine transform of 32 samples, unnormalized: only medians are compared.
 _COSINES = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
@@ -74,13 +74,12 @@ def store_image(
     image: Image.Image, *, name: str | None, max_side: int | None = None
 ) -> StoredImage:
     """An image of mode L or RGB as a lossless PNG, shrunk where it is larger than max_side."""
-    profile = image.info.get("icc_profile", b"")
+    profile = profile_of(image)
     if max_side and max(image.size) > max_side:
         image = image.copy()
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    fits = profile[16:20] == {"L": b"GRAY", "RGB": b"RGB "}[image.mode]
-    image.save(stream, format="PNG", compress_level=1, icc_profile=profile if fits else None)
+    image.save(stream, format="PNG", compress_level=1, icc_profile=profile)
     return _stored(stream.getvalue(), image, name)
 
 

@@ -35,6 +35,9 @@ CHUNK = 16
 NAMES = 256
 """Images that a worker looks at beforehand at a time."""
 
+PORTION_BYTES = 2**24
+"""Content of images that a worker takes beforehand at a time."""
+
 CHUNKS = 4
 """Chunks per worker that may be queued, in progress or not yet consumed; bounds the memory."""
 
@@ -66,12 +69,18 @@ class Workers:
         context = multiprocessing.get_context("fork")
         arguments = (spec, root, draft, key)
         self._pool = ProcessPoolExecutor(self._count, context, _start_worker, arguments)
+        self._processes: list[multiprocessing.process.BaseProcess] = []
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        except BaseException:  # interrupted once more: it would wait for them for ever
+            for process in self._processes:
+                process.kill()
+            raise
 
     def wide_images(self) -> list[WideImages]:
         """What a pass over the images of each source finds about the wide ones.
@@ -82,8 +91,9 @@ class Workers:
         found = [WideImages() for _ in self.spec.sources]
         for index, source in enumerate(self.spec.sources):
             if source.kind != "dicom":
-                names = batched(named_images(source, self.root, self.spec.split), NAMES)
-                for part in self._in_order(_measure, ((index, some) for some in names)):
+                images = named_images(source, self.root, self.spec.split)
+                portions = ((index, some) for some in _portions(images))
+                for part in self._in_order(_measure, portions):
                     found[index].merge(part)
         return found
 
@@ -121,22 +131,36 @@ class Workers:
     ) -> Iterator[Any]:
         """What the work returns for each, in their order; few are queued, or not yet consumed."""
         waiting: deque[Future[Any]] = deque()
-        processes: list[multiprocessing.process.BaseProcess] = []
         try:
             for each in arguments:
                 waiting.append(self._pool.submit(work, *each))
-                processes = processes or multiprocessing.active_children()
+                self._processes = self._processes or multiprocessing.active_children()
                 if len(waiting) == CHUNKS * self._count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             self._pool.shutdown()
+            read = _read_by(self._processes, self.draft)
             raise RunError(
                 f"expected the processes that decode images to run to the end, one was stopped"
-                f"{_read_by(processes, self.draft)}, as for lack of memory or room on the disk: "
+                f"{read}, as for lack of memory or room on the disk: "
                 f"prepare again with more, or set images.max_pixels lower"
             ) from error
+
+
+def _portions(images: Iterable[NamedImage]) -> Iterator[list[NamedImage]]:
+    """The images in parts of NAMES, or of PORTION_BYTES where their content is given."""
+    portion: list[NamedImage] = []
+    size = 0
+    for number, image in images:
+        portion.append((number, image))
+        size += len(image) if isinstance(image, bytes) else 0
+        if len(portion) == NAMES or size > PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def _read_by(processes: Iterable[multiprocessing.process.BaseProcess], draft: Path) -> str:
@@ -179,6 +203,7 @@ class _Worker:
 
 
 def _start_worker(spec: SourcesFile, root: Path, draft: Path, key: bytes | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_memory(BYTES_PER_PIXEL * spec.images.max_pixels + SPARE_BYTES)
     spool = (draft / f"images-{os.getpid()}").open("wb")

@@ -27,17 +27,40 @@ def png(values):
     return stream.getvalue()
 
 
-def tiff(values, *, photometric=1):
+def tiff(values, *, photometric=1, planes=1):
     """An uncompressed TIFF of any integers or floats, which Pillow does not write."""
     height, width = values.shape
+    height //= planes
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     bits, data = values.dtype.itemsize * 8, values.tobytes()
     tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 0)]
     tags += [(277, 1), (278, height), (279, len(data)), (339, kind)]
+    if planes > 1:
+        return _planar(values, planes, tags)
     start = 8 + 2 + 12 * len(tags) + 4
     entries = [struct.pack("<HHII", tag, 4, 1, start if tag == 273 else v) for tag, v in tags]
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries)
     return head + struct.pack("<I", 0) + data
+
+
+def _planar(values, planes, tags):
+    """A TIFF whose colors stand one after another."""
+    tags = dict(tags) | {262: 2, 277: planes, 284: 2}
+    lists = {258: [tags[258]] * planes, 339: [tags[339]] * planes}
+    size = len(values.tobytes()) // planes
+    start = 8 + 2 + 12 * len(tags) + 4
+    lists |= {273: [], 279: [size] * planes}
+    data_at = start + sum(4 * planes for _ in range(4))
+    lists[273] = [data_at + size * plane for plane in range(planes)]
+    entries, extra = [], b""
+    for tag in sorted(tags):
+        if tag in lists:
+            entries.append(struct.pack("<HHII", tag, 4, planes, start + len(extra)))
+            extra += struct.pack(f"<{planes}I", *lists[tag])
+        else:
+            entries.append(struct.pack("<HHII", tag, 4, 1, tags[tag]))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries)
+    return head + struct.pack("<I", 0) + extra + values.tobytes()
 
 
 def series(folder, files, **images):
@@ -182,6 +205,64 @@ def test_color_of_16_bits_is_taken_where_it_uses_them_and_rejected_where_it_woul
     stored, _, rejected = series(tmp_path, {"a.png": full, "b.png": dark})
     assert (stored["a.png"] == values >> 8).all()
     assert rejected == {"2 unknown_range"}
+
+
+def test_color_that_pillow_reads_wrongly_is_rejected(tmp_path):
+    planes = np.repeat(np.array([60000, 30000, 100], np.uint16), 12).reshape(9, 4)
+    garbled = tiff(planes, planes=3)
+    with Image.open(io.BytesIO(garbled)) as image:
+        assert (image.mode, image.size) == ("RGB", (4, 3))
+        assert image.getpixel((0, 0)) != (234, 117, 0)  # what the file says
+    _, _, rejected = series(tmp_path, {"a.tif": garbled})
+    assert rejected == {"1 unknown_range"}
+
+
+def test_signed_bytes_have_the_range_of_their_source(tmp_path):
+    values = [np.array([[-100, -1, 0, 1]], np.int8), np.array([[0, 1, 50, 100]], np.int8)]
+    files = {f"{i}.tif": tiff(one) for i, one in enumerate(values)}
+    stored, counts, _ = series(tmp_path, files)
+    for i, one in enumerate(values):
+        assert (stored[f"{i}.tif"] == np.rint((one + 100.0) * (255 / 200))).all()
+    assert counts["integer_range"] == [-100, 100]
+
+
+def test_a_pgm_has_the_values_of_its_file_and_not_those_that_pillow_stretches(tmp_path):
+    values = [np.array([[0, 16, 2000]], np.uint16), np.array([[0, 16, 4095]], np.uint16)]
+    files = {"c.png": png(values[1])}
+    for i, one in enumerate(values):
+        files[f"{i}.pgm"] = b"P5\n3 1\n%d\n" % one.max() + one.astype(">u2").tobytes()
+    stored, counts, rejected = series(tmp_path, files, bit_depth=12)
+    assert rejected == set()
+    assert counts["integer_range"] == [0, 4095]
+    for i, one in enumerate(values):
+        assert (stored[f"{i}.pgm"] == np.rint(one * (255 / 4095))).all()
+    assert (stored["1.pgm"] == stored["c.png"]).all()
+
+
+def test_transparent_pixels_of_a_wide_png_become_black(tmp_path):
+    values = np.array([[0, 300, 4000]], np.uint16)
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG", transparency=4000)
+    stored, _, _ = series(tmp_path, {"a.png": stream.getvalue(), "b.png": png(values)})
+    assert stored["b.png"].tolist() == [[0, 19, 249]]
+    assert stored["a.png"].tolist() == [[0, 19, 0]]
+
+
+def test_nan_is_black_where_0_is_white_too(tmp_path):
+    values = np.array([[0, 1, np.nan]], np.float32)
+    stored, _, _ = series(tmp_path, {"a.tif": tiff(values, photometric=0)})
+    assert stored["a.tif"].tolist() == [[255, 0, 0]]
+
+
+def test_percentiles_between_two_values_lose_neither(tmp_path):
+    mask = np.zeros((20, 50), np.uint16)
+    mask[0, :5] = 3
+    offset = np.full((10, 10), 30_000_000, np.uint32)
+    offset[0, 0] += 100
+    files = {"a.png": png(mask), "b.tif": tiff(offset)}
+    stored, _, _ = series(tmp_path, files, bit_depth="percentile")
+    assert set(stored["a.png"][0, :5].tolist()) == {255}
+    assert stored["b.tif"].max() == 255
 
 
 def test_an_image_of_its_own_is_scaled_only_where_its_bits_are_known(tmp_path):

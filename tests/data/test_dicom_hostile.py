@@ -310,3 +310,41 @@ def test_a_frame_of_more_bytes_than_an_image_has_is_not_sent_to_a_decoder(tmp_pa
             assert list(dicom_images(tmp_path / "a.dcm", max_pixels=LIMIT))
         else:
             assert rejected(tmp_path / "a.dcm").reason == "too_large"
+
+
+def test_a_frame_of_many_scans_is_rejected_before_it_is_decoded(tmp_path):
+    content = encoded((64, 64), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    many = content[:-2] + content[last:-2] * 200 + content[-2:]
+    for frame in (content, many):
+        write(tmp_path / "a.dcm", RAMP, syntax=JPEGBaseline8Bit, frame=frame)
+        if frame is many:
+            assert rejected(tmp_path / "a.dcm").detail.endswith("of more than 100 scans")
+        else:
+            assert list(dicom_images(tmp_path / "a.dcm", max_pixels=LIMIT))
+
+
+def test_a_header_of_many_large_elements_takes_no_memory_in_the_process_that_lists_files(tmp_path):
+    """A sparse file of a gigabyte, its elements each as long as one may be."""
+    folder = tmp_path / "files"
+    write(folder / "a.dcm", RAMP)
+    head, body = dataset_of(folder / "a.dcm")
+    with (folder / "a.dcm").open("wb") as file:
+        pixels = body.index(struct.pack("<HH", 0x7FE0, 0x0010))
+        file.write(head + body[:pixels])
+        size = 15_000_000
+        for number in range(70):
+            element = struct.pack("<HH2sHI", 0x6FE1, 0x1000 + number, b"OB", 0, size)
+            file.write(element)
+            file.seek(size, io.SEEK_CUR)
+        file.write(body[pixels:])
+    (folder / "a.txt").write_text("text")
+    for keys in ("", ", frames: every", ", study: StudyInstanceUID, frames: every, max_images: 2"):
+        (tmp_path / "SOURCES.yaml").write_text(
+            f"sources:\n  - {{name: pacs, kind: dicom, path: files, text: text{keys}}}\n"
+            "images: {max_pixels: 1000000}\nsplit: {validation: 0.0}\n"
+        )
+        words = [tmp_path / "SOURCES.yaml", "--out", tmp_path / "out", "--max-rejects", "1"]
+        outcome = run_hostile(["data", "prepare", *words])
+        assert outcome.code == 0
+        assert outcome.peak < 1.2e9  # of the worker, which may take that much

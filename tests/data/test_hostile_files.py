@@ -232,3 +232,16 @@ def test_a_limit_above_that_of_pillow_is_the_one_that_holds(export):
     outcome = run_hostile(words)
     assert outcome.code == 0
     assert outcome.err == ""
+
+
+def test_images_inside_a_table_are_looked_at_in_portions_of_bounded_size(export):
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 60_000, (700, 700)).astype(np.uint16)
+    Image.fromarray(noise).save(stream, "PNG", compress_level=0)
+    content = stream.getvalue()
+    assert len(content) > 900_000
+    images = [(number, content) for number in range(50)]
+    portions = list(workers._portions([*images, *((n, f"{n}.png") for n in range(300))]))
+    assert max(sum(len(c) for _, c in p if isinstance(c, bytes)) for p in portions) < 18e6
+    assert max(map(len, portions)) == 256
+    assert sum(map(len, portions)) == 350

@@ -57,11 +57,16 @@ def prepare(sources, out, kind="any", moment=0):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
     out, err = process.communicate(timeout=120)
+    wait_for_the_end_of(process.pid)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def wait_for_the_end_of(group):
     for _ in range(300):
         try:
-            os.killpg(process.pid, 0)
+            os.killpg(group, 0)
         except ProcessLookupError:
-            return subprocess.CompletedProcess(command, process.returncode, out, err)
+            return
         time.sleep(0.1)
     raise AssertionError("a process is left")
 
@@ -165,6 +170,51 @@ def test_a_worker_killed_at_any_moment_ends_the_command_and_leaves_what_was_ther
     assert "one was stopped" in sentence
     assert number < 2 or " while it read row" in sentence
     assert not out.exists() or contents(out) == earlier
+    assert not (out / ".draft").exists()
+
+
+def interrupted(sources, out, *signals, to_group):
+    """The exit code and the errors of a command that gets signals in its midst."""
+    command = [
+        sys.executable,
+        "-m",
+        "medft.cli",
+        "data",
+        "prepare",
+        str(sources),
+        "--out",
+        str(out),
+    ]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    while not list(out.glob(".draft/images-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    for number in signals:
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=30)
+    wait_for_the_end_of(process.pid)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_interrupts_end_the_command_and_its_processes_without_a_word(
+    sources, tmp_path, count, to_group
+):
+    out = tmp_path / "out"
+    code, errors = interrupted(sources, out, *[signal.SIGINT] * count, to_group=to_group)
+    assert code in (130, -signal.SIGINT)
+    assert "Traceback" not in errors
+    assert not (out / ".draft").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])
+def test_a_terminal_that_is_closed_leaves_no_draft(sources, tmp_path, number):
+    out = tmp_path / "out"
+    code, _ = interrupted(sources, out, number, to_group=True)
+    assert code == -number
     assert not (out / ".draft").exists()
 
 

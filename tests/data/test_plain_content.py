@@ -116,6 +116,31 @@ def test_a_profile_stays_where_the_pixels_stay():
     assert "icc_profile" not in Image.open(io.BytesIO(stored)).info
 
 
+@pytest.mark.parametrize("profile", [NAME, NAME * 20, bytes(36) + b"acsp" + NAME * 9])
+def test_what_only_says_that_it_is_a_profile_does_not_leave(profile):
+    for format in ("PNG", "JPEG"):
+        content = encoded(COLOR, format, icc_profile=profile)
+        kept = plain(content)
+        assert NAME not in kept
+        assert "icc_profile" not in Image.open(io.BytesIO(kept)).info
+        stored = store_encoded_image(content, name=None, max_pixels=10**6, max_side=50)
+        assert "icc_profile" not in Image.open(io.BytesIO(stored.content)).info
+    named = encoded(COLOR, "PNG", icc_profile=PROFILE).replace(b"ICC Profile", NAME[:11])
+    body = named[named.index(b"iCCP") : named.index(b"IDAT") - 4]
+    named = named.replace(body, body[:-4] + zlib.crc32(body[:-4]).to_bytes(4, "big"))
+    assert Image.open(io.BytesIO(named)).info["icc_profile"] == PROFILE
+    assert NAME[:11] not in plain(named)
+    assert Image.open(io.BytesIO(plain(named))).info["icc_profile"] == PROFILE
+
+
+def test_a_long_profile_is_written_in_parts():
+    long = (200_000).to_bytes(4, "big") + PROFILE[4:] + bytes(200_000 - len(PROFILE))
+    content = encoded(COLOR, "JPEG", icc_profile=long)
+    kept = plain(content + NAME)
+    assert Image.open(io.BytesIO(kept)).info["icc_profile"] == long
+    assert open_image(kept).tobytes() == open_image(content).tobytes()
+
+
 def test_a_name_written_into_a_png_does_not_leave():
     info = PngInfo()
     info.add_text("PatientName", NAME.decode())
