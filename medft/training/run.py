@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from medft.compat import num_weights, untested_versions
 from medft.config.recipe import Recipe, dump_sections
 from medft.errors import Terminated
-from medft.files import complete_folder, write_json
+from medft.files import complete_folder, replaced_file, write_json
 from medft.models.adapter import refuse_inert
 from medft.models.saved import WEIGHTS_FILE, RunLayout
 from medft.provenance import (
@@ -200,8 +200,8 @@ def open_run(
             entries["resumed"] = [*earlier.get("resumed", []), now()]
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
-        recipe_text = dump_sections(sections)
-        layout.recipe.write_text(recipe_text, encoding="utf-8")
+        with replaced_file(layout.recipe) as file:
+            file.write(dump_sections(sections))
     run.update()
     try:
         yield run
