@@ -42,7 +42,7 @@ from medft.training.callbacks import (
 from medft.training.checkpoints import state_of
 from medft.training.curves import draw_curves
 from medft.training.process import wait_for_everyone
-from medft.training.resume import PreparedData, identify_run
+from medft.training.resume import PreparedData, check_state, identify_run
 from medft.training.trainer import RowTrackingTrainer
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,9 @@ def open_run(
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
     identity = identify_run(recipe, prepared, checkpoint, world_size=arguments.world_size)
+    batch = batch_arithmetic(prepared.rows_per_epoch, arguments)
+    if checkpoint:
+        check_state(recipe.train, checkpoint, steps=batch["steps"])
     layout = RunLayout(Path(recipe.train.output_dir))
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
     writes = os.environ.get("RANK", "0") == "0"
@@ -185,7 +188,7 @@ def open_run(
         "packages": package_versions(),
         "untested_packages": untested,
         "hardware": hardware(),
-        "batch": batch_arithmetic(prepared.rows_per_epoch, arguments) | prepared.batch_record,
+        "batch": batch | prepared.batch_record,
         **identity,
     }
     run = Run(layout, entries, early_stopping=recipe.train.early_stopping(), writes=writes)
