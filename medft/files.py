@@ -88,11 +88,14 @@ def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> Non
         allow_content: whether existing content may be replaced.
 
     Raises:
-        RunError: it is a file, not writable, or not empty.
+        RunError: it is a file, not writable, or not empty, or a file is in the place of a draft.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise RunError(f"expected a folder for the output, {existing} is a file: choose another")
+        kind = "a link to nothing" if existing.is_symlink() else "a file"
+        raise RunError(f"expected a folder for the output, {existing} is {kind}: choose another")
+    for place in (folder.absolute(), folder / ".draft", folder / _COMPLETE):
+        check_place(place, "folder")
     if not os.access(existing, os.W_OK):
         raise RunError(
             f"expected a folder to write into, {existing} is not writable: choose another"

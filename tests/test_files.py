@@ -5,11 +5,13 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from medft.errors import RunError
 from medft.files import (
+    check_folder_for_output,
     check_place,
     complete_files,
     complete_folder,
@@ -233,3 +235,24 @@ def test_a_folder_in_place_of_a_file_and_the_reverse_are_found_before_the_work(t
         return
     with pytest.raises(RunError, match=f"a file at .*{name}, there is a folder"):
         check_place(tmp_path / "out", "file")
+
+
+@pytest.mark.parametrize("name", [".out.draft", ".out.old", "out/.draft", "out/.complete"])
+def test_a_file_in_place_of_a_draft_is_found_before_the_work(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / name).mkdir()
+    check_folder_for_output(tmp_path / "out", allow_content=True)
+    check_folder_for_output(Path("/"), allow_content=True)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("x")
+    with pytest.raises(RunError, match=f"a folder at .*{name}, there is a file"):
+        check_folder_for_output(tmp_path / "out", allow_content=True)
+
+
+def test_a_link_to_nothing_is_no_folder_for_output(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    for folder in (tmp_path / "out", tmp_path / "out" / "inner"):
+        with pytest.raises(RunError, match="out is a link to nothing"):
+            check_folder_for_output(folder)
+    (tmp_path / "nowhere").mkdir()
+    check_folder_for_output(tmp_path / "out")
