@@ -34,6 +34,7 @@ from medft.training.arguments import batch_arithmetic
 from medft.training.callbacks import (
     BestModelCallback,
     CheckpointManifestCallback,
+    IntervalCallback,
     LogHistoryCallback,
     NonFiniteCallback,
     SignalCallback,
@@ -119,6 +120,7 @@ class Run:
     def _add_callbacks(self, trainer: RowTrackingTrainer, signals: SignalCallback) -> None:
         manifests = CheckpointManifestCallback(trainer.args.save_total_limit)
         trainer.args.save_total_limit = None  # `manifests` deletes, once the new one is complete
+        trainer.add_callback(IntervalCallback())
         trainer.add_callback(NonFiniteCallback(lambda: trainer.row_ids))
         trainer.add_callback(UntrainedParameterCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))
