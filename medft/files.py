@@ -4,13 +4,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
 import medft
 from medft.errors import RecipeError, RunError
@@ -27,15 +28,56 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[TextIO]:
-    """A file beside `path`, in UTF-8, that replaces it when the block ends without an error.
+    """The same as `replaced_bytes`, for text in UTF-8."""
+    with (
+        replaced_bytes(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8", newline="") as text,
+    ):
+        yield text
 
-    A link that somebody put in its place is not followed.
+
+@contextmanager
+def replaced_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that replaces it, and keeps its mode, when the block ends.
+
+    If the block fails, the old file stays. Neither a symbolic link that somebody put in its place
+    nor another name of the old file (a hard link) is written through.
     """
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)
-    with draft.open("x", encoding="utf-8", newline="") as file:
-        yield file
-    os.replace(draft, path)
+    try:
+        with draft.open("xb") as file:
+            _keep_mode(path, draft)
+            yield file
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    """Give a new file the mode of the one that it replaces, which its owner may have shared."""
+    if old.is_file() and not old.is_symlink():
+        shutil.copymode(old, new)
+
+
+def check_place(path: Path, kind: Literal["file", "folder"]) -> None:
+    """Raise, before any work is done, if what is there cannot be replaced by a file or folder.
+
+    Args:
+        path: may not exist; the drafts beside it are looked at, too.
+        kind: what will be written there.
+
+    Raises:
+        RunError: a folder is in the place of a file, or the reverse.
+    """
+    names = [path.name, f".{path.name}.draft"] + [f".{path.name}.old"] * (kind == "folder")
+    for place in (path.parent / name for name in names):
+        if place.exists() and place.is_dir() != (kind == "folder"):
+            other = "file" if kind == "folder" else "folder"
+            raise RunError(
+                f"expected to write a {kind} at {place}, there is a {other}: move it elsewhere"
+            )
 
 
 def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> None:
@@ -46,11 +88,14 @@ def check_folder_for_output(folder: Path, *, allow_content: bool = False) -> Non
         allow_content: whether existing content may be replaced.
 
     Raises:
-        RunError: it is a file, not writable, or not empty.
+        RunError: it is a file, not writable, or not empty, or a file is in the place of a draft.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise RunError(f"expected a folder for the output, {existing} is a file: choose another")
+        kind = "a link to nothing" if existing.is_symlink() else "a file"
+        raise RunError(f"expected a folder for the output, {existing} is {kind}: choose another")
+    for place in (folder.absolute(), folder / ".draft", folder / _COMPLETE):
+        check_place(place, "folder")
     if not os.access(existing, os.W_OK):
         raise RunError(
             f"expected a folder to write into, {existing} is not writable: choose another"
@@ -115,6 +160,7 @@ def finish_swap(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # there are none, or another process moved them
         for path in list(complete.iterdir()):
             with contextlib.suppress(FileNotFoundError):
+                _keep_mode(folder / path.name, path)
                 os.replace(path, folder / path.name)
         complete.rmdir()
 

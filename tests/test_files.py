@@ -4,11 +4,22 @@ import contextlib
 import errno
 import json
 import os
+import stat
+from pathlib import Path
 
 import pytest
 
 from medft.errors import RunError
-from medft.files import complete_files, complete_folder, finish_swap, write_json
+from medft.files import (
+    check_folder_for_output,
+    check_place,
+    complete_files,
+    complete_folder,
+    finish_swap,
+    replaced_bytes,
+    replaced_file,
+    write_json,
+)
 
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path):
@@ -169,3 +180,79 @@ def test_a_link_in_place_of_the_draft_of_a_file_is_not_written_through(tmp_path)
     write_json(tmp_path / "record.json", {"a": 1})
     assert kept.read_text() == "kept"
     assert json.loads((tmp_path / "record.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o600])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
+    before = os.umask(0o077)
+    try:
+        write_json(tmp_path / "new.json", {})
+        (tmp_path / "old.json").write_text("{}")
+        (tmp_path / "old.json").chmod(mode)
+        write_json(tmp_path / "old.json", {"a": 1})
+        with complete_files(tmp_path) as draft:
+            (draft / "old.json").write_text("[]")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "old.json").read_text() == "[]"
+    assert stat.S_IMODE((tmp_path / "old.json").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "new.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_link_in_place_of_a_file_is_replaced_and_not_written_through(tmp_path, link):
+    (tmp_path / "precious").write_text("years")
+    (tmp_path / "precious").chmod(0o604)
+    link(tmp_path / "precious", tmp_path / "out")
+    with replaced_bytes(tmp_path / "out") as file:
+        file.write(b"\xff")
+    assert (tmp_path / "out").read_bytes() == b"\xff"
+    assert (tmp_path / "precious").read_text() == "years"
+    assert ((tmp_path / "out").stat().st_mode & 0o777 == 0o604) == (link is os.link)
+
+
+def test_text_that_cannot_be_written_leaves_the_old_file_and_no_draft(tmp_path):
+    (tmp_path / "out").write_text("old")
+    with pytest.raises(UnicodeEncodeError), replaced_file(tmp_path / "out") as file:
+        file.write("\ud801")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["out", ".out.draft", ".out.old"])
+def test_a_folder_in_place_of_a_file_and_the_reverse_are_found_before_the_work(tmp_path, name):
+    for kind in ("file", "folder"):
+        check_place(tmp_path / "out", kind)
+    (tmp_path / name).write_text("x")
+    check_place(tmp_path / "out", "file")
+    with pytest.raises(RunError, match=f"a folder at .*{name}, there is a file"):
+        check_place(tmp_path / "out", "folder")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    check_place(tmp_path / "out", "folder")
+    if name == ".out.old":  # which a file never has
+        check_place(tmp_path / "out", "file")
+        return
+    with pytest.raises(RunError, match=f"a file at .*{name}, there is a folder"):
+        check_place(tmp_path / "out", "file")
+
+
+@pytest.mark.parametrize("name", [".out.draft", ".out.old", "out/.draft", "out/.complete"])
+def test_a_file_in_place_of_a_draft_is_found_before_the_work(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / name).mkdir()
+    check_folder_for_output(tmp_path / "out", allow_content=True)
+    check_folder_for_output(Path("/"), allow_content=True)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("x")
+    with pytest.raises(RunError, match=f"a folder at .*{name}, there is a file"):
+        check_folder_for_output(tmp_path / "out", allow_content=True)
+
+
+def test_a_link_to_nothing_is_no_folder_for_output(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    for folder in (tmp_path / "out", tmp_path / "out" / "inner"):
+        with pytest.raises(RunError, match="out is a link to nothing"):
+            check_folder_for_output(folder)
+    (tmp_path / "nowhere").mkdir()
+    check_folder_for_output(tmp_path / "out")

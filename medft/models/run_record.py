@@ -1,13 +1,16 @@
 """run.json and log_history.json: what medft reads of them has its types, whoever wrote them."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from medft.config.strict_yaml import PathText
 from medft.errors import RunError
 from medft.foreign import read_json
+
+_Number = Annotated[int, Field(gt=-(2**63), lt=2**63)] | float
+"""An integer that a float can hold, or a float."""
 
 
 def reason_of(error: Exception) -> str:
@@ -58,11 +61,11 @@ class RunRecord(_Recorded):
     resumed: list[str] = []
     trainable_parameters: int = 0
     total_parameters: int = 0
-    metrics: dict[str, int | float] = {}
+    metrics: dict[str, _Number] = {}
 
 
 _HISTORY: TypeAdapter[list[dict[str, int | float | None]]] = TypeAdapter(
-    list[dict[str, int | float | None]]
+    list[dict[str, _Number | None]]
 )
 
 

@@ -1,7 +1,7 @@
 """Callbacks that medft adds to Trainer: what stops a run, and what is written during it.
 
 One class each for non-finite values, parameters without gradient, signals, the epoch of samplers,
-the log history, checkpoint manifests and best_model/.
+intervals, the log history, checkpoint manifests and best_model/.
 """
 
 import functools
@@ -157,6 +157,16 @@ class SetEpochCallback(TrainerCallback):
     ) -> None:
         """Set the epoch, counted from 0, that starts or continues."""
         self._set_epoch(int(state.epoch or 0))
+
+
+class IntervalCallback(TrainerCallback):
+    """Logs, evaluates and saves as the recipe says; Trainer would follow the resumed checkpoint."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the intervals, in steps."""
+        state.compute_steps(args, state.max_steps)
 
 
 class FirstValidationCallback(TrainerCallback):

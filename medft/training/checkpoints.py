@@ -8,7 +8,7 @@ disk, and a file that was lost or truncated afterwards are all detected.
 import logging
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import TrainerState
@@ -25,6 +25,11 @@ MANIFEST = "manifest.json"
 
 _NEVER_LOADED = "training_args.bin"
 """A pickle that Trainer writes and does not read; older checkpoints of medft hold it."""
+
+_NAME = re.compile(r"checkpoint-([0-9]+)")
+
+_MOST_STEPS = 10**9
+"""Of any recipe."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +52,80 @@ class _Manifest(BaseModel):
     files: dict[PathText, Annotated[tuple[int, str], Field(strict=False)]]
 
 
+class _Control(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    args: dict[
+        Literal[
+            "should_training_stop",
+            "should_epoch_stop",
+            "should_save",
+            "should_evaluate",
+            "should_log",
+        ],
+        bool,
+    ]
+    attributes: dict[str, Any] = Field(max_length=0)
+
+
+class _Patience(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    early_stopping_patience: int
+    early_stopping_threshold: float
+
+
+class _Counter(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    early_stopping_patience_counter: int = Field(ge=0, le=_MOST_STEPS)
+
+
+class _EarlyStopping(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    args: _Patience
+    attributes: _Counter
+
+
+class _Callbacks(BaseModel):
+    """The callbacks that Trainer makes again, with any attribute that stands here."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    control: _Control = Field(alias="TrainerControl")
+    early_stopping: _EarlyStopping | None = Field(None, alias="EarlyStoppingCallback")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    step: int = Field(ge=0, le=_MOST_STEPS)
+
+
 class _State(BaseModel):
-    """What medft reads of Trainer's state."""
+    """Trainer's state, as Trainer saves it."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    global_step: int
-    max_steps: int
-    log_history: list[dict[str, int | float]]
+    epoch: float = Field(ge=0, le=_MOST_STEPS)
+    global_step: int = Field(ge=1, le=_MOST_STEPS)
+    max_steps: int = Field(ge=1, le=_MOST_STEPS)
+    train_batch_size: int
+    log_history: list[_Entry]
+    best_metric: float | None = Field(None, allow_inf_nan=False)
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    num_input_tokens_seen: int = Field(0, ge=0, lt=2**63)
+    total_flos: float = Field(0, ge=0, allow_inf_nan=False)
+    logging_steps: float = Field(500, ge=1, le=_MOST_STEPS)
+    eval_steps: float = Field(500, ge=1, le=_MOST_STEPS)
+    save_steps: float = Field(500, ge=1, le=_MOST_STEPS)
+    is_hyper_param_search: Literal[False] = False
+    trial_name: None = None
+    trial_params: None = None
+    stateful_callbacks: _Callbacks
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
@@ -94,10 +165,12 @@ def _manifest(checkpoint: Path) -> _Manifest:
 def _what_is_foreign(checkpoint: Path) -> str | None:
     """What a complete checkpoint holds that medft never saves; None if nothing."""
     try:
-        state_of(checkpoint)
+        step = state_of(checkpoint).global_step
         check_model_folder(checkpoint)
     except MedftError as error:
         return error.problems[0]
+    if checkpoint.absolute().name != f"checkpoint-{step}":
+        return f"its trainer_state.json is of step {step}"
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint).as_posix()
         if path.suffix not in (".pt", ".pth", ".bin") or name == _NEVER_LOADED:
@@ -136,8 +209,13 @@ def state_of(checkpoint: Path) -> TrainerState:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+    found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def checkpoint_to_resume(run: Path, resume: bool | str | None) -> Path | None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from medft.files import replaced_bytes
+
 
 def draw_curves(log_history: list[dict[str, float | None]], path: Path) -> None:
     """Draw loss, validation loss, learning rate and gradient norm over the steps as a PNG."""
@@ -20,4 +22,5 @@ def draw_curves(log_history: list[dict[str, float | None]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend()
-    figure.savefig(path, dpi=100)
+    with replaced_bytes(path) as file:
+        figure.savefig(file, format="png", dpi=100)

@@ -5,17 +5,23 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers import EarlyStoppingCallback
+
 from medft.config.recipe import Recipe
 from medft.config.train_keys import TrainSection
 from medft.errors import RunError
-from medft.files import check_folder_for_output
+from medft.files import check_folder_for_output, check_place
 from medft.models.adapter import check_initial
 from medft.models.base import identify_base
 from medft.models.saved import RunLayout, SavedModel
-from medft.provenance import (
-    masked,
+from medft.provenance import masked
+from medft.training.checkpoints import (
+    checkpoint_to_resume,
+    checkpoints_of,
+    state_of,
+    step_of,
+    world_size_of,
 )
-from medft.training.checkpoints import checkpoint_to_resume, state_of, world_size_of
 
 FREE_ON_RESUME = re.compile(
     r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
@@ -49,6 +55,8 @@ def check_output_dir(train: TrainSection) -> Path | None:
             f"expected train.resume_from_checkpoint to lie in train.output_dir {output_dir}, got "
             f"{checkpoint}: a run goes on in its own folder"
         )
+    if checkpoint:
+        _check_later_checkpoints(checkpoint)
     return checkpoint
 
 
@@ -56,20 +64,47 @@ def _check_entries(run: Path) -> None:
     """Refuse a run directory through which a resumed run would write elsewhere, or wait forever.
 
     Raises:
-        RunError: a link in it leaves it, or an entry is a pipe, a device or a link to nothing.
+        RunError: a link in it leaves it, an entry is a pipe, a device or a link to nothing, or a
+            folder is in the place of a file or the reverse.
     """
-    root = run.resolve()
+    root, checkpoints = run.resolve(), checkpoints_of(run)
     for path in run.rglob("*"):
         if not (path.is_file() or path.is_dir()):
             problem = "a pipe, a device or a link to nothing"
         elif not path.resolve().is_relative_to(root):
             problem = "a link that leaves it"
+        elif path.is_symlink() and path in checkpoints:
+            problem = "a link"
         else:
             continue
         raise RunError(
             f"expected files and folders of its own in the run {run}, {path.relative_to(run)} is "
             f"{problem}: remove it, or start a new run in another folder"
         )
+    layout = RunLayout(run)
+    for file in (layout.record, layout.recipe, layout.history, layout.curves):
+        check_place(file, "file")
+    for folder in (layout.adapter, layout.model, layout.best_model, run / "runs", *checkpoints):
+        check_place(folder, "folder")
+
+
+def _check_later_checkpoints(resumed: Path) -> None:
+    """Refuse later checkpoints whose files cannot be written again, as a resumed run does.
+
+    Raises:
+        RunError: one holds a file that has another name elsewhere, or a folder.
+    """
+    for checkpoint in checkpoints_of(resumed.absolute().parent):
+        if step_of(checkpoint) <= step_of(resumed.absolute()):
+            continue
+        for path in checkpoint.rglob("*"):
+            is_linked = path.is_file() and path.stat().st_nlink > 1
+            if is_linked or (path.is_dir() and not path.name.startswith("global_step")):
+                problem = "has another name elsewhere (a hard link)" if is_linked else "is a folder"
+                raise RunError(
+                    f"expected files of its own in {checkpoint}, which the run from {resumed.name} "
+                    f"writes again, {path.name} {problem}: move {checkpoint.name} elsewhere"
+                )
 
 
 class PreparedData(Protocol):
@@ -139,8 +174,8 @@ def check_same_run(
         world_size: number of processes now; None if not known yet.
 
     Raises:
-        RunError: a recipe key, the base, the data or the number of processes differs, or the run is
-            already finished.
+        RunError: a recipe key, the base, the data, the plan of the checkpoint's state or the number
+            of processes differs, or the run is already finished.
     """
     run = checkpoint.parent
     earlier = RunLayout(run).read_record()
@@ -162,6 +197,7 @@ def check_same_run(
                 f"expected the {name} of the interrupted run in {run}, its files have changed: "
                 f"restore them, or start a new run in another folder"
             )
+    check_state(recipe.train, checkpoint, steps=earlier["batch"]["steps"])
     results = RunLayout(run).results
     if results and state_of(checkpoint).global_step >= earlier.get("steps_done", math.inf):
         raise RunError(
@@ -173,6 +209,33 @@ def check_same_run(
             f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
             f"got {world_size}: the order of the rows would change"
         )
+
+
+def check_state(train: TrainSection, checkpoint: Path, *, steps: int) -> None:
+    """Refuse a checkpoint whose state is of another plan: Trainer would follow it, not the recipe.
+
+    Args:
+        train: the recipe's section.
+        checkpoint: the one to continue from.
+        steps: number of optimizer steps of the whole run.
+
+    Raises:
+        RunError: its number of steps differs, it is past them, or it stops early by other rules.
+    """
+    state = state_of(checkpoint)
+    stopping = train.early_stopping()
+    expected = EarlyStoppingCallback(**stopping).state()["args"] if stopping else None
+    found = (state.stateful_callbacks.get("EarlyStoppingCallback") or {}).get("args")
+    if state.max_steps != steps or state.global_step > steps:
+        problem = f"has step {state.global_step} of {state.max_steps}, not of {steps}"
+    elif found != expected:
+        problem = f"stops early by {found}, not by {expected}"
+    else:
+        return
+    raise RunError(
+        f"expected the state of this run in {checkpoint}, its trainer_state.json {problem}: "
+        f"resume another checkpoint"
+    )
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from medft.compat import num_weights, untested_versions
 from medft.config.recipe import Recipe, dump_sections
 from medft.errors import Terminated
-from medft.files import complete_folder, write_json
+from medft.files import complete_folder, replaced_file, write_json
 from medft.models.adapter import refuse_inert
 from medft.models.saved import WEIGHTS_FILE, RunLayout
 from medft.provenance import (
@@ -34,6 +34,7 @@ from medft.training.arguments import batch_arithmetic
 from medft.training.callbacks import (
     BestModelCallback,
     CheckpointManifestCallback,
+    IntervalCallback,
     LogHistoryCallback,
     NonFiniteCallback,
     SignalCallback,
@@ -42,7 +43,7 @@ from medft.training.callbacks import (
 from medft.training.checkpoints import state_of
 from medft.training.curves import draw_curves
 from medft.training.process import wait_for_everyone
-from medft.training.resume import PreparedData, identify_run
+from medft.training.resume import PreparedData, check_state, identify_run
 from medft.training.trainer import RowTrackingTrainer
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class Run:
     def _add_callbacks(self, trainer: RowTrackingTrainer, signals: SignalCallback) -> None:
         manifests = CheckpointManifestCallback(trainer.args.save_total_limit)
         trainer.args.save_total_limit = None  # `manifests` deletes, once the new one is complete
+        trainer.add_callback(IntervalCallback())
         trainer.add_callback(NonFiniteCallback(lambda: trainer.row_ids))
         trainer.add_callback(UntrainedParameterCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))
@@ -171,6 +173,9 @@ def open_run(
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
     identity = identify_run(recipe, prepared, checkpoint, world_size=arguments.world_size)
+    batch = batch_arithmetic(prepared.rows_per_epoch, arguments)
+    if checkpoint:
+        check_state(recipe.train, checkpoint, steps=batch["steps"])
     layout = RunLayout(Path(recipe.train.output_dir))
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
     writes = os.environ.get("RANK", "0") == "0"
@@ -185,7 +190,7 @@ def open_run(
         "packages": package_versions(),
         "untested_packages": untested,
         "hardware": hardware(),
-        "batch": batch_arithmetic(prepared.rows_per_epoch, arguments) | prepared.batch_record,
+        "batch": batch | prepared.batch_record,
         **identity,
     }
     run = Run(layout, entries, early_stopping=recipe.train.early_stopping(), writes=writes)
@@ -200,8 +205,8 @@ def open_run(
             entries["resumed"] = [*earlier.get("resumed", []), now()]
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
-        recipe_text = dump_sections(sections)
-        layout.recipe.write_text(recipe_text, encoding="utf-8")
+        with replaced_file(layout.recipe) as file:
+            file.write(dump_sections(sections))
     run.update()
     try:
         yield run

@@ -17,6 +17,25 @@ from medft.training.checkpoints import (
     write_manifest,
 )
 
+CONTROL = (
+    "should_training_stop",
+    "should_epoch_stop",
+    "should_save",
+    "should_evaluate",
+    "should_log",
+)
+STATE = {
+    "epoch": 0.5,
+    "global_step": 20,
+    "max_steps": 20,
+    "train_batch_size": 2,
+    "log_history": [{"step": 5, "loss": 2.5}],
+    "stateful_callbacks": {
+        "TrainerControl": {"args": dict.fromkeys(CONTROL, False), "attributes": {}}
+    },
+}
+"""What Trainer saves, of which medft reads more."""
+
 FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
 
@@ -28,8 +47,7 @@ def run(tmp_path):
         folder.mkdir()
         for name in FILES:
             torch.save({name: torch.zeros(9)}, folder / name)
-        state = {"global_step": step, "max_steps": 20, "log_history": [{"loss": 2.5}]}
-        (folder / "trainer_state.json").write_text(json.dumps(state))
+        (folder / "trainer_state.json").write_text(json.dumps(STATE | {"global_step": step}))
         write_manifest(folder, world_size=1)
     return tmp_path
 
@@ -132,12 +150,6 @@ def test_the_pickle_that_trainer_never_reads_is_no_reason(run):
     ("file", "content"),
     [
         ("trainer_state.json", "[]"),
-        ("trainer_state.json", '{"global_step": "5", "max_steps": 20, "log_history": []}'),
-        (
-            "trainer_state.json",
-            '{"global_step": 5, "max_steps": 20, "log_history": [{"loss": "x"}]}',
-        ),
-        ("trainer_state.json", '{"global_step": 5, "max_steps": 20, "log_history": [], "no": 1}'),
         ("adapter_config.json", '{"auto_mapping": {"parent_library": "os"}}'),
         ("latest", "../../elsewhere"),
     ],
@@ -158,3 +170,71 @@ def test_a_checkpoint_with_foreign_content_is_refused_though_its_manifest_fits(r
 def test_a_manifest_of_other_types_is_none(run, content):
     (run / "checkpoint-20" / "manifest.json").write_text(content)
     assert "no readable manifest" in what_is_missing(run / "checkpoint-20")
+
+
+def with_callback(name, **content):
+    return {**STATE["stateful_callbacks"], name: content}
+
+
+STOPPING = {"early_stopping_patience": 2, "early_stopping_threshold": 0.0}
+COUNTER = {"early_stopping_patience_counter": 1}
+FOREIGN_STATE = [
+    {"global_step": "20"}, {"global_step": 10**9, "max_steps": 10**9}, {"global_step": -5},
+    {"global_step": 10}, {"global_step": True}, {"max_steps": 0}, {"max_steps": 10**400},
+    {"epoch": "x"}, {"epoch": None}, {"epoch": -1}, {"epoch": 1e300}, {"epoch": float("nan")},
+    {"best_metric": "x"}, {"best_metric": 10**400}, {"best_metric": float("nan")},
+    {"best_model_checkpoint": 5}, {"total_flos": "x"}, {"save_steps": 0}, {"logging_steps": "x"},
+    {"eval_steps": -1},
+    {"num_input_tokens_seen": -1}, {"trial_params": {}},
+    {"train_batch_size": None}, {"no": 1},
+    {"log_history": [{"step": 5, "loss": "x"}]}, {"log_history": [{"loss": 2.5}]},
+    {"log_history": [{"step": 5, "loss": 10**400}]},
+    {"stateful_callbacks": None}, {"stateful_callbacks": {}}, {"stateful_callbacks": {"a": 1}},
+    {"stateful_callbacks": with_callback("PrinterCallback", args={}, attributes={"on_log": 1})},
+    {"stateful_callbacks": with_callback("TrainerControl", args={"a": True}, attributes={})},
+    {"stateful_callbacks": with_callback("TrainerControl", args={}, attributes={"state": 1})},
+    {"stateful_callbacks": with_callback("EarlyStoppingCallback", args=STOPPING,
+                                         attributes={"early_stopping_patience_counter": "x"})},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", FOREIGN_STATE, ids=str)
+def test_a_state_that_trainer_never_saves_is_refused_though_its_manifest_fits(run, changes):
+    (run / "checkpoint-20" / "trainer_state.json").write_text(json.dumps(STATE | changes))
+    write_manifest(run / "checkpoint-20", world_size=1)
+    assert "trainer_state.json" in what_is_missing(run / "checkpoint-20")
+    assert checkpoint_to_resume(run, True).name == "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epoch": 3, "best_metric": 2.5, "best_model_checkpoint": "somewhere"},
+        {"log_history": [{"step": 5, "loss": float("nan")}]},
+        {
+            "stateful_callbacks": with_callback(
+                "EarlyStoppingCallback", args=STOPPING, attributes=COUNTER
+            )
+        },
+    ],
+    ids=str,
+)
+def test_a_state_that_trainer_may_save_is_taken(run, changes):
+    (run / "checkpoint-20" / "trainer_state.json").write_text(json.dumps(STATE | changes))
+    write_manifest(run / "checkpoint-20", world_size=1)
+    assert checkpoint_to_resume(run, True).name == "checkpoint-20"
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-\u00b2", "checkpoint-\u0663", "checkpoint-", "checkpoint-x"]
+)
+def test_a_name_without_a_number_in_ascii_is_no_checkpoint(run, name):
+    (run / name).mkdir()
+    assert len(checkpoints_of(run)) == 3
+    assert checkpoint_to_resume(run, True).name == "checkpoint-20"
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(run):
+    (run / "checkpoint-20").rename(run / "checkpoint-30")
+    assert what_is_missing(run / "checkpoint-30") == "its trainer_state.json is of step 20"
+    assert checkpoint_to_resume(run, True).name == "checkpoint-10"

@@ -1,10 +1,18 @@
 """What must hold before a run begins in its folder."""
 
+import json
+import os
+import shutil
+
 import pytest
+import torch
 
 from medft.config.train_keys import TrainSection
 from medft.errors import RunError
-from medft.training.resume import check_output_dir
+from medft.training.checkpoints import write_manifest
+from medft.training.resume import check_output_dir, check_state
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1}
 
 
 def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
@@ -17,3 +25,84 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
         check_output_dir(TrainSection(output_dir=str(tmp_path / "file")))
     with pytest.raises(RunError, match="found none"):
         check_output_dir(TrainSection(output_dir=str(tmp_path), resume_from_checkpoint=True))
+
+
+@pytest.fixture
+def resumed(tmp_path):
+    """The section of a run whose checkpoint-2 is complete."""
+    folder = tmp_path / "run" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
+    control = {"TrainerControl": {"args": {}, "attributes": {}}}
+    state = {"epoch": 0.5, "global_step": 2, "max_steps": 4, "train_batch_size": 1}
+    state |= {"log_history": [], "stateful_callbacks": control}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    write_manifest(folder, world_size=1)
+    return TrainSection(output_dir=str(tmp_path / "run"), resume_from_checkpoint=True)
+
+
+FILES = ["run.json", "recipe.yaml", "log_history.json", "curves.png"]
+FOLDERS = ["adapter", "model", "best_model", ".adapter.old", "runs", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("name", [*FILES, *(f".{name}.draft" for name in FILES)])
+def test_a_folder_in_place_of_a_file_is_found_before_training(resumed, tmp_path, name):
+    (tmp_path / "run" / name).write_text("x")
+    assert check_output_dir(resumed).name == "checkpoint-2"
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).mkdir()
+    with pytest.raises(RunError, match=f"a file at .*{name}, there is a folder"):
+        check_output_dir(resumed)
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, ".adapter.draft", ".model.draft", ".best_model.draft"])
+def test_a_file_in_place_of_a_folder_is_found_before_training(resumed, tmp_path, name):
+    (tmp_path / "run" / name).mkdir()
+    assert check_output_dir(resumed).name == "checkpoint-2"
+    (tmp_path / "run" / name).rmdir()
+    (tmp_path / "run" / name).write_text("x")
+    with pytest.raises(RunError, match=f"a folder at .*{name}, there is a file"):
+        check_output_dir(resumed)
+
+
+def test_a_link_to_a_checkpoint_is_no_checkpoint(resumed, tmp_path):
+    (tmp_path / "run" / "checkpoint-4").symlink_to("checkpoint-2")
+    with pytest.raises(RunError, match="checkpoint-4 is a link"):
+        check_output_dir(resumed)
+
+
+def test_files_that_would_be_written_through_a_hard_link_are_found(resumed, tmp_path):
+    shutil.copytree(tmp_path / "run", tmp_path / "backup", copy_function=os.link)
+    assert check_output_dir(resumed).name == "checkpoint-2"  # which is only read
+    later = tmp_path / "run" / "checkpoint-4"
+    later.mkdir()
+    (later / "optimizer.pt").write_text("of a save that did not end")
+    assert check_output_dir(resumed).name == "checkpoint-2"
+    os.link(later / "optimizer.pt", tmp_path / "backup" / "optimizer.pt")
+    with pytest.raises(RunError, match=r"optimizer\.pt has another name elsewhere"):
+        check_output_dir(resumed)
+    (later / "optimizer.pt").unlink()
+    (later / "optimizer.pt").mkdir()
+    with pytest.raises(RunError, match=r"optimizer\.pt is a folder"):
+        check_output_dir(resumed)
+
+
+def test_a_state_of_another_plan_is_not_followed(resumed, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    check_state(resumed, checkpoint, steps=4)
+    for steps in (1, 2, 5):
+        with pytest.raises(RunError, match=f"has step 2 of 4, not of {steps}"):
+            check_state(resumed, checkpoint, steps=steps)
+    patient = TrainSection(output_dir=str(tmp_path), early_stopping_patience=3, **BEST)
+    with pytest.raises(RunError, match="stops early by None, not by"):
+        check_state(patient, checkpoint, steps=4)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["EarlyStoppingCallback"] = {
+        "args": {"early_stopping_patience": 3, "early_stopping_threshold": 0.0},
+        "attributes": {"early_stopping_patience_counter": 0},
+    }
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    check_state(patient, checkpoint, steps=4)
+    with pytest.raises(RunError, match="not by None"):
+        check_state(resumed, checkpoint, steps=4)
