@@ -26,7 +26,7 @@ from medft.data.statistics import blank_images
 from medft.data.table_row import Rejected
 from medft.data.workers import Workers
 from medft.errors import DataError, RecipeError
-from medft.files import check_folder_for_output, complete_files, write_json
+from medft.files import check_folder_for_output, check_place, complete_files, write_json
 
 OUTPUTS = ("pairs.parquet", "rejects.jsonl", "summary.json", "report.html")
 
@@ -56,6 +56,8 @@ def prepare(sources_path: Path, out: Path, *, max_rejects: float = 0.2) -> dict[
         check_columns(source, root, spec.split)
     known = Known.read(spec, root)
     check_folder_for_output(out, allow_content=True)
+    for name in OUTPUTS:
+        check_place(out / name, "file")
     try:
         with ExitStack() as ends_last, complete_files(out) as draft:
             ends_last.enter_context(removed_if_killed(draft))

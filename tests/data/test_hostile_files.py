@@ -245,3 +245,13 @@ def test_images_inside_a_table_are_looked_at_in_portions_of_bounded_size(export)
     assert max(sum(len(c) for _, c in p if isinstance(c, bytes)) for p in portions) < 18e6
     assert max(map(len, portions)) == 256
     assert sum(map(len, portions)) == 350
+
+
+def test_a_folder_in_place_of_an_output_is_one_sentence_before_the_work(export):
+    (export / "out" / "pairs.parquet").mkdir(parents=True)
+    sources = write_sources(export, images="images")
+    (export / "t.json").write_text(json.dumps([{"file": "good.png", "text": "a"}]))
+    outcome = run_hostile(["data", "prepare", sources, "--out", export / "out"])
+    assert outcome.code == 2
+    assert "pairs.parquet" in outcome.sentences[0]
+    assert [path.name for path in (export / "out").iterdir()] == ["pairs.parquet"]
