@@ -15,7 +15,7 @@ from medft.config.recipe import ModelSection, QuantizationSection
 from medft.config.strict_yaml import PathText, Section, shortened
 from medft.errors import BaseModelError, RunError
 from medft.files import write_json
-from medft.foreign import path_problem, read_json
+from medft.foreign import at_home, path_problem, read_json
 from medft.models.base import base_sha256, load_config
 from medft.models.model_folder import check_model_folder
 from medft.models.run_record import RunRecord, reason_of
@@ -223,7 +223,7 @@ class SavedModel:
         """The model to load: an adapter's base, or the folder itself."""
         if not self.is_adapter:
             return ModelSection(base=str(self.folder))
-        base = str(Path(self.record.base).expanduser())
+        base = str(at_home(self.record.base))
         return ModelSection(base=base, revision=self.record.revision, dtype=self.record.dtype)
 
     @property
