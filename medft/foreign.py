@@ -127,6 +127,11 @@ def path_problem(text: str) -> str | None:
     return None
 
 
+def at_home(text: str) -> Path:
+    """The path that a record names; `~` is the home of its reader, never that of another user."""
+    return Path(text).expanduser() if text.split("/")[0] == "~" else Path(text)
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()

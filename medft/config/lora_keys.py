@@ -16,8 +16,10 @@ _OWNED = {
     *("lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_type"),
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("megatron_config", "megatron_core"),
+    *("fan_in_fan_out", "use_qalora", "qalora_group_size", "alora_invocation_tokens"),
 }
-"""Fields of peft.LoraConfig that medft sets, or has under its own names, or that name code."""
+"""Fields of peft.LoraConfig that medft sets or has under its own names, that name code, or that
+belong to layers and inputs that no base of medft has."""
 
 
 def lora_errors(lora: object, own: Collection[str]) -> list[ErrorDetails]:

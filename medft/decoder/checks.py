@@ -53,6 +53,22 @@ def check_flags(
             )
 
 
+def check_image_size(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Refuse a processor that makes images of another size than the vision tower takes.
+
+    Raises:
+        BaseModelError: it does.
+    """
+    side = config.vision_config.image_size
+    size = dict(processor.image_processor.size)
+    made = (size.get("height"), size.get("width"))
+    if made != (side, side):
+        raise BaseModelError(
+            f"expected images of {side} x {side} pixels, as the base's vision tower takes them, "
+            f"its processor makes {made[0]} x {made[1]}: restore its preprocessor_config.json"
+        )
+
+
 def check_vocabulary(processor: ProcessorMixin, embeddings: int) -> None:
     """Refuse a tokenizer with more tokens than the base has embeddings.
 

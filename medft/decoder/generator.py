@@ -1,5 +1,6 @@
 """Text generation with a trained decoder."""
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -7,17 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from PIL import Image
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from medft.config.recipe import DecoderDataSection, ModelSection
+from medft.config.strict_yaml import shortened
 from medft.data.messages import Message
+from medft.decoder.checks import check_image_size
 from medft.decoder.conversation import ConversationEncoder
 from medft.decoder.families import family_of
 from medft.decoder.model import load_saved
+from medft.errors import BaseModelError
 from medft.models.adapter import without_adapter
 from medft.models.base import default_device, load_processor
 from medft.models.saved import SavedModel, SavedRecord, find_saved_model
+
+logger = logging.getLogger(__name__)
+
+_GREEDY_KEYS = {
+    *("bos_token_id", "pad_token_id", "eos_token_id"),
+    *("do_sample", "temperature", "top_p", "top_k"),
+    *("_from_model_config", "transformers_version", "cache_implementation", "output_attentions"),
+    *("output_hidden_states", "max_length", "max_new_tokens"),
+}
+"""Settings of a generation_config.json that greedy decoding keeps, or that cannot change it."""
 
 BATCH_SIZE = 8
 """Maximum number of conversations in a batch."""
@@ -56,6 +71,10 @@ class Generator:
             model: on its device, with or without adapter.
             processor: the one it was trained with.
             record: what training did to images, and how long answers and rows were.
+
+        Raises:
+            BaseModelError: its generation_config.json names tokens that it does not have, or its
+                processor makes images of another size than it takes.
         """
         self.model = model.eval()
         self.record = record
@@ -66,11 +85,9 @@ class Generator:
             max_image_tiles=record.max_image_tiles or standard,
         )
         self.max_new_tokens = _bound(record)
-        for name in ("temperature", "top_p", "top_k"):  # sampling is off
-            setattr(model.generation_config, name, None)
-        ends = model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else ends or []
-        model.generation_config.eos_token_id = sorted({*ends, self.conversation.end_of_turn})
+        bare = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_image_size(processor, bare.config)
+        bare.generation_config = _greedy(bare, self.conversation.end_of_turn)
 
     @classmethod
     def load(cls, source: Path) -> "Generator":
@@ -139,6 +156,33 @@ class Generator:
             Answer(text.strip(), truncated=not end)
             for text, end in zip(decoded, ended, strict=True)
         ]
+
+
+def _greedy(model: PreTrainedModel, end_of_turn: int) -> GenerationConfig:
+    """Greedy decoding with the special tokens of the base; its other settings are not used."""
+    given = model.generation_config
+    ends = given.eos_token_id
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    named = [given.bos_token_id, given.pad_token_id, *ends]
+    tokens = range(model.get_input_embeddings().num_embeddings)
+    wrong = [t for t in named if t is not None and not (isinstance(t, int) and t in tokens)]
+    if wrong:
+        raise BaseModelError(
+            f"expected tokens of the base in its generation_config.json, got {shortened(wrong[0])} "
+            f"of {len(tokens)}: restore the file"
+        )
+    ignored = given.to_diff_dict().keys() - _GREEDY_KEYS
+    if ignored:
+        logger.warning(
+            "settings of the base's generation_config.json are not used, answers are decoded "
+            "greedily: %s",
+            ", ".join(sorted(ignored)),
+        )
+    return GenerationConfig(
+        bos_token_id=given.bos_token_id,
+        pad_token_id=given.pad_token_id,
+        eos_token_id=sorted({*(end for end in ends if end is not None), end_of_turn}),
+    )
 
 
 def _bound(record: SavedRecord) -> int:

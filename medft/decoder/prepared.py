@@ -36,6 +36,7 @@ from medft.data.rows import (
 from medft.decoder.checks import (
     check_cached_tower,
     check_flags,
+    check_image_size,
     check_layers_run,
     check_trained_vision,
     check_validation_batches,
@@ -52,7 +53,7 @@ from medft.decoder.sampler import GlobalBatchSampler
 from medft.decoder.vision_cache import VisionCache, tower_sha256
 from medft.errors import ErrorCollector
 from medft.models.adapter import find_initial
-from medft.models.base import empty_model, load_config, load_processor
+from medft.models.base import empty_model, load_config, load_processor, readable_base
 from medft.models.lora import ALL_WEIGHTS
 from medft.models.saved import SavedModel
 from medft.provenance import package_versions
@@ -197,7 +198,8 @@ def prepare_decoder_data(
                 check_validation_batches(measured[split].images_a_row, isolates_rows, arguments)
     if lora and "train" in measured and measured["train"].images_a_row.keys() == {"0"}:
         with collector.gather():
-            unadapted = empty_model(AutoModelForImageTextToText, base.config)
+            with readable_base(model):
+                unadapted = empty_model(AutoModelForImageTextToText, base.config)
             check_layers_run(lora, base.family, base.config, unadapted)
     collector.raise_any()
     for split, known in measured.items():
@@ -263,11 +265,13 @@ def _checked_base(
     initial = find_initial(lora)
     check_flags(model, data, initial, family)
     processor = load_processor(model)
+    check_image_size(processor, config)
     conversation = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)
-    empty = empty_model(
-        AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
-    )
-    vocab_size = empty.get_output_embeddings().out_features
+    with readable_base(model):
+        empty = empty_model(
+            AutoModelForImageTextToText, config, deepspeed_plugin=arguments.deepspeed_plugin
+        )
+        vocab_size = empty.get_output_embeddings().out_features
     check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
     plan = plan_targets(empty, lora, family, initial) if lora else ALL_WEIGHTS
     check_trained_vision(empty, model, family, arguments)

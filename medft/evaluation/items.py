@@ -12,6 +12,7 @@ from medft.data.messages import Message, text_of_message
 from medft.data.rows import Row, image_source, load_rows
 from medft.errors import DataError, RunError
 from medft.files import file_sha256
+from medft.foreign import at_home
 from medft.models.saved import RunLayout
 
 _LONGEST_REFERENCE = 2**15
@@ -56,10 +57,10 @@ def rows_to_evaluate(run: RunLayout | None, data: Path | None, split: str) -> tu
         if run is None:
             raise RunError("expected --data for a model that is no run: give a file of rows")
         known = run.read_record()["data"]
-        train = Path(known["train"]["path"]).expanduser()
+        train = at_home(known["train"]["path"])
         data = train if train.suffix == ".parquet" else train.with_name(f"{split}.jsonl")
         if known.get(split):
-            data = Path(known[split]["path"]).expanduser()
+            data = at_home(known[split]["path"])
             if data.is_file() and file_sha256(data) != known[split]["sha256"]:
                 raise DataError(
                     f"expected the {split} rows that the run saw in {data}, the file has changed: "
@@ -151,7 +152,7 @@ def training_rows(run: RunLayout | None) -> Dataset | None:
     """The rows that a run was trained on; None if they are not known or have changed."""
     if run is not None:
         known = run.read_record()["data"]["train"]
-        path = Path(known["path"]).expanduser()
+        path = at_home(known["path"])
         if path.is_file() and file_sha256(path) == known["sha256"]:
             return load_rows(path, split="train")
     return None

@@ -1,11 +1,12 @@
 """Training cases near an image, by the embeddings of a SigLIP run."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from medft.data.images import open_image
 from medft.data.rows import Row, load_rows
 from medft.errors import RunError
 from medft.files import file_sha256
-from medft.foreign import open_regular
+from medft.foreign import at_home, open_regular
 from medft.models.saved import SavedModel
 from medft.siglip.embedder import Embedder
 
@@ -56,7 +57,7 @@ class CaseIndex:
         assert saved.run is not None
         run = saved.run
         data = run.read_record()["data"]["train"]
-        path = Path(data["path"]).expanduser()
+        path = at_home(data["path"])
         if not path.is_file() or file_sha256(path) != data["sha256"]:
             raise RunError(
                 f"expected the training data of {run.directory} unchanged at {path}, to look up "
@@ -68,11 +69,7 @@ class CaseIndex:
         if stored is None:
             logger.info("embedding the training images of %s", run.directory)
             stored = _embedded(path, embedder)
-            draft = run.index.with_name(f".{run.index.name}")
-            draft.unlink(missing_ok=True)  # it may be a link to elsewhere
-            with draft.open("wb") as file:
-                np.savez(file, allow_pickle=False, key=np.array(key), **stored)
-            draft.replace(run.index)
+            _store(run.index, {"key": np.array(key), **stored})
         ids, texts = (json.loads(stored[name].tobytes()) for name in ("ids", "texts"))
         return cls(ids, texts, stored["embeddings"])
 
@@ -111,8 +108,22 @@ def _stored_index(path: Path, key: str, width: int) -> dict[str, np.ndarray] | N
                 stored = {name: arrays[name] for name in ("key", "ids", "texts", "embeddings")}
         is_index = str(stored["key"]) == key and _fits(stored, width)
         return stored if is_index else None
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, RecursionError, BadZipFile):
+    except Exception:  # foreign files make the libraries raise any exception
         return None
+
+
+def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write index.npz for later commands; a run that cannot be written into goes without."""
+    draft = path.with_name(f".{path.name}")
+    try:
+        draft.unlink(missing_ok=True)  # it may be a link to elsewhere
+        with draft.open("xb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        draft.replace(path)
+    except OSError as error:
+        logger.warning("the embeddings are not kept for later in %s: %s", path, error)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _fits(stored: dict[str, np.ndarray], width: int) -> bool:

@@ -7,13 +7,16 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TextIO
 
+from medft.config.strict_yaml import shortened
 from medft.data.csv_rows import LARGEST_CELL
 from medft.data.source_file import open_regular
 from medft.data.table_row import Rejected
 from medft.errors import RunError
-from medft.files import replaced_file
+from medft.files import check_folder_for_output, replaced_file
+from medft.foreign import path_problem
 
 HEAD = ("image", "prompt", "model", "siglip", "weights")
 
@@ -60,6 +63,28 @@ def record_writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
     return write
 
 
+def check_place(out: Path) -> None:
+    """Refuse a file that is no .jsonl or .csv or that cannot be written, before work is done.
+
+    Raises:
+        RunError: it is one.
+    """
+    if out.suffix not in (".jsonl", ".csv"):
+        raise RunError(f"expected --out to end in .jsonl or .csv, got {out}: rename it")
+    if problem := path_problem(f"{out}.draft."):  # the name that it has while it is written
+        raise RunError(f"expected {problem} for --out, got {shortened(str(out))}: choose another")
+    check_folder_for_output(out.parent, allow_content=True)
+    try:
+        existing = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
+        with TemporaryFile(dir=existing):  # /proc says that it is writable
+            pass
+    except OSError as error:
+        raise RunError(
+            f"expected a folder for --out that can be written, {existing} cannot be "
+            f"({error.strerror}): choose another"
+        ) from error
+
+
 def kept_rows(out: Path, weights: str) -> list[dict[str, Any]]:
     """The rows of an earlier run's file that need not be predicted again.
 
@@ -102,6 +127,7 @@ def _is_record(row: Any) -> bool:
         isinstance(row, dict)
         and tuple(row) == COLUMNS
         and all(isinstance(row[name], str) for name in HEAD)
+        and bool(json.dumps(row, ensure_ascii=False).encode())  # raises for half a character
     )
 
 

@@ -4,6 +4,7 @@ A damaged file, a key that matches no tensor and a layer that was never trained 
 PEFT warns or ignores them.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
+from medft.config.lora_keys import INITIAL_WEIGHTS
 from medft.config.recipe import LoraSection
+from medft.config.strict_yaml import shortened
 from medft.errors import BaseModelError, RunError
 from medft.models.model_folder import check_model_folder
 from medft.models.patterns import check_patterns
@@ -142,7 +145,21 @@ def _read_config(folder: Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise TypeError(f"its adapter_config.json describes a {type(config).__name__}")
+        _check_settings(config)
     return config
+
+
+def _check_settings(config: LoraConfig) -> None:
+    """Refuse what no recipe can ask for, and what PEFT would compute from the base without end."""
+    initial = config.init_lora_weights
+    if not (isinstance(initial, bool) or initial in INITIAL_WEIGHTS):
+        raise ValueError(f"its adapter_config.json has init_lora_weights {shortened(initial)}")
+    for name in ("fan_in_fan_out", "use_qalora", "alora_invocation_tokens"):
+        if getattr(config, name):
+            raise ValueError(f"its adapter_config.json sets {name}, which no base of medft has")
+    for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+        if not math.isfinite(alpha):
+            raise ValueError(f"its adapter_config.json has a lora_alpha of {alpha}")
 
 
 def _check_ranks(config: LoraConfig, weights: Mapping[str, torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 A base that cannot be loaded is an error of one sentence.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from accelerate import DeepSpeedPlugin, PartialState, init_empty_weights
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -26,7 +28,7 @@ from medft.compat import resizes_by_pillow, unsharded
 from medft.config.recipe import ModelSection
 from medft.config.strict_yaml import shortened
 from medft.errors import BaseModelError
-from medft.models.model_folder import check_model_folder
+from medft.models.model_folder import check_lengths, check_model_folder
 from medft.provenance import folder_sha256, remembered_sha256
 
 _MAX_SIDE = 2**13
@@ -152,19 +154,33 @@ def load_processor(model: ModelSection) -> ProcessorMixin:
         processor = AutoProcessor.from_pretrained(
             model.base, revision=commit_of(model), backend="pil", trust_remote_code=False
         )
-    if not resizes_by_pillow(processor):
+        if not resizes_by_pillow(processor):
+            raise BaseModelError(
+                f"expected a Pillow image processor for model.base {model.base}, transformers "
+                f"gives {type(processor.image_processor).__name__}: upgrade transformers"
+            )
+        _try_images(processor.image_processor, model.base)
+    return processor
+
+
+def _try_images(images: Any, base: str) -> None:
+    """Refuse an image processor that makes images without bound, or none of a small one."""
+    sides = [side for side in dict(images.size).values() if side is not None]
+    pixels = [*sides, getattr(images, "max_image_tiles", None) or 1]
+    if (
+        any(not isinstance(side, int) or not 1 <= side <= _MAX_SIDE for side in sides)
+        or math.prod(pixels) > _MAX_SIDE**2
+    ):
         raise BaseModelError(
-            f"expected a Pillow image processor for model.base {model.base}, transformers gives "
-            f"{type(processor.image_processor).__name__}: upgrade transformers"
-        )
-    size = processor.image_processor.size
-    sides = [size[side] for side in ("height", "width") if side in size and size[side] is not None]
-    if any(not isinstance(side, int) or not 1 <= side <= _MAX_SIDE for side in sides):
-        raise BaseModelError(
-            f"expected images of 1 to {_MAX_SIDE} pixels a side in the processor of {model.base}, "
+            f"expected images of 1 to {_MAX_SIDE} pixels a side in the processor of {base}, "
             f"got {shortened(sides)}: restore its preprocessor_config.json"
         )
-    return processor
+    gradient = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    if not images([gradient], return_tensors="pt")["pixel_values"].isfinite().all():
+        raise BaseModelError(
+            f"expected finite values from the image processor of {base}, got others: restore its "
+            f"preprocessor_config.json"
+        )
 
 
 def empty_model(
@@ -229,7 +245,12 @@ def identify_base(model: ModelSection) -> dict[str, Any]:
 
 
 def base_sha256(folder: Path) -> str:
-    """Content hash of a base in a local folder; unchanged files are hashed once."""
+    """Content hash of a base in a local folder; unchanged files are hashed once.
+
+    Raises:
+        BaseModelError: its weights are not complete.
+    """
+    check_lengths(folder)
     return folder_sha256(folder, hash_of=remembered_sha256)
 
 

@@ -15,9 +15,9 @@ from medft.config.recipe import ModelSection, QuantizationSection
 from medft.config.strict_yaml import PathText, Section, shortened
 from medft.errors import BaseModelError, RunError
 from medft.files import write_json
-from medft.foreign import path_problem, read_json
+from medft.foreign import at_home, path_problem, read_json
 from medft.models.base import base_sha256, load_config
-from medft.models.model_folder import check_model_folder
+from medft.models.model_folder import check_lengths, check_model_folder
 from medft.models.run_record import RunRecord, reason_of
 from medft.provenance import masked, remembered_sha256
 
@@ -199,8 +199,12 @@ class SavedRecord(Section):
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """One hash of the safetensors files of a folder; None if there are none."""
-    digests = [remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    """One hash of the safetensors files of a folder; None if there are none.
+
+    Raises:
+        BaseModelError: one is not complete.
+    """
+    digests = [remembered_sha256(path) for path in check_lengths(folder)]
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
 
@@ -223,7 +227,7 @@ class SavedModel:
         """The model to load: an adapter's base, or the folder itself."""
         if not self.is_adapter:
             return ModelSection(base=str(self.folder))
-        base = str(Path(self.record.base).expanduser())
+        base = str(at_home(self.record.base))
         return ModelSection(base=base, revision=self.record.revision, dtype=self.record.dtype)
 
     @property

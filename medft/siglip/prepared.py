@@ -15,7 +15,7 @@ from medft.data.rows import Row, describe_counts, fingerprint, load_rows
 from medft.data.tokens import collisions, length_percentiles, token_keys
 from medft.errors import DataError, ErrorCollector, RecipeError
 from medft.models.adapter import find_initial
-from medft.models.base import empty_model, load_config
+from medft.models.base import empty_model, load_config, readable_base
 from medft.models.lora import ALL_WEIGHTS, plan_adapter
 from medft.models.saved import SavedModel
 from medft.siglip.checks import check_family, check_launch, check_sizes, check_tokens
@@ -120,7 +120,7 @@ def prepare_siglip_data(
             model, image_size=data.image_size, max_length=data.max_length
         )
         initial = find_initial(lora)
-        plan = _plan(config, lora, initial, arguments) if lora else ALL_WEIGHTS
+        plan = _plan(model, config, lora, initial, arguments) if lora else ALL_WEIGHTS
     collector.raise_any()
     measured = {split: _measure(p, processor, data.max_length) for split, p in pairs.items()}
     for split, known in measured.items():
@@ -195,12 +195,14 @@ def _plan_batches(
 
 
 def _plan(
+    model: ModelSection,
     config: PreTrainedConfig,
     lora: LoraSection,
     initial: SavedModel | None,
     arguments: TrainingArguments,
 ) -> str:
-    empty = empty_model(AutoModel, config, deepspeed_plugin=arguments.deepspeed_plugin)
+    with readable_base(model):
+        empty = empty_model(AutoModel, config, deepspeed_plugin=arguments.deepspeed_plugin)
     if splits_head(lora):
         split_pooling_head(empty)
     return plan_adapter(empty, lora, PRESETS, PARTS, initial)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_the_index_is_kept_and_made_anew_for_other_weights(embedder, runs, tmp_p
     CaseIndex.of_run(find_saved_model(run), embedder)
     assert (run / "index.npz").read_bytes() == first
     weights = run / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes() + b" ")
+    weights.write_bytes(weights.read_bytes()[:-1] + b" ")
     CaseIndex.of_run(find_saved_model(run), embedder)
     assert (run / "index.npz").read_bytes() != first
 
@@ -144,3 +145,41 @@ def test_an_index_that_somebody_else_wrote_is_made_anew(embedder, runs, tmp_path
     found = CaseIndex.of_run(saved, embedder)
     assert len(found.ids) == len(found.embeddings) == len(good["embeddings"])
     assert (tmp_path / "precious").read_text() == "years"
+
+
+def encrypted(path):
+    content = bytearray(path.read_bytes())
+    for begin, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(begin) + place] |= 1
+    path.write_bytes(content)
+
+
+def overflowing(path):
+    header = str({"descr": "<f4", "fortran_order": False, "shape": (10**30,)}).encode()
+    header += b" " * (63 - (len(header) + 10) % 64) + b"\n"
+    with ZipFile(path, "w") as archive:
+        array = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
+        archive.writestr("key.npy", array)
+
+
+@pytest.mark.parametrize("change", [encrypted, overflowing])
+def test_an_index_that_no_library_reads_is_made_anew(embedder, runs, tmp_path, change):
+    run = shutil.copytree(runs / "siglip", tmp_path / "siglip")
+    CaseIndex.of_run(find_saved_model(run), embedder)
+    first = (run / "index.npz").read_bytes()
+    change(run / "index.npz")
+    assert (run / "index.npz").read_bytes() != first
+    CaseIndex.of_run(find_saved_model(run), embedder)
+    assert (run / "index.npz").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["index.npz", ".index.npz"])
+def test_an_index_that_cannot_be_written_is_not_kept(embedder, runs, tmp_path, caplog, name):
+    run = shutil.copytree(
+        runs / "siglip", tmp_path / "siglip", ignore=shutil.ignore_patterns("*index.npz")
+    )
+    (run / name / "inner").mkdir(parents=True)
+    found = CaseIndex.of_run(find_saved_model(run), embedder)
+    assert len(found.ids) == len(found.embeddings) > 0
+    assert any("are not kept for later" in line for line in caplog.messages)
+    assert [path.name for path in run.glob("*index.npz")] == [name]

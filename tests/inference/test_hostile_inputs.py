@@ -178,12 +178,38 @@ def test_a_spreadsheet_runs_no_cell_and_the_file_goes_on_as_it_was(tmp_path):
         "[" * 100_000,
         "[]",
         '{"image": 1}',
+        json.dumps(record(text="\ud801")),
+        json.dumps(record(nearest=[{"id": "\ud801"}])),
     ],
 )
 def test_a_record_of_another_form_is_one_sentence(tmp_path, line):
     (tmp_path / "p.jsonl").write_text(line + "\n")
     with pytest.raises(RunError, match="holds something else"):
         kept_rows(tmp_path / "p.jsonl", "w")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        ("a.png/x.jsonl", "a.png is a file"),
+        ("a.png/deep/x.jsonl", "a.png is a file"),
+        (f"{'n' * 248}.jsonl", "at most 255"),
+        (f"{'n/' * 2500}x.jsonl", "at most 4095"),
+        ("/proc/x.jsonl", "/proc cannot be"),
+        ("/proc/deep/x.jsonl", "/proc cannot be"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(folder, out, sentence):
+    with pytest.raises(RunError, match=sentence):
+        predict_files(folder / "no run", [folder], folder / out)
+    assert [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+def test_the_longest_name_is_predicted_into(runs, folder, tmp_path):
+    out = tmp_path / "new" / f"{'n' * 242}.jsonl"
+    assert predict_files(runs / "siglip", [folder], out)["written"] == 1
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
