@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from medft.data.assign import Collected
 from medft.data.bit_depth import WideImages
 from medft.data.clearing import Clearer, SearchCounts
-from medft.data.pairing import Pair, Result, content_hash
+from medft.data.pairing import Pair, Result
 from medft.data.source_section import SourceSection
 from medft.data.sources import SourcesFile
 from medft.data.table_row import TableCounts
@@ -79,8 +79,7 @@ def accepted_pairs(
         count.searches.add(result.search)
         rejected = list(result.rejected)
         if pair is not None:
-            content = content_hash(pair)
-            if content in contents:
+            if pair.content in contents:
                 reason = ("duplicate", "the same images, question and text came before")
             elif pair.id in ids:
                 reason = ("duplicate_id", f"the id {pair.id!r} came before")
@@ -102,7 +101,7 @@ def accepted_pairs(
             collected.rejected += [(result.source, *link) for link in result.links]
             continue
         ids.add(pair.id)
-        contents.add(content)
+        contents.add(pair.content)
         count.accepted += len(result.taken)
         count.pairs += 1
         if spec.sources[result.source].max_images is not None:

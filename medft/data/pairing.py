@@ -33,6 +33,9 @@ class Pair:
     split: str
     """Split given by the table; empty where medft splits."""
 
+    content: str = ""
+    """What `content_hash` gives."""
+
     def record(self) -> dict[str, Any]:
         """The columns of pairs.parquet but group and split, with file locations for images."""
         stored = [image.stored for image in self.images]
@@ -149,7 +152,8 @@ class Maker:
             split=self._own_split(rows),
         )
         pair = self._cleared(pair, rows)
-        pair = replace(pair, id=pair.id or content_hash(pair)[:16])
+        content = content_hash(pair)
+        pair = replace(pair, id=pair.id or content[:16], content=content)
         _check_encodable(pair)
         if IMAGE_PLACEHOLDER in pair.text or IMAGE_PLACEHOLDER in (pair.question or ""):
             raise Rejected("image_placeholder", f"a text holds {IMAGE_PLACEHOLDER}")
