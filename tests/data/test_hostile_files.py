@@ -204,6 +204,7 @@ def test_a_png_that_inflates_without_end_takes_no_memory(export):
     assert outcome.peak < BASE
 
 
+@pytest.mark.slow
 def test_a_parquet_table_that_decodes_to_gigabytes_takes_no_memory(export):
     import pyarrow as pa
     import pyarrow.parquet as pq
