@@ -89,11 +89,20 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
 _TOO_DEEP = f"it is nested more than {MAX_JSON_DEPTH} deep"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class RepeatedKeyError(ValueError):
+    """A key stands twice in an object of JSON, which the library would take the last one of."""
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `object_pairs_hook`.
+
+    Raises:
+        RepeatedKeyError: a key stands twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice[:100]!r} stands twice")
+        raise RepeatedKeyError(f"the key {twice[:100]!r} stands twice")
     return found
 
 
@@ -101,7 +110,7 @@ def _constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
-_STRICT: dict[str, Any] = {"object_pairs_hook": _object, "parse_constant": _constant}
+_STRICT: dict[str, Any] = {"object_pairs_hook": object_of, "parse_constant": _constant}
 
 
 def _check_depth(content: Any) -> None:

@@ -5,17 +5,13 @@ NaN, which Python and pandas write for a missing number, is an empty cell. Infin
 
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from medft.data.table_row import Rejected, TableRow
 from medft.errors import DataError
-
-
-class _RepeatedKeyError(ValueError):
-    """A key stands twice in one object."""
+from medft.foreign import RepeatedKeyError, object_of
 
 
 def jsonl_rows(text: str) -> Iterator[TableRow | Rejected]:
@@ -37,7 +33,7 @@ def json_rows(text: str, table: Path) -> Iterator[TableRow]:
     """
     try:
         rows = parsed(text)
-    except _RepeatedKeyError as error:
+    except RepeatedKeyError as error:
         raise DataError(
             f"expected every key once in an object of {table}, {error}: rename or remove one"
         ) from error
@@ -60,7 +56,7 @@ def json_rows(text: str, table: Path) -> Iterator[TableRow]:
 def _row(line: str, number: int) -> TableRow | Rejected:
     try:
         row = parsed(line)
-    except _RepeatedKeyError as error:
+    except RepeatedKeyError as error:
         return Rejected("repeated_key", f"line {number}: {error}")
     except json.JSONDecodeError as error:
         return Rejected("bad_json", f"line {number}, column {error.colno}: {error.msg}")
@@ -78,15 +74,7 @@ def parsed(text: str) -> Any:
         ValueError: it is none, or a key stands twice in an object.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _RepeatedKeyError(f"the key {twice[:100]!r} stands twice")
-    return found
+    return json.loads(text, object_pairs_hook=object_of, parse_constant=_constant)
 
 
 def _constant(name: str) -> float:
