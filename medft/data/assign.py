@@ -108,7 +108,7 @@ def _table_groups(source: SourceSection, root: Path) -> set[str]:
     if source.group is None or source.kind == "dicom":
         return set()
     columns = [source.group, *(source.where or {})]
-    options = replace(source.read_options(root), names_image=None)  # `check_columns` has looked
+    options = replace(source.read_options(root), names_image=None)  # the pass over the images looks
     rows = tables_rows(source.kind, source.tables(root), options, columns=columns)
     taken = (row for row in rows if isinstance(row, dict) and takes(row, source.where))
     return {text_of(row.get(source.group)) for row in taken}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from medft.data.table_row import Rejected
 
@@ -26,9 +27,6 @@ PERCENTILES = (0.5, 99.5)
 
 Source: the clipping of nnU-Net (Isensee et al. 2021, Nature Methods 18, supplementary note 2).
 """
-
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-"""Tags of TIFF."""
 
 _BLOCK = 2**20
 """Values that are scaled at a time, which bounds the memory of float64."""
@@ -75,20 +73,22 @@ def wide_values(image: Image.Image) -> WideValues | None:
         image: as Pillow opened it, not decoded yet.
     """
     tags = getattr(image, "tag_v2", {})
-    sample_format = tags.get(_SAMPLE_FORMAT, (1,))
+    sample_format = tags.get(SAMPLEFORMAT, (1,))
     if image.mode == "L" and sample_format == (2,):
         return WideValues(np.asarray(image).view(np.int8), False)
     if not (image.mode.startswith("I") or image.mode == "F"):
         return None
     stretched = _largest_of_pgm(image)
     values = np.asarray(image)
-    if image.mode == "I" and tags.get(_BITS) == (32,) and sample_format == (1,):
+    if image.mode == "I" and tags.get(BITSPERSAMPLE) == (32,) and sample_format == (1,):
         values = values.view(np.uint32)
     if stretched is not None:
         values = np.rint(values * (stretched / FULL_RANGE.high)).astype(np.uint16)
     transparent = image.info.get("transparency")
     is_value = isinstance(transparent, int)
-    return WideValues(values, tags.get(_PHOTOMETRIC) == 0, transparent if is_value else None)
+    return WideValues(
+        values, tags.get(PHOTOMETRIC_INTERPRETATION) == 0, transparent if is_value else None
+    )
 
 
 def _largest_of_pgm(image: Image.Image) -> int | None:

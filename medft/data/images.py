@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
 from medft.data.bit_depth import GrayScale, eight_bits_alone, wide_values
 from medft.data.table_row import Rejected
@@ -26,9 +28,6 @@ MAX_SCANS = 100
 _HARMLESS = 5 * 10**10
 """Bytes times pixels: a scan has 10 bytes, and takes a nanosecond a pixel."""
 
-ORIENTATION = 0x0112
-"""Tag of EXIF."""
-
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,9 +41,6 @@ _TURNS = {
 
 Not ImageOps.exif_transpose, which also writes all other tags anew, damaged ones among them.
 """
-
-_BITS, _PLANAR, _SAMPLE_FORMAT = 258, 284, 339
-"""Tags of TIFF."""
 
 Image.MAX_IMAGE_PIXELS = None  # `opened` has limits of its own, before anything is decoded
 
@@ -154,7 +150,7 @@ def eight_bits(image: Image.Image, scale: GrayScale | None) -> Image.Image:
             "it is of 16 bits per channel and does not use them, so that it would come out dark: "
             "write it with 8 bits per channel",
         )
-    turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
+    turn = _TURNS.get(image.getexif().get(Base.Orientation, 1))
     return shown if turn is None else shown.transpose(turn)
 
 
@@ -174,8 +170,8 @@ def _is_wide_color(image: Image.Image) -> bool:
         Rejected: unknown_range, it is laid out so that Pillow reads it wrongly.
     """
     tags = getattr(image, "tag_v2", {})
-    bits, formats = tags.get(_BITS, ()), tags.get(_SAMPLE_FORMAT, ())
-    is_planar = tags.get(_PLANAR) == 2 and max(bits, default=8) > 8
+    bits, formats = tags.get(BITSPERSAMPLE, ()), tags.get(SAMPLEFORMAT, ())
+    is_planar = tags.get(PLANAR_CONFIGURATION) == 2 and max(bits, default=8) > 8
     if len(bits) > 1 and (is_planar or not {*formats} <= {1}):
         raise Rejected("unknown_range", "its color is signed or in planes of 16 bits: write 8 bits")
     tiles = getattr(image, "tile", None) or ()

@@ -10,8 +10,7 @@ import struct
 import zlib
 
 from PIL import Image
-
-from medft.data.images import ORIENTATION
+from PIL.ExifTags import Base
 
 _PNG_CHUNKS = (b"IHDR", b"IDAT", b"IEND")
 
@@ -49,7 +48,7 @@ def plain_content(content: bytes, image: Image.Image) -> bytes | None:
         return None
     if image.format == "PNG" and content[_PNG_BITS] > 8:
         return None
-    if "transparency" in image.info or image.getexif().get(ORIENTATION, 1) != 1:
+    if "transparency" in image.info or image.getexif().get(Base.Orientation, 1) != 1:
         return None
     profile = profile_of(image)
     return (_plain_png if image.format == "PNG" else _plain_jpeg)(content, profile)

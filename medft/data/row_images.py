@@ -37,6 +37,17 @@ class SpooledImage:
     """Modification time of the original file, in ns since the epoch; None for a spool."""
 
 
+def image_in(cell: Any) -> str | bytes:
+    """The path or the content of the image that a cell names; empty if it names none.
+
+    Args:
+        cell: text, bytes, or both in the layout of datasets.Image.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    return cell if isinstance(cell, bytes) else text_of(cell)
+
+
 class ImageReader:
     """Reads the images of a source's rows; caches what several rows may name."""
 
@@ -92,11 +103,9 @@ class ImageReader:
         ]
 
     def _image(self, value: Any, column: str) -> SpooledImage:
-        if isinstance(value, dict):  # the layout of datasets.Image
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes):
-            return self._spooled(self._stored(value, None, column))
-        name = text_of(value)
+        name = image_in(value)
+        if isinstance(name, bytes):
+            return self._spooled(self._stored(name, None, column))
         if not name:
             raise Rejected("no_image", f"{column} is empty")
         try:

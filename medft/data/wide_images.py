@@ -10,12 +10,12 @@ from pathlib import Path
 
 from medft.data.bit_depth import WideImages, wide_values
 from medft.data.images import max_bytes_of, opened
+from medft.data.row_images import image_in
 from medft.data.source_file import open_inside
 from medft.data.source_section import SourceSection
 from medft.data.sources import source_rows
 from medft.data.splits import OwnSplitSection, SplitSection
 from medft.data.tables import Rejected, takes
-from medft.data.template import text_of
 from medft.errors import DataError
 
 HEAD = 32
@@ -54,15 +54,13 @@ def named_images(
         if isinstance(row, Rejected) or not takes(row, source.where):
             continue
         for column in source.image_columns:
-            value = row.get(column)
-            if isinstance(value, dict):
-                value = value.get("bytes") or value.get("path")
-            if isinstance(value, bytes):
-                if not is_narrow(value[:HEAD]):
-                    yield number, value
-            elif (name := text_of(value)) and (key := hash(name)) not in seen:
+            image = image_in(row.get(column))
+            if isinstance(image, bytes):
+                if not is_narrow(image[:HEAD]):
+                    yield number, image
+            elif image and (key := hash(image)) not in seen:
                 seen.add(key)
-                yield number, name
+                yield number, image
 
 
 def add_wide_image(found: WideImages, image: str | bytes, folder: str, *, max_pixels: int) -> None:

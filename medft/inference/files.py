@@ -22,7 +22,7 @@ from medft.inference.predictor import (
     open_image_file,
 )
 from medft.inference.prompts import conversation_for, prompt_for
-from medft.inference.records import check_place, kept_rows, record_writer, rewrite
+from medft.inference.records import check_out, kept_rows, record_writer, rewrite
 from medft.masking import masked_text
 from medft.models.saved import SavedModel, find_saved_model
 
@@ -60,7 +60,7 @@ def predict_files(
         RunError: `out` is not .jsonl or .csv, cannot be written, or holds predictions of other
             models; a prompt is wanted; or one is given for a SigLIP, which answers nothing.
     """
-    check_place(out)
+    check_out(out)
     saved = find_saved_model(source)
     _check_asks(saved, prompt, max_new_tokens)
     entries = entries_of(inputs, partial(_prompt, saved, prompt))

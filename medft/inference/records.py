@@ -63,7 +63,7 @@ def record_writer(out: Path, file: TextIO) -> Callable[[dict[str, Any]], Any]:
     return write
 
 
-def check_place(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Refuse a file that is no .jsonl or .csv or that cannot be written, before work is done.
 
     Raises:

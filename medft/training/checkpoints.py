@@ -52,9 +52,13 @@ class _Manifest(BaseModel):
     files: dict[PathText, Annotated[tuple[int, str], Field(strict=False)]]
 
 
-class _Control(BaseModel):
+class _Complete(BaseModel):
+    """A part of Trainer's state that holds nothing else."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
+
+class _Control(_Complete):
     args: dict[
         Literal[
             "should_training_stop",
@@ -68,30 +72,22 @@ class _Control(BaseModel):
     attributes: dict[str, Any] = Field(max_length=0)
 
 
-class _Patience(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class _Patience(_Complete):
     early_stopping_patience: int
     early_stopping_threshold: float
 
 
-class _Counter(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class _Counter(_Complete):
     early_stopping_patience_counter: int = Field(ge=0, le=_MOST_STEPS)
 
 
-class _EarlyStopping(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class _EarlyStopping(_Complete):
     args: _Patience
     attributes: _Counter
 
 
-class _Callbacks(BaseModel):
+class _Callbacks(_Complete):
     """The callbacks that Trainer makes again, with any attribute that stands here."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     control: _Control = Field(alias="TrainerControl")
     early_stopping: _EarlyStopping | None = Field(None, alias="EarlyStoppingCallback")

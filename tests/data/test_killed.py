@@ -173,23 +173,20 @@ def test_a_worker_killed_at_any_moment_ends_the_command_and_leaves_what_was_ther
     assert not (out / ".draft").exists()
 
 
-def interrupted(sources, out, *signals, to_group):
-    """The exit code and the errors of a command that gets signals in its midst."""
-    command = [
-        sys.executable,
-        "-m",
-        "medft.cli",
-        "data",
-        "prepare",
-        str(sources),
-        "--out",
-        str(out),
-    ]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
+def in_its_midst(sources, out, **options):
+    """A command whose workers have begun."""
+    words = ["data", "prepare", str(sources), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "medft.cli", *words], **options)
     while not list(out.glob(".draft/images-*")):
         assert process.poll() is None
         time.sleep(0.01)
+    return process
+
+
+def interrupted(sources, out, *signals, to_group):
+    """The exit code and the errors of a command that gets signals in its midst."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = in_its_midst(sources, out, start_new_session=True, **pipes)
     for number in signals:
         (os.killpg if to_group else os.kill)(process.pid, number)
         time.sleep(0.05)
@@ -220,20 +217,7 @@ def test_a_terminal_that_is_closed_leaves_no_draft(sources, tmp_path, number):
 
 def test_the_workers_of_a_killed_run_end_with_it_and_free_the_folder(sources, tmp_path):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "medft.cli",
-        "data",
-        "prepare",
-        str(sources),
-        "--out",
-        str(out),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    while not list(out.glob(".draft/images-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = in_its_midst(sources, out, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     process.kill()
     process.communicate(timeout=30)  # the workers hold its output open
     assert prepare(sources, out).returncode == 0
