@@ -10,6 +10,16 @@ from pathlib import Path
 
 
 @contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from the processes that the block starts; this one gets it after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def removed_if_killed(draft: Path) -> Iterator[None]:
     """Let another process remove a folder if this one is killed inside the block.
 
@@ -20,7 +30,8 @@ def removed_if_killed(draft: Path) -> Iterator[None]:
         draft: the folder; one that has its path later is left.
     """
     guard = multiprocessing.get_context("fork").Process(target=_wait, args=(draft,), daemon=True)
-    guard.start()
+    with without_interrupts():
+        guard.start()
     try:
         yield
     finally:
@@ -29,7 +40,7 @@ def removed_if_killed(draft: Path) -> Iterator[None]:
 
 
 def _wait(draft: Path) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the one that is guarded decides
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medft.data.bit_depth import GrayScale, WideImages
+from medft.data.draft_guard import without_interrupts
 from medft.data.pairing import Maker, Result, Task
 from medft.data.pairs import batched
 from medft.data.source_section import SourceSection
@@ -133,7 +134,8 @@ class Workers:
         waiting: deque[Future[Any]] = deque()
         try:
             for each in arguments:
-                waiting.append(self._pool.submit(work, *each))
+                with without_interrupts():  # the parent decides what one means
+                    waiting.append(self._pool.submit(work, *each))
                 self._processes = self._processes or multiprocessing.active_children()
                 if len(waiting) == CHUNKS * self._count:
                     yield waiting.popleft().result()
@@ -203,7 +205,6 @@ class _Worker:
 
 
 def _start_worker(spec: SourcesFile, root: Path, draft: Path, key: bytes | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_memory(BYTES_PER_PIXEL * spec.images.max_pixels + SPARE_BYTES)
     spool = (draft / f"images-{os.getpid()}").open("wb")
