@@ -13,7 +13,7 @@ HOUSE = """
     foreign masking errors
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
-    metrics/ bootstrap text retrieval findings predictions scores
+    metrics/ bootstrap text retrieval lexicon pieces sides assertions findings predictions scores
     data/ template draft_guard table_row source_file bit_depth images plain_content stored_image
     data/ encoding csv_rows json_rows parquet_parts tables
     data/ dicom_files decoder_process dicom_codecs dicom_image dicom_reports dicom

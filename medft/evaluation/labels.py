@@ -33,3 +33,20 @@ def interval(estimate: Mapping[str, Any]) -> str:
     if estimate["low"] is None:
         return f"{estimate['value']:.3g} (no interval: {estimate['reason']})"
     return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+
+
+def read_line(metrics: Mapping[str, Any]) -> str:
+    """A sentence on how much finding F1 reads; empty for metrics of ranks.
+
+    Args:
+        metrics: content of metrics.json, or of its unseen part.
+    """
+    if "read" not in metrics:
+        return ""
+    read = metrics["read"]
+    answers = ", ".join(f"{label(name)} {share:.0%}" for name, share in read["systems"].items())
+    return (
+        f"Finding F1 reads {read['references']:.0%} of the references and leaves out the rows of "
+        f"the others, {read['left_out']:,}; of the answers it reads {answers}, and those that it "
+        f"does not read are wrong."
+    )

@@ -16,7 +16,7 @@ from typing import Any
 from medft.data.images import open_image
 from medft.errors import DataError
 from medft.evaluation.chart import chart
-from medft.evaluation.labels import COLORS, interval, label
+from medft.evaluation.labels import COLORS, interval, label, read_line
 from medft.evaluation.seen import overlap_line
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
@@ -107,6 +107,7 @@ def describe(metrics: Mapping[str, Any]) -> str:
         f"{metrics['rows']} rows of {metrics['groups']} groups, {metrics['data']}",
         overlap_line(metrics),
         *_score_lines(systems),
+        *filter(None, [read_line(metrics)]),
     ]
     if metrics["unseen"]:
         lines += ["without the rows that training has seen:"]
@@ -143,15 +144,21 @@ def _headline(metrics: Mapping[str, Any]) -> str:
             f'<div class="card"><b style="color:#5a6b7b">{chance:.3f}</b>chance<br><span>'
             f"recall@1, pool of {metrics['pool']:,} with {metrics['texts']:,} texts</span></div>"
         )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    note = f'<p class="note">{html.escape(read_line(metrics))}</p>'
+    return f'<div class="cards">{"".join(cards)}</div>{note}'
 
 
 def _main_metric(metrics: Mapping[str, Any]) -> str:
-    """The headline's metric: finding F1, but yes/no accuracy if a third of the rows are closed."""
+    """The headline's metric: finding F1, or token F1 where it has no value.
+
+    Yes/no accuracy if a third of the rows are closed.
+    """
     if metrics["kind"] == "siglip":
         return "image_to_text_recall@1"
-    closed = metrics["systems"]["tuned"]["closed_accuracy"]["n"]
-    return "closed_accuracy" if 3 * closed >= metrics["rows"] else "finding_f1"
+    tuned = metrics["systems"]["tuned"]
+    if 3 * tuned["closed_accuracy"]["n"] >= metrics["rows"]:
+        return "closed_accuracy"
+    return "token_f1" if tuned["finding_f1"]["value"] is None else "finding_f1"
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Scores of a predictions.jsonl: every metric of every system, and paired differences."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from medft.metrics.bootstrap import Estimate, Scorer, difference, estimate
-from medft.metrics.findings import finding_f1, load_lexicon
+from medft.metrics.findings import finding_f1, read_share
+from medft.metrics.lexicon import Lexicon, load_lexicon
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.retrieval import WAYS, chance_recalls, retrieval_scorers
 from medft.metrics.text import (
@@ -30,18 +31,22 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     Returns:
         kind, rows, groups, systems (estimates by metric), differences (tuned minus each other
         system, paired), without_other_image (rows without a shuffled-image control), and the
-        context of the metrics: BLEU's signature, or pool, texts and chance.
+        context of the metrics: BLEU's signature and read, or pool, texts and chance.
+        read: fractions of the references and of the tuned model's answers in which the lexicon
+        reads an assertion, those of every system, and left_out, the number of rows without a
+        finding F1 for that reason.
     """
     first = predictions[0]
+    lexicon = load_lexicon()
     is_retrieval = isinstance(first, RetrievalPrediction)
     names = list(first.ranks if isinstance(first, RetrievalPrediction) else first.predictions)
-    whole = _scorers(predictions, "tuned")
+    whole = _scorers(predictions, "tuned", lexicon)
     systems, differences = {}, {}
     for name in names:
         kept = [one for one in predictions if name != "shuffled" or one.shuffled_with is not None]
         groups = [one.group_id for one in kept]
-        tuned = whole if len(kept) == len(predictions) else _scorers(kept, "tuned")
-        own = tuned if name == "tuned" else _scorers(kept, name)
+        tuned = whole if len(kept) == len(predictions) else _scorers(kept, "tuned", lexicon)
+        own = tuned if name == "tuned" else _scorers(kept, name, lexicon)
         systems[name] = {metric: _figure(one, groups) for metric, one in own.items()}
         if name != "tuned":
             differences[name] = {
@@ -56,7 +61,9 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "differences": differences,
         "without_other_image": sum(one.shuffled_with is None for one in predictions),
     }
-    return result | (_chance(predictions) if is_retrieval else {"bleu_signature": bleu_signature()})
+    if is_retrieval:
+        return result | _chance(predictions)
+    return result | {"bleu_signature": bleu_signature(), "read": _read(predictions, lexicon)}
 
 
 def _figure(scorer: Scorer, groups: Sequence[str]) -> dict[str, Any]:
@@ -66,15 +73,17 @@ def _figure(scorer: Scorer, groups: Sequence[str]) -> dict[str, Any]:
     return asdict(Estimate(value=None, low=None, high=None, n=0, groups=0, reason=nothing))
 
 
-def _scorers(predictions: Sequence[Prediction], system: str) -> dict[str, Scorer]:
+def _scorers(predictions: Sequence[Prediction], system: str, lexicon: Lexicon) -> dict[str, Scorer]:
     ranked = [one.ranks[system] for one in predictions if isinstance(one, RetrievalPrediction)]
     if ranked:
         return retrieval_scorers({way: np.array([ranks[way] for ranks in ranked]) for way in WAYS})
     answers = [one.predictions[system] for one in predictions if isinstance(one, AnswerPrediction)]
-    return _answer_scorers(answers, [one.reference for one in predictions])
+    return _answer_scorers(answers, [one.reference for one in predictions], lexicon)
 
 
-def _answer_scorers(answers: list[str | None], references: list[str]) -> dict[str, Scorer]:
+def _answer_scorers(
+    answers: list[str | None], references: list[str], lexicon: Lexicon
+) -> dict[str, Scorer]:
     metrics: dict[str, Callable[[list[str | None], list[str]], Scorer]] = {
         "exact_match": exact_match,
         "token_f1": token_f1,
@@ -83,8 +92,26 @@ def _answer_scorers(answers: list[str | None], references: list[str]) -> dict[st
         "closed_accuracy": closed_accuracy,
     }
     return {
-        "finding_f1": finding_f1(answers, references, load_lexicon()),
+        "finding_f1": finding_f1(answers, references, lexicon),
         **{name: metric(answers, references) for name, metric in metrics.items()},
+    }
+
+
+def _read(predictions: Sequence[Prediction], lexicon: Lexicon) -> dict[str, Any]:
+    """What the lexicon reads of the references, and of each system's answers to all its rows."""
+    references = read_share([one.reference for one in predictions], lexicon)
+    answers: dict[str, list[str | None]] = defaultdict(list)
+    for one in predictions:
+        if isinstance(one, AnswerPrediction):
+            for name, text in one.predictions.items():
+                if name != "shuffled" or one.shuffled_with is not None:
+                    answers[name].append(text)
+    shares = {name: read_share(texts, lexicon) for name, texts in answers.items()}
+    return {
+        "references": references,
+        "left_out": round((1 - references) * len(predictions)),
+        "answers": shares["tuned"],
+        "systems": shares,
     }
 
 

@@ -19,7 +19,23 @@ from sacrebleu.metrics.bleu import BLEU
 from medft.metrics.bootstrap import Scorer, mean, ratio
 
 _NO_ROW = "no row"
-_OPPOSITE = {"yes": "no", "no": "yes"}
+_ANSWERS = {
+    **dict.fromkeys(("yes", "yep", "yeah", "yup"), "yes"),
+    **dict.fromkeys(("no", "nope", "nah", "none"), "no"),
+}
+"""Words that answer a closed question."""
+
+_CLAUSE = re.compile(r"[,.;:!?|\n]|\s[-\u2013\u2014]\s|\b(?:or|and)\b", re.IGNORECASE)
+_NO_DOUBT = re.compile(r"\b(?:without (?:a |any )?|no )(?:doubt|question)\b", re.IGNORECASE)
+_ENDS_WITH_NOT = re.compile(
+    r"\b(?:is|are|was|were|do|does|did)(?: not|n['\u2019]t)$", re.IGNORECASE
+)
+
+_SEES_NO = re.compile(
+    r"\b(?:there (?:is|are|was|were)|shows?|demonstrates?|reveals?|see|has|have) no\b"
+    r"(?! (?:doubt|question)\b)",
+    re.IGNORECASE,
+)
 
 _SIGNS = str.maketrans({"\u2212": "-", "\u2264": "<=", "\u2265": ">="})
 
@@ -117,17 +133,34 @@ def rouge_l(predictions: Sequence[str | None], references: Sequence[str]) -> Sco
 def closed_accuracy(predictions: Sequence[str | None], references: Sequence[str]) -> Scorer:
     """Fraction of the closed questions answered correctly, in [0, 1].
 
-    A question is closed if its reference is the single word yes or no. An answer is correct if it
-    has the reference's word and not the opposite one.
+    A question is closed if its reference is the single word yes or no. An answer is correct if
+    `closed_answer` reads it as the reference.
     """
-    pairs = _worded(predictions, references)
-    closed = [len(expected) == 1 and expected[0] in _OPPOSITE for _, expected in pairs]
-    right = [
-        is_closed and expected[0] in got and _OPPOSITE[expected[0]] not in got
-        for is_closed, (got, expected) in zip(closed, pairs, strict=True)
-    ]
-    rows = np.array(closed, dtype=bool)
-    return ratio(np.array(right), rows, rows, "no reference is yes or no")
+    expected = [" ".join(words(reference)) for reference in references]
+    closed = np.array([word in ("yes", "no") for word in expected], dtype=bool)
+    given = [closed_answer(text or "") for text in predictions]
+    right = [got == word for got, word in zip(given, expected, strict=True)]
+    return ratio(np.array(right) * closed, closed, closed, "no reference is yes or no")
+
+
+def closed_answer(text: str) -> str | None:
+    """The answer to a closed question, yes or no; None where a text gives none, or both.
+
+    A "no" counts if it begins the text, ends a clause ("there is none", "I would say no") or stands
+    behind a verb such as "there is"; so "yes, no mass is seen" is yes. "Not" counts at the end ("it
+    does not"), and "no doubt" is yes.
+    """
+    clauses = [words(clause) for clause in _CLAUSE.split(_NO_DOUBT.sub("", text))]
+    clauses = [clause for clause in clauses if clause]
+    clear = {clause[0] for clause in clauses[:1]} | {clause[-1] for clause in clauses}
+    found = {_ANSWERS[word] for word in clear & set(_ANSWERS)}
+    if any(_ANSWERS.get(word) == "yes" for clause in clauses for word in clause):
+        found.add("yes")
+    if not found and (_SEES_NO.search(text) or _ENDS_WITH_NOT.search(text.strip().rstrip(".!"))):
+        return "no"
+    if not found and _NO_DOUBT.search(text):
+        return "yes"
+    return found.pop() if len(found) == 1 else None
 
 
 def _worded(

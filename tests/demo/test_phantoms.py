@@ -11,7 +11,8 @@ from medft.demo import chain
 from medft.demo.exports import write_exports
 from medft.demo.phantoms import MODALITIES, SIZES, Phantom, caption, draw_phantom, render, report
 from medft.errors import RunError
-from medft.metrics.findings import load_lexicon, mentions
+from medft.metrics.assertions import mentions
+from medft.metrics.lexicon import load_lexicon
 
 LEVELS, SIDES = ("upper", "lower"), ("left", "right")
 

@@ -56,3 +56,34 @@ def test_scores_are_pure_functions_of_predictions():
     again = score(made[::-1])["systems"]["tuned"]["token_f1"]
     assert again["low"] == pytest.approx(tuned["token_f1"]["low"])
     assert "smooth" in result["bleu_signature"]
+
+
+def test_every_system_is_scored_on_the_rows_whose_reference_is_read():
+    made = predictions(
+        {
+            "tuned": lambda i, reference: reference if i % 2 else None,
+            "nearest": lambda i, reference: "The cat sat." if i < 9 else "Normal.",
+        }
+    )
+    made[3:7] = [replace(one, reference="Kein Erguss.") for one in made[3:7]]
+    found = score(made)
+    for name in ("tuned", "nearest"):
+        estimate = found["systems"][name]["finding_f1"]
+        assert (estimate["n"], estimate["groups"]) == (12, 7)
+        assert found["systems"][name]["exact_match"]["n"] == 16
+    assert found["differences"]["nearest"]["finding_f1"]["n"] == 12
+    read = found["read"]
+    assert (read["references"], read["left_out"]) == (12 / 16, 4)
+    assert read["answers"] == read["systems"]["tuned"] == 8 / 16
+    assert read["systems"]["nearest"] == 7 / 16
+
+
+def test_the_share_that_is_read_is_of_answers_that_were_given():
+    made = predictions(
+        {"tuned": lambda i, reference: reference, "shuffled": lambda i, reference: reference}
+    )
+    made[:8] = [
+        replace(one, shuffled_with=None, predictions={**one.predictions, "shuffled": None})
+        for one in made[:8]
+    ]
+    assert score(made)["read"]["systems"] == {"tuned": 1, "shuffled": 1}
