@@ -26,11 +26,12 @@ class ResultTable:
         }
 
     def pytest_runtest_logreport(self, report):
-        """Keep the seconds of all phases, and the worst outcome."""
+        """Keep the seconds of all phases, the worst outcome, and the figures a test recorded."""
         row = self.rows.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
         row["seconds"] = round(row["seconds"] + report.duration, 1)
         if report.outcome != "passed":
             row["outcome"] = report.outcome
+        row |= dict(report.user_properties)
 
     def pytest_runtest_logfinish(self, nodeid):
         """Write the table as it is after this test."""

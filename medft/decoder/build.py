@@ -21,6 +21,7 @@ from medft.decoder.prepared import PreparedDecoderData
 from medft.decoder.trainer import DecoderTrainer
 from medft.models.lora import attach_adapter
 from medft.models.saved import SavedRecord
+from medft.training.deepspeed import shard_weights_in
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +70,20 @@ def build_trainer(
         BaseModelError: the base cannot be loaded, or the adapter not attached.
     """
     family = prepared.family
-    loaded = load(model, family, quantization, dtype=model.dtype if lora else "float32")
+    dtype = model.dtype if lora else "float32"
+    shard_weights_in(dtype, arguments)
+    loaded = load(model, family, quantization, dtype=dtype)
     if model.cross_attention_fix:
         family.isolate_rows(loaded)
     trained = loaded
     if lora:
         trained = attach_adapter(
-            loaded, lora, family.presets, task_type="CAUSAL_LM", initial=prepared.initial
+            loaded,
+            lora,
+            family.presets,
+            task_type="CAUSAL_LM",
+            seed=arguments.seed,
+            initial=prepared.initial,
         )
     install_tower(loaded, model, prepared)
     arguments.train_sampling_strategy = "random"  # the sampler groups, Trainer's has no lengths

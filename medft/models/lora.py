@@ -5,6 +5,7 @@ An adapter that never runs and a target that matches no module are errors here; 
 
 from collections.abc import Collection, Mapping
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
@@ -96,15 +97,20 @@ def attach_adapter(
     presets: Mapping[str, str],
     *,
     task_type: str | None,
+    seed: int,
     initial: SavedModel | None = None,
 ) -> PeftModel:
     """The model with a LoRA adapter in float32, new or continued; PEFT freezes the rest.
+
+    A new one depends on the seed alone, not on what loading the base drew before, which is more
+    under ZeRO-3. The RNG state is left as it was.
 
     Args:
         model: the base.
         lora: the recipe's section.
         presets: regular expressions by preset.
         task_type: PEFT's; None for a model that is no language model.
+        seed: of the initial weights.
         initial: from `find_initial`.
 
     Raises:
@@ -135,7 +141,9 @@ def attach_adapter(
             **further,
         )
         check_patterns(model, config, where="lora")
-        adapted = get_peft_model(model, config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise BaseModelError(
             f"expected a LoRA configuration that PEFT accepts, it says: "
@@ -196,7 +204,7 @@ def plan_adapter(
     # initial weights may be computed from the base's weights, which do not exist here
     without = {"init_lora_weights": False, "init_from": None}
     shapes_only = LoraSection(**{**lora.model_dump(), **without})
-    adapted = attach_adapter(empty, shapes_only, presets, task_type=None)
+    adapted = attach_adapter(empty, shapes_only, presets, task_type=None, seed=0)
     if initial:
         initial_weights(adapted, initial)
     layers = [name for name, module in adapted.named_modules() if is_lora_layer(module)]

@@ -63,7 +63,14 @@ def build_trainer(
     """
     trained: nn.Module = load(model, lora, image_size=data.image_size)
     if lora:
-        trained = attach_adapter(trained, lora, PRESETS, task_type=None, initial=prepared.initial)
+        trained = attach_adapter(
+            trained,
+            lora,
+            PRESETS,
+            task_type=None,
+            seed=arguments.seed,
+            initial=prepared.initial,
+        )
         train_scale_and_bias(trained)
         if prepared.initial:
             restore_scale_and_bias(trained, prepared.initial.record)

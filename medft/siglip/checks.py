@@ -7,14 +7,14 @@ import numpy as np
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedConfig, TrainingArguments
 
-from medft.config.recipe import ModelSection, SiglipDataSection
+from medft.config.recipe import SiglipDataSection
 from medft.errors import BaseModelError, RecipeError
 
 logger = logging.getLogger(__name__)
 
 
-def check_launch(model: ModelSection, arguments: TrainingArguments) -> None:
-    """Refuse launchers that shard the model or round the trained parameters.
+def check_launch(arguments: TrainingArguments) -> None:
+    """Refuse launchers that shard the model.
 
     Raises:
         RecipeError: this launcher does.
@@ -28,11 +28,6 @@ def check_launch(model: ModelSection, arguments: TrainingArguments) -> None:
             f"expected SigLIP whole on every process, {sharded_by} shards it, and the loss needs "
             f"scale, bias and the caching pass outside the forward: use "
             f"accelerate_configs/ddp.yaml or zero2.yaml"
-        )
-    if plugin is not None and model.dtype != "float32":
-        raise RecipeError(
-            f"expected model.dtype float32 under DeepSpeed, which would round adapter, scale and "
-            f"bias to {model.dtype}: use accelerate_configs/ddp.yaml, or write float32"
         )
 
 

@@ -100,7 +100,7 @@ def prepare_siglip_data(
     """
     collector = ErrorCollector()
     with collector.gather():
-        check_launch(model, arguments)
+        check_launch(arguments)
     paths = {"train": data.train, "validation": data.validation}
     files = {split: Path(path) for split, path in paths.items() if path is not None}
     pairs: dict[str, PairDataset] = {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import (
     Trainer,
     TrainingArguments,
@@ -41,8 +42,9 @@ def training_arguments(
         **owned: fields that medft sets and a recipe may not.
 
     Raises:
-        RecipeError: the library rejects a value, this machine lacks the precision, the launcher
-            sets another one, or the process sees several GPUs, which Trainer would use at once.
+        RecipeError: the library rejects a value, machine or launcher lack the precision, the
+            launcher sets another one, or the process sees several GPUs, which Trainer would use at
+            once.
     """
     mixed = _mixed_precision(dtype)
     fields = {
@@ -86,13 +88,22 @@ def training_arguments(
 
 
 def _mixed_precision(dtype: str) -> str:
-    """Accelerate's name for a dtype; raises if the launcher sets another or float16 has no GPU."""
+    """Accelerate's name for a dtype.
+
+    Raises:
+        RecipeError: the launcher sets another, or does not train in this one.
+    """
     mixed = _MIXED_PRECISION[dtype]
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", mixed):
         raise RecipeError(
             f"expected the launcher's mixed_precision to be absent, it is {launched} and "
             f"model.dtype is {dtype}: remove mixed_precision from accelerate's configuration"
+        )
+    if dtype == "float16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise RecipeError(
+            "expected model.dtype bfloat16 or float32 under DeepSpeed, which would round what is "
+            "trained to float16: write one of them, or use accelerate_configs/ddp.yaml"
         )
     if dtype == "float16" and not torch.cuda.is_available():
         raise RecipeError(

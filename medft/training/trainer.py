@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from medft.compat import HookedTrainer
 from medft.errors import DataError
@@ -22,6 +24,7 @@ from medft.training.broken_data import (
     fetch_together,
 )
 from medft.training.checkpoints import what_is_missing
+from medft.training.deepspeed import Float32Callback, autocast_under_deepspeed
 
 ROW_IDS = "row_ids"
 """Batch key of the row ids, which are never passed to the model."""
@@ -30,12 +33,14 @@ ROW_IDS = "row_ids"
 class RowTrackingTrainer(HookedTrainer):
     """A Trainer whose collator puts row ids beside its tensors, under ROW_IDS."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
+        autocast_under_deepspeed(model, args)
+        super().__init__(model, args, **kwargs)
         self.row_ids: list[str] = []
         self._since: float | None = None  # training has not begun
         self._epoch_start = EpochStartCallback()
         self.add_callback(self._epoch_start)
+        self.add_callback(Float32Callback())
         self._restart_measuring()
 
     def _restart_measuring(self) -> None:

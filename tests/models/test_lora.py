@@ -100,7 +100,7 @@ def test_a_target_that_never_ends_is_one_sentence(mllama, monkeypatch, changes):
     monkeypatch.setattr("medft.models.patterns.SECONDS", 0.5)
     lora = LoraSection(**{"r": 4, "alpha": 8, **changes})
     with pytest.raises(BaseModelError, match=r"matched in 0.5 s|lora\.modules_to_save"):
-        attach_adapter(mllama, lora, MLLAMA.presets, task_type=None)
+        attach_adapter(mllama, lora, MLLAMA.presets, task_type=None, seed=5)
 
 
 def test_patterns_of_ordinary_form_are_taken(bases):
@@ -108,7 +108,7 @@ def test_patterns_of_ordinary_form_are_taken(bases):
     empty = empty_model(AutoModelForImageTextToText, config)
     patterns = {"rank_pattern": {r"layers\.0\..*q_proj": 2}, "exclude_modules": r".*vision.*"}
     lora = LoraSection(r=4, alpha=8, init_lora_weights=False, **patterns)
-    adapted = attach_adapter(empty, lora, MLLAMA.presets, task_type=None)
+    adapted = attach_adapter(empty, lora, MLLAMA.presets, task_type=None, seed=5)
     ranks = {p.shape[0] for name, p in adapted.named_parameters() if "lora_A" in name}
     assert ranks == {2, 4}
 
@@ -123,7 +123,7 @@ def test_the_preset_is_what_peft_adapts_in_float32_and_nothing_else(bases):
     model = AutoModelForImageTextToText.from_pretrained(bases / "decoder", dtype=torch.bfloat16)
     targets = target_modules(model, "language", MLLAMA.presets)
     lora = LoraSection(r=4, alpha=8)
-    adapted = attach_adapter(model, lora, MLLAMA.presets, task_type="CAUSAL_LM")
+    adapted = attach_adapter(model, lora, MLLAMA.presets, task_type="CAUSAL_LM", seed=5)
     trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trainable} == set(
         targets
@@ -138,7 +138,7 @@ def test_the_preset_is_what_peft_adapts_in_float32_and_nothing_else(bases):
 def test_further_fields_reach_peft_and_its_refusals_are_sentences(bases):
     model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
     dora = LoraSection(r=4, alpha=8, use_dora=True, rank_pattern={"o_proj": 2})
-    adapted = attach_adapter(model, dora, MLLAMA.presets, task_type=None)
+    adapted = attach_adapter(model, dora, MLLAMA.presets, task_type=None, seed=5)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert any("magnitude" in name for name in names)
     ranks = {p.shape[0] for n, p in adapted.named_parameters() if "o_proj.lora_A" in n}
@@ -146,14 +146,14 @@ def test_further_fields_reach_peft_and_its_refusals_are_sentences(bases):
     model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
     wrong = LoraSection(r=4, alpha=8, layers_to_transform=[1])
     with pytest.raises(BaseModelError, match="it says: "):
-        attach_adapter(model, wrong, MLLAMA.presets, task_type=None)
+        attach_adapter(model, wrong, MLLAMA.presets, task_type=None, seed=5)
 
 
 def test_bare_parameters_in_modules_to_save_are_refused(bases):
     model = AutoModel.from_pretrained(bases / "siglip")
     lora = LoraSection(r=4, alpha=8, targets="text", modules_to_save=["logit_scale"])
     with pytest.raises(BaseModelError, match="'logit_scale' is none"):
-        attach_adapter(model, lora, siglip_model.PRESETS, task_type=None)
+        attach_adapter(model, lora, siglip_model.PRESETS, task_type=None, seed=5)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_the_plan_counts_what_peft_will_train(bases, further, plan):
     empty = empty_model(AutoModelForImageTextToText, config)
     planned = plan_adapter(empty, lora, MLLAMA.presets, MLLAMA.parts)
     model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
-    adapted = attach_adapter(model, lora, MLLAMA.presets, task_type=None)
+    adapted = attach_adapter(model, lora, MLLAMA.presets, task_type=None, seed=5)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in adapted.parameters())
     assert f"; {trained:,} parameters" in plan
@@ -185,3 +185,18 @@ def test_excluding_everything_is_an_error_before_loading(bases):
     lora = LoraSection(exclude_modules=".*")
     with pytest.raises(BaseModelError, match="it says: "):
         plan_adapter(empty, lora, MLLAMA.presets, MLLAMA.parts)
+
+
+def test_initial_weights_depend_on_the_seed_alone(bases):
+    def initial(seed, *, drawn_before):
+        model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+        torch.manual_seed(1)
+        torch.rand(drawn_before)  # as ZeRO-3 draws weights that it then loads
+        expected = torch.random.get_rng_state()
+        lora = LoraSection(r=4, alpha=8)
+        adapted = attach_adapter(model, lora, MLLAMA.presets, task_type=None, seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), expected)
+        return torch.cat([p.flatten() for n, p in adapted.named_parameters() if "lora_A" in n])
+
+    assert torch.equal(initial(7, drawn_before=0), initial(7, drawn_before=3))
+    assert not torch.equal(initial(7, drawn_before=0), initial(8, drawn_before=0))

@@ -44,7 +44,7 @@ def unit(embeddings):
 def test_presets_name_the_layers_of_the_architecture(section, preset, layers):
     lora = SiglipLoraSection(targets=preset)
     model = load_model(section, lora, image_size=84)
-    adapted = attach_adapter(model, lora, PRESETS, task_type=None)
+    adapted = attach_adapter(model, lora, PRESETS, task_type=None, seed=5)
     names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
     assert len(names) == layers
     assert sum(f"{HEAD}." in name for name in names) == (4 if preset in ("vision", "both") else 0)
@@ -84,11 +84,13 @@ def test_an_adapter_on_the_stock_head_never_runs_and_on_the_split_one_does(secti
     trapped = get_peft_model(stock, LoraConfig(target_modules=["out_proj"]))
     assert without_gradient(trapped) == [f"base_model.model.{HEAD}.out_proj.lora_B.default.weight"]
     with pytest.raises(BaseModelError, match=r"preset that splits it \(SigLIP: vision, both\)"):
-        attach_adapter(load_model(section, lora, image_size=84), lora, PRESETS, task_type=None)
+        attach_adapter(
+            load_model(section, lora, image_size=84), lora, PRESETS, task_type=None, seed=5
+        )
 
     both = SiglipLoraSection(targets="both")
     model = load_model(section, both, image_size=84)
-    assert without_gradient(attach_adapter(model, both, PRESETS, task_type=None)) == []
+    assert without_gradient(attach_adapter(model, both, PRESETS, task_type=None, seed=5)) == []
 
 
 def test_an_adapter_with_head_is_saved_loaded_and_merged(

@@ -65,3 +65,11 @@ def test_a_process_that_sees_several_gpus_is_refused(monkeypatch, tmp_path):
     assert stock.train_batch_size == 32  # the trap
     with pytest.raises(RecipeError, match="one GPU in a process, this one sees 4"):
         arguments()
+
+
+def test_float16_is_refused_under_deepspeed(monkeypatch, tmp_path):
+    train = TrainSection(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RecipeError, match="bfloat16 or float32 under DeepSpeed"):
+        training_arguments(TrainingArguments, train, dtype="float16", metrics={})
