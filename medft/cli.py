@@ -100,7 +100,11 @@ def _add_evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data", type=Path, metavar="FILE", help="chat JSONL or pairs.parquet; default: the run's"
     )
-    command.add_argument("--split", choices=["train", "validation", "test"], default="validation")
+    command.add_argument(
+        "--split",
+        choices=["train", "validation", "test"],
+        help="of the run or of pairs.parquet; default: test, or validation where it has none",
+    )
     command.add_argument("--against", choices=["base"], help="score the adapter's base as well")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.set_defaults(command=_evaluate)
