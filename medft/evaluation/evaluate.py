@@ -21,7 +21,7 @@ from medft.decoder.generator import Generator
 from medft.errors import DataError, RunError
 from medft.evaluation.predictions import answer_predictions, retrieval_predictions
 from medft.evaluation.report import shown_cases, write_evaluation_report
-from medft.evaluation.rows import rows_that_chose, rows_to_evaluate, run_of, training_rows
+from medft.evaluation.rows import rows_that_chose, rows_to_evaluate, run_of, run_rows
 from medft.evaluation.seen import choice_line, scores_unseen
 from medft.files import check_folder_for_output, complete_folder, write_json
 from medft.masking import masked_text
@@ -91,7 +91,7 @@ def evaluate(
     if warning := choice_line(about):
         logger.warning("%s", warning)
     notes: list[str] = []
-    train = training_rows(run)
+    train = run_rows(run, "train")
     overlap = None if train is None else find_overlap(train, rows)
     if run and not (run.history.exists() and run.curves.is_file()):
         run = None

@@ -139,16 +139,19 @@ def _lacks(path: Path, split: str) -> str | None:
     return f"{path} is empty" if path.is_file() and path.stat().st_size == 0 else None
 
 
-def training_rows(run: RunLayout | None) -> Dataset | None:
-    """The rows that a run was trained on; None if they are not known or have changed."""
-    return None if run is None else _known_rows(run.read_record()["data"], "train", None)
+def run_rows(run: RunLayout | None, name: str, *, other: Path | None = None) -> Dataset | None:
+    """The rows that a run saw; None if it is not known, or they are not there or have changed.
 
-
-def _known_rows(known: Mapping[str, Any], name: str, other: Path | None) -> Dataset | None:
-    """The rows that a run saw, from their file or another one with its content; else None."""
-    entry = known[name]
-    for path in (at_home(entry["path"]), *([other] if other else [])):
-        if path.is_file() and remembered_sha256(path) == entry["sha256"]:
+    Args:
+        run: whose rows.
+        name: train or validation.
+        other: a file that is taken as well if it has the content of the one that the run read.
+    """
+    known = run.read_record()["data"].get(name) if run else None
+    if known is None:
+        return None
+    for path in (at_home(known["path"]), *([other] if other else [])):
+        if path.is_file() and remembered_sha256(path) == known["sha256"]:
             return load_rows(path, split=name)
     return None
 
@@ -167,7 +170,7 @@ def rows_that_chose(run: RunLayout | None, evaluated: EvaluatedRows) -> int | No
     digest = fingerprint(path, rows)["sha256"]
     if digest == known["validation"]["sha256"] and evaluated.split in (None, "validation"):
         return len(rows)
-    validation = _known_rows(known, "validation", path)
+    validation = run_rows(run, "validation", other=path)
     if validation is None:
         return None
     same = set(find_overlap(validation, rows).same_rows)

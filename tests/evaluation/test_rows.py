@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medft.errors import DataError, RunError
-from medft.evaluation.rows import rows_that_chose, rows_to_evaluate, run_of, training_rows
+from medft.evaluation.rows import rows_that_chose, rows_to_evaluate, run_of, run_rows
 from medft.files import file_sha256
 from medft.models.saved import RunLayout, find_saved_model
 
@@ -167,7 +167,7 @@ def test_test_rows_beside_files_that_changed_since_the_run_are_refused(run, tmp_
         file.unlink()
         with pytest.raises(DataError, match="there is no such file: restore it, or name the rows"):
             rows_to_evaluate(run, None, None)
-        assert training_rows(run) is None
+        assert run_rows(run, "train") is None
         assert chosen(run, split="validation")[0] == "validation"
     else:
         with pytest.raises(DataError, match="has changed"):
