@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--onto", choices=["original"], default="original", help="which weights of the base"
     )
+    merge.add_argument(
+        "--force",
+        action="store_true",
+        help="write a model that plain transformers computes otherwise than it was trained",
+    )
     merge.set_defaults(command=_merge)
     return medft_parser
 
@@ -266,7 +271,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from medft.training.process import process_setup
 
     with process_setup():
-        adapter = merge(arguments.source, arguments.out)
+        adapter = merge(arguments.source, arguments.out, force=arguments.force)
     _say(f"{adapter} merged onto the original weights of its base: {arguments.out}")
 
 

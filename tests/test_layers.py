@@ -32,7 +32,7 @@ HOUSE = """
     check
     evaluation/ rows items controls predictions seen labels chart report evaluate
     inference/ cases prompts predictor __init__ inputs records files
-    export/ merge
+    export/ unfixed merge
     demo/ bases phantoms exports pretrain report chain
     cli
 """
