@@ -19,6 +19,7 @@ from medft.data.overlap import find_overlap
 from medft.data.rows import image_source
 from medft.decoder.generator import Generator
 from medft.errors import DataError, RunError
+from medft.evaluation.limits import limits_of_model, limits_of_rows
 from medft.evaluation.predictions import answer_predictions, retrieval_predictions
 from medft.evaluation.report import shown_cases, write_evaluation_report
 from medft.evaluation.rows import rows_that_chose, rows_to_evaluate, run_of, run_rows
@@ -33,8 +34,6 @@ from medft.pages import thumbnail_of
 from medft.siglip.embedder import Embedder
 
 logger = logging.getLogger(__name__)
-
-_NO_NEAREST = "No nearest training text: the training rows are not known or have changed."
 
 
 def write_predictions(path: Path, predictions: Iterator[Prediction]) -> None:
@@ -90,8 +89,8 @@ def evaluate(
     }
     if warning := choice_line(about):
         logger.warning("%s", warning)
-    notes: list[str] = []
     train = run_rows(run, "train")
+    notes = limits_of_model(trained, run, train, against_base=against_base)
     overlap = None if train is None else find_overlap(train, rows)
     if run and not (run.history.exists() and run.curves.is_file()):
         run = None
@@ -100,15 +99,18 @@ def evaluate(
     found: Iterator[Prediction]
     with complete_folder(out) as draft:
         if trained.is_encoder:
-            found = retrieval_predictions(Embedder.of(trained), rows, against_base=against_base)
+            found = retrieval_predictions(
+                Embedder.of(trained), rows, against_base=against_base, notes=notes
+            )
         else:
-            notes += [_NO_NEAREST] if train is None else []
             found = answer_predictions(
-                Generator.of(trained), rows, against_base=against_base, train=train
+                Generator.of(trained), rows, against_base=against_base, train=train, notes=notes
             )
         write_predictions(draft / "predictions.jsonl", found)
         predictions = read_predictions(draft / "predictions.jsonl")
-        metrics = {**about, **score(predictions), "notes": notes}
+        figures = score(predictions)
+        notes += limits_of_rows(predictions, figures, rows)
+        metrics = {**about, **figures, "notes": [masked_text(note) for note in notes]}
         metrics |= scores_unseen(predictions, overlap)
         write_json(draft / "metrics.json", metrics)
         images = shown_images(rows, predictions)

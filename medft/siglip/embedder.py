@@ -104,6 +104,11 @@ class Embedder:
             rows.append(embed_images(self.model, pixels))
         return _unit(rows)
 
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many texts have more tokens than `embed_texts` reads."""
+        found = self.processor.tokenizer(list(texts), truncation=False)["input_ids"]
+        return sum(len(ids) > self.max_length for ids in found)
+
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """[N, D] float32 embeddings of unit L2 norm."""
