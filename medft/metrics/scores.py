@@ -40,8 +40,8 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     for name in names:
         kept = [one for one in predictions if name != "shuffled" or one.shuffled_with is not None]
         groups = [one.group_id for one in kept]
-        tuned = whole if len(kept) == len(predictions) else _scorers(kept, "tuned")
-        own = tuned if name == "tuned" else _scorers(kept, name)
+        tuned = whole if len(kept) in (0, len(predictions)) else _scorers(kept, "tuned")
+        own = tuned if name == "tuned" or not kept else _scorers(kept, name)  # null without rows
         systems[name] = {metric: _figure(one, groups) for metric, one in own.items()}
         if name != "tuned":
             differences[name] = {

@@ -9,6 +9,9 @@ from hand_made import predictions
 from medft.evaluation.evaluate import read_predictions
 from medft.evaluation.limits import limits_of_model, limits_of_rows
 from medft.evaluation.rows import run_of
+from medft.metrics.predictions import RetrievalPrediction
+from medft.metrics.retrieval import WAYS
+from medft.metrics.scores import score
 from medft.models.saved import find_saved_model
 
 
@@ -67,3 +70,26 @@ def test_answers_and_captions_that_are_cut_stand_on_the_page(runs, data, tmp_pat
         }[kind]
         assert expected in metrics["notes"]
         assert expected in page
+
+
+def test_ranks_without_any_other_image_are_null_with_the_reason():
+    found = score(
+        [
+            RetrievalPrediction(
+                id=name,
+                group_id="one",
+                source="s",
+                reference=name,
+                ranks={s: dict.fromkeys(WAYS, 1.0) for s in ("tuned", "shuffled")},
+                retrieved={},
+                shuffled_with=None,
+            )
+            for name in "ab"
+        ]
+    )
+    systems = found["systems"]
+    assert systems["shuffled"].keys() == systems["tuned"].keys()
+    assert found["differences"]["shuffled"].keys() == systems["tuned"].keys()
+    assert all(figure["value"] is None for figure in systems["shuffled"].values())
+    assert "two groups" in systems["shuffled"]["image_to_text_recall@1"]["reason"]
+    assert systems["tuned"]["image_to_text_recall@1"]["value"] == 1
