@@ -16,9 +16,9 @@ from medft.data.overlap import find_overlap
 from medft.data.pairs import rows_by_split
 from medft.data.rows import fingerprint, load_rows
 from medft.errors import DataError, RunError
+from medft.files import file_sha256
 from medft.foreign import at_home
 from medft.models.saved import RunLayout, SavedModel
-from medft.provenance import remembered_sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ def _file_of(known: Mapping[str, Any], split: str) -> Path:
 def _unchanged(known: Mapping[str, Any], name: str) -> Path:
     path = at_home(known[name]["path"])
     problem = None if path.is_file() else "there is no such file"
-    if path.is_file() and remembered_sha256(path) != known[name]["sha256"]:
+    if path.is_file() and file_sha256(path) != known[name]["sha256"]:
         problem = "the file has changed"
     if problem:
         raise DataError(
@@ -151,7 +151,7 @@ def run_rows(run: RunLayout | None, name: str, *, other: Path | None = None) -> 
     if known is None:
         return None
     for path in (at_home(known["path"]), *([other] if other else [])):
-        if path.is_file() and remembered_sha256(path) == known["sha256"]:
+        if path.is_file() and file_sha256(path) == known["sha256"]:
             return load_rows(path, split=name)
     return None
 
@@ -168,7 +168,8 @@ def rows_that_chose(run: RunLayout | None, evaluated: EvaluatedRows) -> int | No
         return 0
     rows, path = evaluated.rows, evaluated.path
     digest = fingerprint(path, rows)["sha256"]
-    if digest == known["validation"]["sha256"] and evaluated.split in (None, "validation"):
+    is_one_split = path.suffix != ".parquet" or evaluated.split == "validation"
+    if digest == known["validation"]["sha256"] and is_one_split:
         return len(rows)
     validation = run_rows(run, "validation", other=path)
     if validation is None:

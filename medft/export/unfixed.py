@@ -41,7 +41,7 @@ def difference_without_fix(
     The rows are those of its run where these are known, else drawn ones.
 
     Args:
-        merged: without the fix, which is installed for the comparison and switched off after it.
+        merged: without the fix, which is installed for the comparison.
         processor: the adapter's.
         saved: the adapter.
 

@@ -1,6 +1,7 @@
 """Which rows are evaluated, and whether they chose the checkpoint."""
 
 import json
+import os
 import shutil
 
 import pyarrow as pa
@@ -147,6 +148,25 @@ def test_the_validation_file_is_known_by_its_hash_where_the_runs_own_is_gone(run
     assert chosen(run, data=other)[2] is None
     assert chosen(None, data=other)[2] is None
     assert chosen(run)[::2] == ("test", None)
+
+
+def test_validation_rows_in_a_file_called_test_are_no_test_rows(tmp_path):
+    chat = tmp_path / "chat"
+    train = write_rows(chat / "train.jsonl", "ab")
+    run = run_with(tmp_path / "run", train=train, validation=write_rows(chat / "test.jsonl", "ef"))
+    assert chosen(run) == ("test", [*"ef"], 2)
+
+
+def test_a_file_that_was_replaced_under_the_same_time_has_changed(run, tmp_path):
+    train = tmp_path / "chat" / "train.jsonl"
+    before = train.stat()
+    os.utime(train, ns=(0, 0))
+    rows_to_evaluate(run, None, None)
+    train.write_text(train.read_text().replace('"a"', '"g"'))
+    os.utime(train, ns=(0, 0))
+    assert train.stat().st_size == before.st_size
+    with pytest.raises(DataError, match="the file has changed"):
+        rows_to_evaluate(run, None, None)
 
 
 def test_a_run_without_validation_rows_has_none_that_chose(tmp_path):
