@@ -47,7 +47,7 @@ def one_seed(seed: int, scratch: Path) -> dict:
             scratch / "demo" / kind,
             scratch / f"evaluation_{kind}",
             data=rows,
-            split="validation",
+            split=None,
             against_base=True,
         )
         record[kind] = {

@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--onto", choices=["original"], default="original", help="which weights of the base"
     )
+    merge.add_argument(
+        "--force",
+        action="store_true",
+        help="write a model that plain transformers computes otherwise than it was trained",
+    )
     merge.set_defaults(command=_merge)
     return medft_parser
 
@@ -100,7 +105,11 @@ def _add_evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data", type=Path, metavar="FILE", help="chat JSONL or pairs.parquet; default: the run's"
     )
-    command.add_argument("--split", choices=["train", "validation", "test"], default="validation")
+    command.add_argument(
+        "--split",
+        choices=["train", "validation", "test"],
+        help="of the run or of pairs.parquet; default: test, or validation where it has none",
+    )
     command.add_argument("--against", choices=["base"], help="score the adapter's base as well")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.set_defaults(command=_evaluate)
@@ -262,7 +271,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from medft.training.process import process_setup
 
     with process_setup():
-        adapter = merge(arguments.source, arguments.out)
+        adapter = merge(arguments.source, arguments.out, force=arguments.force)
     _say(f"{adapter} merged onto the original weights of its base: {arguments.out}")
 
 

@@ -73,12 +73,13 @@ _UNSPACED = re.compile("[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _UNSPACED_PUNCTUATION = "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
 
 
-def page(title: str, note: str, sections: Iterable[str]) -> str:
-    """A complete HTML page in the style of medft's reports."""
+def page(title: str, note: str, sections: Iterable[str], *, warning: str = "") -> str:
+    """A complete HTML page in the style of medft's reports, a warning its first line."""
+    above = f'<p class="warning">{html.escape(warning)}</p>' if warning else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><main><h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>
+<body><main>{above}<h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>
 {"".join(sections)}</main></body></html>
 """
 

@@ -40,6 +40,12 @@ PACKAGES = [
     "numpy",
 ]
 
+_BEFORE_PATH = r"""(?:(?<=[\s='":;,(\[{<>|`])|(?<=://))"""
+"""What a path follows inside a sentence or a word of a command line."""
+
+_AFTER_HOME = r"""(?=/|$|[\s'":;,)\]}<>|`]|\.(?:\s|$))"""
+"""What ends the home folder's name there: a name that goes on is another folder's."""
+
 _COARSEST_TIME = 2.0
 """Seconds between two modification times of a file system that rounds them, as FAT does."""
 
@@ -47,26 +53,47 @@ _COARSEST_TIME = 2.0
 def masked(content: Any, *, secret: bool = False) -> Any:
     """A copy with secrets masked, and home as `~`.
 
-    A string is `***` below a key that names a secret; in others, what looks like one is.
+    A string is `***` below a key that names a secret; in others, what looks like one is. Home is
+    replaced where a path begins, never inside one: `/data/home/ada` is not below `/home/ada`.
 
     Args:
         content: a JSON-serializable value.
         secret: whether a key above names a secret.
     """
+    return _masked(content, _homes(), secret=secret)
+
+
+def _masked(content: Any, homes: list[str], *, secret: bool) -> Any:
     if isinstance(content, dict):
         return {
-            key: masked(value, secret=secret or bool(NAMES_SECRET.search(str(key))))
+            key: _masked(value, homes, secret=secret or bool(NAMES_SECRET.search(str(key))))
             for key, value in content.items()
         }
     if isinstance(content, list | tuple):
-        return [masked(value, secret=secret) for value in content]
+        return [_masked(value, homes, secret=secret) for value in content]
     if not isinstance(content, str):
         return content
-    if secret:
-        return MASK
-    content = masked_text(content)
-    home = str(Path.home())
-    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", content) if home != "/" else content
+    return MASK if secret else _without_home(masked_text(content), homes)
+
+
+def _homes() -> list[str]:
+    """The home folder as it is named and, where that is a link, as it is; none if it is unknown."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and nobody of this user's number
+        return []
+    names = {str(home), os.path.realpath(home)}
+    return sorted((n for n in names if n.startswith("/") and n.strip("/")), key=len, reverse=True)
+
+
+def _without_home(text: str, homes: list[str]) -> str:
+    """The text with home as `~`: where it is an absolute path at its start, else at each path's."""
+    for home in homes:
+        if not text.startswith("/"):
+            text = re.sub(rf"{_BEFORE_PATH}{re.escape(home)}{_AFTER_HOME}", "~", text)
+        elif text == home or text.startswith(f"{home}/"):
+            return f"~{text[len(home) :]}"
+    return text
 
 
 def masked_words(words: list[str]) -> list[str]:

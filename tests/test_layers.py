@@ -31,9 +31,9 @@ HOUSE = """
     siglip/ pooling_head model locked_towers loss floor distributed exact_batch
     siglip/ augmentation collator checks prepared embedder trainer build
     check
-    evaluation/ items controls predictions seen labels chart report evaluate
+    evaluation/ rows items controls predictions limits seen labels chart report evaluate
     inference/ cases prompts predictor __init__ inputs records files
-    export/ merge
+    export/ unfixed merge
     demo/ bases phantoms exports pretrain report chain
     cli
 """

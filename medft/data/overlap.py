@@ -33,8 +33,13 @@ class Overlap:
     groups: int
     """Number of groups in both."""
 
-    same: int
-    """Number of the rows with the images and text of a training row."""
+    same_rows: list[str]
+    """Ids of the rows with the images and text of a training row."""
+
+    @property
+    def same(self) -> int:
+        """Number of the rows with the images and text of a training row."""
+        return len(self.same_rows)
 
     @property
     def record(self) -> dict[str, int]:
@@ -54,12 +59,12 @@ def find_overlap(train: Dataset, other: Dataset) -> Overlap:
     shared = _groups(train) & _groups(other)
     keys, known = _keys(train, other)
     same = {index for index, key in enumerate(keys) if key in known}
-    rows = [
-        name
-        for index, (name, group) in enumerate(zip(other["id"], other["group_id"], strict=True))
-        if group in shared or index in same
-    ]
-    return Overlap(rows=rows, groups=len(shared), same=len(same))
+    names = list(zip(other["id"], other["group_id"], strict=True))
+    return Overlap(
+        rows=[n for i, (n, group) in enumerate(names) if group in shared or i in same],
+        groups=len(shared),
+        same_rows=[n for i, (n, _) in enumerate(names) if i in same],
+    )
 
 
 def check_overlap(train: Dataset, validation: Dataset, *, is_allowed: bool) -> dict[str, Any]:

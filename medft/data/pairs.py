@@ -5,6 +5,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -155,6 +156,15 @@ def declared_by_source(path: Path) -> dict[str, list[str]]:
         asked.update(dict.fromkeys(rows.filter(rows["question"].is_null())["source"].to_pylist()))
     prompts = prompts_of(path)
     return {source: prompts[source] for source in asked if source in prompts}
+
+
+def rows_by_split(path: Path) -> Counter[str]:
+    """Number of rows of each split of pairs.parquet.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    return Counter(name for batch in _batches(path, ["split"]) for name in batch[0].to_pylist())
 
 
 def _features() -> dict[str, Any]:

@@ -145,7 +145,8 @@ def fingerprint(path: Path, rows: Dataset) -> dict[str, Any]:
         rows: as `load_rows` gave them.
     """
     checksums = rows.info.download_checksums or {}
-    return {"path": str(path), "sha256": checksums[str(path)]["checksum"], "rows": len(rows)}
+    name = f"./{path}" if path.parts[0] == "~" else str(path)  # a folder of that name, not home
+    return {"path": name, "sha256": checksums[str(path)]["checksum"], "rows": len(rows)}
 
 
 def describe_counts(counts: dict[str, Any]) -> str:

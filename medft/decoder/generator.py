@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,13 +109,20 @@ class Generator:
         model = load_saved(saved).to(default_device())
         return cls(model, load_processor(ModelSection(base=str(saved.folder))), saved.record)
 
-    def without_adapter(self) -> AbstractContextManager[None]:
-        """A block in which the base answers, its adapter disabled.
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """A block in which the base answers as plain transformers would compute it.
+
+        Its adapter is disabled, and so is `cross_attention_fix`; a quantized base stays quantized.
 
         Raises:
             RunError: the model has no adapter.
         """
-        return without_adapter(self.model)
+        with (
+            without_adapter(self.model),
+            self.conversation.family.without_isolation(self.model),
+        ):
+            yield
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """The assistant's turns, in the order of the requests.

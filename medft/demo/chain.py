@@ -97,7 +97,7 @@ def run_demo(out: Path, *, seed: int = SEED) -> Path:
                 out / kind,
                 out / "evaluation" / kind,
                 data=None,
-                split="validation",
+                split=None,
                 against_base=True,
             )
             for kind in KINDS

@@ -11,6 +11,7 @@ from medft.data.pairs import read_rows
 from medft.data.rows import load_rows
 from medft.evaluation.evaluate import read_predictions, shown_images
 from medft.evaluation.report import evaluation_sections, run_sections
+from medft.evaluation.seen import choice_line
 from medft.models.saved import RunLayout
 from medft.pages import figure, inline, page, table, thumbnail_of
 
@@ -46,6 +47,8 @@ def write_demo_report(
     for kind, title in TITLES.items():
         sections.append(f"<h2>{title}</h2>")
         found = read_predictions(out / "evaluation" / kind / "predictions.jsonl")
+        warning = html.escape(choice_line(metrics[kind]))
+        sections += [f'<p class="warning">{warning}</p>'] if warning else []
         sections += evaluation_sections(found, metrics[kind], shown_images(rows, found))
     sections += [_new_images(out), _data(out, summary), _steps(seconds)]
     for kind in TITLES:

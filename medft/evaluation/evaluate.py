@@ -6,6 +6,7 @@ answers the same rows, so that differences are paired.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +19,11 @@ from medft.data.overlap import find_overlap
 from medft.data.rows import image_source
 from medft.decoder.generator import Generator
 from medft.errors import DataError, RunError
-from medft.evaluation.items import rows_to_evaluate, training_rows
+from medft.evaluation.limits import limits_of_model, limits_of_rows
 from medft.evaluation.predictions import answer_predictions, retrieval_predictions
 from medft.evaluation.report import shown_cases, write_evaluation_report
-from medft.evaluation.seen import scores_unseen
+from medft.evaluation.rows import rows_that_chose, rows_to_evaluate, run_of, run_rows
+from medft.evaluation.seen import choice_line, scores_unseen
 from medft.files import check_folder_for_output, complete_folder, write_json
 from medft.masking import masked_text
 from medft.metrics.predictions import Prediction, RetrievalPrediction, prediction_of
@@ -31,7 +33,7 @@ from medft.models.saved import find_saved_model
 from medft.pages import thumbnail_of
 from medft.siglip.embedder import Embedder
 
-_NO_NEAREST = "No nearest training text: the training rows are not known or have changed."
+logger = logging.getLogger(__name__)
 
 
 def write_predictions(path: Path, predictions: Iterator[Prediction]) -> None:
@@ -48,15 +50,15 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def evaluate(
-    source: Path, out: Path, *, data: Path | None, split: str, against_base: bool
+    source: Path, out: Path, *, data: Path | None, split: str | None, against_base: bool
 ) -> dict[str, Any]:
     """Write predictions.jsonl, metrics.json and report.html; returns the metrics.
 
     Args:
         source: a run, an adapter folder or a model folder, decoder or SigLIP.
         out: folder; must be empty or not exist.
-        data: chat JSONL or pairs.parquet; None for the run's own split.
-        split: which rows of pairs.parquet, or of the run.
+        data: chat JSONL or pairs.parquet; None for the run's own rows.
+        split: which rows of pairs.parquet, or of the run; None for test rows, else validation rows.
         against_base: whether to evaluate the adapter's base as well.
 
     Raises:
@@ -72,11 +74,24 @@ def evaluate(
             f"expected an adapter for --against base, {source} is a whole model: give the run that "
             f"trained it"
         )
-    path, rows = rows_to_evaluate(trained.run, data, split)
-    notes: list[str] = []
-    train = training_rows(trained.run)
+    run = run_of(trained)
+    evaluated = rows_to_evaluate(run, data, split)
+    rows = evaluated.rows
+    chose = rows_that_chose(run, evaluated)
+    about: dict[str, Any] = {
+        "model": masked_text(str(source)),
+        "data": masked_text(str(evaluated.path)),
+        "split": evaluated.split,
+        "data_rows": len(rows),
+        "rows_chose_checkpoint": None if chose is None else chose > 0,
+        "validation_rows": chose,
+        "without_test": evaluated.without_test and masked_text(evaluated.without_test),
+    }
+    if warning := choice_line(about):
+        logger.warning("%s", warning)
+    train = run_rows(run, "train")
+    notes = limits_of_model(trained, run, train, against_base=against_base)
     overlap = None if train is None else find_overlap(train, rows)
-    run = trained.run
     if run and not (run.history.exists() and run.curves.is_file()):
         run = None
     if run:
@@ -84,20 +99,19 @@ def evaluate(
     found: Iterator[Prediction]
     with complete_folder(out) as draft:
         if trained.is_encoder:
-            found = retrieval_predictions(Embedder.of(trained), rows, against_base=against_base)
+            found = retrieval_predictions(
+                Embedder.of(trained), rows, against_base=against_base, notes=notes
+            )
         else:
-            notes += [_NO_NEAREST] if train is None else []
             found = answer_predictions(
-                Generator.of(trained), rows, against_base=against_base, train=train
+                Generator.of(trained), rows, against_base=against_base, train=train, notes=notes
             )
         write_predictions(draft / "predictions.jsonl", found)
         predictions = read_predictions(draft / "predictions.jsonl")
-        metrics: dict[str, Any] = {
-            "model": masked_text(str(source)),
-            "data": masked_text(str(path)),
-            "split": split,
-        }
-        metrics |= {**score(predictions), "notes": notes, **scores_unseen(predictions, overlap)}
+        figures = score(predictions)
+        notes += limits_of_rows(predictions, figures, rows)
+        metrics = {**about, **figures, "notes": [masked_text(note) for note in notes]}
+        metrics |= scores_unseen(predictions, overlap)
         write_json(draft / "metrics.json", metrics)
         images = shown_images(rows, predictions)
         write_evaluation_report(draft / "report.html", predictions, metrics, images, run=run)

@@ -1,19 +1,15 @@
-"""The rows of an evaluation, and one item per answer to be given."""
+"""The rows of an evaluation as items, one per answer to be given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset
 from PIL import Image
 
 from medft.data.images import open_image
 from medft.data.messages import Message, text_of_message
-from medft.data.rows import Row, image_source, load_rows
-from medft.errors import DataError, RunError
-from medft.files import file_sha256
-from medft.foreign import at_home
-from medft.models.saved import RunLayout
+from medft.data.rows import Row, image_source
+from medft.errors import DataError
 
 _LONGEST_REFERENCE = 2**15
 """Characters of an answer to compare with; time and memory of ROUGE-L are quadratic in words."""
@@ -39,34 +35,6 @@ class Item:
     def question(self) -> str:
         """The text of the last user turn."""
         return text_of_message(self.prompt[-1])
-
-
-def rows_to_evaluate(run: RunLayout | None, data: Path | None, split: str) -> tuple[Path, Dataset]:
-    """The data file and its rows: the given file, or that of the run's split.
-
-    Args:
-        run: whose rows are taken without a file.
-        data: chat JSONL or pairs.parquet.
-        split: which rows of pairs.parquet, or of the run.
-
-    Raises:
-        RunError: neither a file nor a run is given.
-        DataError: the file is missing, cannot be read, or is no longer what the run saw.
-    """
-    if data is None:
-        if run is None:
-            raise RunError("expected --data for a model that is no run: give a file of rows")
-        known = run.read_record()["data"]
-        train = at_home(known["train"]["path"])
-        data = train if train.suffix == ".parquet" else train.with_name(f"{split}.jsonl")
-        if known.get(split):
-            data = at_home(known[split]["path"])
-            if data.is_file() and file_sha256(data) != known[split]["sha256"]:
-                raise DataError(
-                    f"expected the {split} rows that the run saw in {data}, the file has changed: "
-                    f"restore it, or name it with --data"
-                )
-    return data, load_rows(data, split=split)
 
 
 def items_of(rows: Dataset) -> list[Item]:
@@ -146,13 +114,3 @@ def open_item_images(rows: Dataset, item: Item) -> list[Image.Image]:
         return [open_image(image_source(images[number])) for number in item.images]
     except DataError as error:
         raise DataError(f"row {item.id}: {error}") from error
-
-
-def training_rows(run: RunLayout | None) -> Dataset | None:
-    """The rows that a run was trained on; None if they are not known or have changed."""
-    if run is not None:
-        known = run.read_record()["data"]["train"]
-        path = at_home(known["path"])
-        if path.is_file() and file_sha256(path) == known["sha256"]:
-            return load_rows(path, split="train")
-    return None

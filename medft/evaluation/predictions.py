@@ -28,7 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def answer_predictions(
-    generator: Generator, rows: Dataset, *, against_base: bool, train: Dataset | None
+    generator: Generator,
+    rows: Dataset,
+    *,
+    against_base: bool,
+    train: Dataset | None,
+    notes: list[str],
 ) -> Iterator[AnswerPrediction]:
     """The answers of a decoder and its controls for every assistant turn of the rows.
 
@@ -37,15 +42,16 @@ def answer_predictions(
         rows: as from `load_rows`.
         against_base: whether its base answers as well.
         train: the rows it was trained on; None leaves the nearest text out.
+        notes: gets sentences on answers that were truncated or not given.
     """
     items = items_of(rows)
     others = shuffled_image_control(items)
-    systems = {"tuned": _answers("tuned", generator, rows, items, items)}
+    systems = {"tuned": _answers("tuned", generator, rows, items, items, notes)}
     if against_base:
         with generator.without_adapter():
-            systems["base"] = _answers("base", generator, rows, items, items)
+            systems["base"] = _answers("base", generator, rows, items, items, notes)
     shown = [None if other is None else items[other] for other in others]
-    systems["shuffled"] = _answers("shuffled images", generator, rows, items, shown)
+    systems["shuffled"] = _answers("shuffled images", generator, rows, items, shown, notes)
     if train is not None:
         systems["nearest"] = nearest_texts(rows, train)
     for index, (item, other) in enumerate(zip(items, others, strict=True)):
@@ -68,6 +74,7 @@ def _answers(
     rows: Dataset,
     items: Sequence[Item],
     shown: Sequence[Item | None],
+    notes: list[str],
 ) -> list[str | None]:
     """The generator's answers, each item with the images of `shown`; None where that fails."""
     answers: dict[int, str] = {}
@@ -91,19 +98,22 @@ def _answers(
             answers.update({i: turn.text for i, turn in zip(requests, turns, strict=True)})
             truncated += sum(turn.truncated for turn in turns)
             progress.update(len(chunk))
+    limits = []
     if truncated:
-        logger.warning(
-            "%s: %s of %s answers truncated at %s tokens",
-            name,
-            truncated,
-            len(answers),
-            generator.max_new_tokens,
+        limits.append(
+            f"{name}: {truncated} of {len(answers)} answers truncated at "
+            f"{generator.max_new_tokens} tokens."
         )
+    if len(answers) < len(asked):
+        limits.append(f"{name}: {len(asked) - len(answers)} of {len(asked)} could not be asked.")
+    for limit in limits:
+        logger.warning("%s", limit)
+    notes += limits
     return [answers.get(index) for index in range(len(items))]
 
 
 def retrieval_predictions(
-    embedder: Embedder, rows: Dataset, *, against_base: bool
+    embedder: Embedder, rows: Dataset, *, against_base: bool, notes: list[str]
 ) -> Iterator[RetrievalPrediction]:
     """The ranks of each image and its caption among all, for a SigLIP and its controls.
 
@@ -111,12 +121,16 @@ def retrieval_predictions(
         embedder: the trained model.
         rows: as from `load_rows`.
         against_base: whether its base is ranked as well.
+        notes: gets a sentence on captions that are cut.
 
     Raises:
         DataError: no row has an image.
     """
     items = caption_items(rows, embedder.caption_of)
     texts = [item.reference for item in items]
+    if cut := embedder.count_cut(texts):
+        notes.append(f"{cut} of {len(texts)} captions are cut at {embedder.max_length} tokens.")
+        logger.warning("%s", notes[-1])
     numbers: dict[str, int] = {}
     keys = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
     others = shuffled_image_control(items)

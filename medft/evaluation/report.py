@@ -17,7 +17,7 @@ from medft.data.images import open_image
 from medft.errors import DataError
 from medft.evaluation.chart import chart
 from medft.evaluation.labels import COLORS, interval, label, read_line
-from medft.evaluation.seen import overlap_line
+from medft.evaluation.seen import choice_line, overlap_line
 from medft.metrics.predictions import AnswerPrediction, Prediction, RetrievalPrediction
 from medft.metrics.text import words
 from medft.models.run_record import read_log_history
@@ -58,10 +58,11 @@ def write_evaluation_report(
     if run is not None:
         sections += run_sections(run)
     note = (
-        f"{metrics['rows']:,} rows of {metrics['groups']:,} groups, {metrics['data']}. Scores "
-        f"compare texts; none of them is medical accuracy. For research use."
+        f"{_extent(metrics)}. Scores compare texts; none of them is medical accuracy. For "
+        f"research use."
     )
-    text = page(f"Evaluation of {metrics['model']}", note, sections)
+    title = f"Evaluation of {metrics['model']}"
+    text = page(title, note, sections, warning=choice_line(metrics))
     target.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -104,7 +105,8 @@ def describe(metrics: Mapping[str, Any]) -> str:
     """The scores as lines of text: each metric, n, and every system's value and interval."""
     systems = metrics["systems"]
     lines = [
-        f"{metrics['rows']} rows of {metrics['groups']} groups, {metrics['data']}",
+        *filter(None, [choice_line(metrics)]),
+        _extent(metrics),
         overlap_line(metrics),
         *_score_lines(systems),
         *filter(None, [read_line(metrics)]),
@@ -114,6 +116,17 @@ def describe(metrics: Mapping[str, Any]) -> str:
         lines += _score_lines(metrics["unseen"]["systems"])
     lines += [f"chance {name}: {value:.3g}" for name, value in metrics.get("chance", {}).items()]
     return "\n".join([*lines, *metrics["notes"]])
+
+
+def _extent(metrics: Mapping[str, Any]) -> str:
+    """How many answers of how many rows, groups and which file are scored."""
+    several = "images" if metrics["kind"] == "siglip" else "answers"
+    each = f"{metrics['rows']:,} {several} of " if metrics["rows"] != metrics["data_rows"] else ""
+    split = f", split {metrics['split']}" if metrics["split"] else ""
+    return (
+        f"{each}{metrics['data_rows']:,} rows of {metrics['groups']:,} groups, "
+        f"{metrics['data']}{split}"
+    )
 
 
 def _score_lines(systems: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Evaluated rows that the model's training has seen, and the scores without them."""
+"""Evaluated rows that the model's run has seen: in training, or to choose its checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +24,28 @@ def scores_unseen(predictions: Sequence[Prediction], overlap: Overlap | None) ->
     seen = set(overlap.rows)
     others = [p for p in predictions if not {p.id, p.id.rpartition("#")[0]} & seen]
     return {"overlap": overlap.record, "unseen": score(others) if others else None}
+
+
+def choice_line(metrics: Mapping[str, Any]) -> str:
+    """A sentence on the evaluated rows that chose the checkpoint; empty if none of them did.
+
+    Args:
+        metrics: content of metrics.json.
+    """
+    if metrics["rows_chose_checkpoint"] is None:
+        return (
+            "Whether these rows chose the checkpoint is not known: the model is of no run, or the "
+            "validation rows of its run are not there or have changed."
+        )
+    if not metrics["rows_chose_checkpoint"]:
+        return ""
+    found, rows = metrics["validation_rows"], metrics["data_rows"]
+    which = "These rows" if found == rows else f"{found:,} of these {rows:,} rows"
+    why = f" No test rows: {metrics['without_test']}." if metrics["without_test"] else ""
+    return (
+        f"{which} are validation rows of the run, which choose its checkpoint (best_model/, early "
+        f"stopping): scores on them tend to be better than on patients to come.{why}"
+    )
 
 
 def overlap_line(metrics: Mapping[str, Any]) -> str:

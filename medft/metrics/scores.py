@@ -45,8 +45,11 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     for name in names:
         kept = [one for one in predictions if name != "shuffled" or one.shuffled_with is not None]
         groups = [one.group_id for one in kept]
-        tuned = whole if len(kept) == len(predictions) else _scorers(kept, "tuned", lexicon)
-        own = tuned if name == "tuned" else _scorers(kept, name, lexicon)
+        is_whole = len(kept) in (0, len(predictions))
+        tuned = whole if is_whole else _scorers(kept, "tuned", lexicon)
+        own = tuned  # null without rows
+        if name != "tuned" and kept:
+            own = _scorers(kept, name, lexicon)
         systems[name] = {metric: _figure(one, groups) for metric, one in own.items()}
         if name != "tuned":
             differences[name] = {

@@ -28,15 +28,15 @@ class _Recorded(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _RecordedRows(_Recorded):
+class _RecordedFiles(_Recorded):
     path: PathText
     sha256: str
 
 
 class _RecordedData(_Recorded):
-    train: _RecordedRows
-    validation: _RecordedRows | None = None
-    test: _RecordedRows | None = None
+    train: _RecordedFiles
+    validation: _RecordedFiles | None = None
+    test: _RecordedFiles | None = None
 
 
 class _RecordedBase(_Recorded):
@@ -57,6 +57,7 @@ class RunRecord(_Recorded):
     data: _RecordedData
     batch: _RecordedBatch
     started: str
+    init_from: _RecordedFiles | None = None
     steps_done: int = 0
     resumed: list[str] = []
     trainable_parameters: int = 0

@@ -13,12 +13,17 @@ from transformers import ProcessorMixin
 from medft.config.recipe import ModelSection
 from medft.data.pairs import batched
 from medft.data.rows import Row
-from medft.models.adapter import without_adapter
 from medft.models.base import check_local_base, default_device, load_config
 from medft.models.saved import SavedModel, find_saved_model
 from medft.siglip.checks import check_family
 from medft.siglip.collator import caption_of
-from medft.siglip.model import embed_images, embed_texts, load_saved, load_siglip_processor
+from medft.siglip.model import (
+    embed_images,
+    embed_texts,
+    load_saved,
+    load_siglip_processor,
+    untrained,
+)
 
 BATCH_SIZE = 8
 """Maximum number of images or texts in a batch."""
@@ -82,12 +87,12 @@ class Embedder:
         return caption_of(row, self._caption)
 
     def without_adapter(self) -> AbstractContextManager[None]:
-        """A block in which the base embeds, its adapter disabled.
+        """A block in which the base embeds: its adapter disabled, its own scale and bias.
 
         Raises:
             RunError: the model has no adapter.
         """
-        return without_adapter(self.model)
+        return untrained(self.model)
 
     @torch.inference_mode()
     def embed_images(self, images: Iterator[Image.Image] | Sequence[Image.Image]) -> np.ndarray:
@@ -98,6 +103,11 @@ class Embedder:
             pixels = batch["pixel_values"].to(self.model.device, self.model.dtype)
             rows.append(embed_images(self.model, pixels))
         return _unit(rows)
+
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many texts have more tokens than `embed_texts` reads."""
+        found = self.processor.tokenizer(list(texts), truncation=False)["input_ids"]
+        return sum(len(ids) > self.max_length for ids in found)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

@@ -5,7 +5,8 @@ they are unfrozen here and saved in medft.json.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModel, ProcessorMixin, Siglip2Tokenizer, SiglipMode
 from medft.compat import replace_position_embedding
 from medft.config.recipe import LoraSection, ModelSection
 from medft.errors import BaseModelError
-from medft.models.adapter import load_adapter
+from medft.models.adapter import load_adapter, without_adapter
 from medft.models.base import (
     check_local_base,
     commit_of,
@@ -184,9 +185,30 @@ def load_saved(saved: SavedModel) -> PeftModel | SiglipModel:
     resize_positions(model, saved.record.image_size or model.config.vision_config.image_size)
     if saved.record.splits_head:
         split_pooling_head(model)
+    untrained = torch.stack([parameter.detach().float() for parameter in scale_and_bias(model)])
+    model.register_buffer("untrained_scale_and_bias", untrained, persistent=False)
     adapted = load_adapter(model, saved.folder)
     restore_scale_and_bias(adapted, saved.record)
     return adapted
+
+
+@contextmanager
+def untrained(adapted: nn.Module) -> Iterator[None]:
+    """A block in which a model from `load_saved` is its base, with that one's scale and bias.
+
+    Raises:
+        RunError: the model has no adapter.
+    """
+    with without_adapter(adapted):
+        trained = [parameter.data for parameter in scale_and_bias(adapted)]
+        of_base = bare_model(adapted).get_buffer("untrained_scale_and_bias")
+        try:
+            for value, parameter in zip(of_base, scale_and_bias(adapted), strict=True):
+                parameter.data = value
+            yield
+        finally:
+            for value, parameter in zip(trained, scale_and_bias(adapted), strict=True):
+                parameter.data = value
 
 
 def embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from medft.data.rows import load_rows
 from medft.errors import MedftError
 from medft.evaluation.evaluate import evaluate, read_predictions
 from medft.evaluation.report import SHOWN_CASES
+from medft.files import file_sha256
 from medft.metrics.scores import score
 
 
@@ -17,7 +19,7 @@ from medft.metrics.scores import score
 def evaluated(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluations")
     for kind in ("nf4", "siglip"):
-        evaluate(runs / kind, out / kind, data=None, split="validation", against_base=True)
+        evaluate(runs / kind, out / kind, data=None, split=None, against_base=True)
     return out
 
 
@@ -72,9 +74,13 @@ def test_where_training_has_seen_none_it_is_said_and_where_its_rows_are_lost_tha
     metrics = json.loads((evaluated / "siglip" / "metrics.json").read_text())
     assert (metrics["overlap"]["rows"], metrics["unseen"]) == (0, None)
     given = ("--data", data / "chat" / "train.jsonl", "--out", tmp_path / "adapter")
-    assert medft("evaluate", runs / "siglip" / "adapter", *given) == 0
-    assert "Whether training has seen these rows is not known" in capsys.readouterr().out
-    assert json.loads((tmp_path / "adapter" / "metrics.json").read_text())["overlap"] is None
+    adapter = shutil.copytree(runs / "siglip" / "adapter", tmp_path / "copied")
+    assert medft("evaluate", adapter, *given) == 0
+    printed = capsys.readouterr().out
+    assert "Whether training has seen these rows is not known" in printed
+    assert printed.startswith("Whether these rows chose the checkpoint is not known")
+    metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text())
+    assert (metrics["overlap"], metrics["rows_chose_checkpoint"]) == (None, None)
 
 
 def test_ranks_of_a_siglip_run_are_those_of_its_embeddings(evaluated, runs, data):
@@ -109,12 +115,70 @@ def test_the_command_prints_figures_and_refuses_what_cannot_be_evaluated(
     printed = capsys.readouterr().out
     assert re.search(r"image to text recall@1 \(n \d+\): tuned [\d.]+ \[", printed)
     assert printed.splitlines()[-1] == str(tmp_path / "a" / "report.html")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text('{"model_type": "siglip"}')
     for source, out, split, message in (
-        (runs / "siglip", "a", "validation", "to be empty"),
-        (data, "b", "validation", "expected a run or an adapter folder"),
-        (runs / "siglip" / "adapter", "b", "validation", "expected --data"),
+        (runs / "siglip", "a", None, "to be empty"),
+        (data, "b", None, "expected a run or an adapter folder"),
+        (tmp_path / "whole", "b", None, "expected an adapter for --against base"),
         (runs / "siglip", "b", "test", "is empty"),
     ):
         with pytest.raises(MedftError, match=message):
-            evaluate(source, tmp_path / out, data=None, split=split, against_base=False)
+            evaluate(source, tmp_path / out, data=None, split=split, against_base=True)
         assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def with_test_rows(runs, data, tmp_path):
+    """Copies a run with its data, some of whose validation rows are test rows instead."""
+
+    def make(kind):
+        chat = shutil.copytree(data / "chat", tmp_path / "chat")
+        lines = (chat / "validation.jsonl").read_text().splitlines(keepends=True)
+        for split, own in (("test", lines[::2]), ("validation", lines[1::2])):
+            (chat / f"{split}.jsonl").write_text("".join(own))
+        run = shutil.copytree(runs / kind, tmp_path / "run")
+        record = json.loads((run / "run.json").read_text())
+        for split in ("train", "validation"):
+            path = chat / f"{split}.jsonl"
+            record["data"][split] |= {"path": str(path), "sha256": file_sha256(path)}
+        (run / "run.json").write_text(json.dumps(record))
+        return run, chat
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+def test_test_rows_are_scored_and_rows_that_chose_the_checkpoint_are_called_so(
+    with_test_rows, tmp_path, medft, capsys, caplog, kind
+):
+    run, chat = with_test_rows(kind)
+    validation = ("--data", chat / "validation.jsonl")
+    cases = {
+        "own": ([run], "test", False, None),
+        "by_hand": ([run / "best_model", *validation], None, True, "These rows are"),
+        "no_test": ([run], "validation", True, "No test rows: there is no"),
+    }
+    for name, (words, split, chose, line) in cases.items():
+        if name == "no_test":
+            (chat / "test.jsonl").unlink()
+        caplog.clear()
+        assert medft("evaluate", *words, "--out", tmp_path / name) == 0
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        found = read_predictions(tmp_path / name / "predictions.jsonl")
+        own = load_rows(chat / f"{split or 'validation'}.jsonl", split="test")["id"]
+        assert [one.id for one in found] == own
+        assert (metrics["split"], metrics["rows_chose_checkpoint"]) == (split, chose)
+        assert metrics["overlap"]["rows"] == 0
+        page = (tmp_path / name / "report.html").read_text()
+        printed = capsys.readouterr().out
+        first = '<body><main><p class="warning">'
+        if line is None:
+            assert first not in page
+            assert "chose" not in printed
+        else:
+            sentence = page.partition(first)[2].partition("</p>")[0]
+            assert line in sentence
+            assert "validation rows of the run" in sentence
+            assert printed.splitlines()[0] == sentence
+            assert sentence in caplog.text

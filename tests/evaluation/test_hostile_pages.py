@@ -66,6 +66,11 @@ def written(tmp_path, made, run=None, **metrics):
         "unseen": None,
         "model": f"\udcff{NASTY}",
         "data": NASTY,
+        "split": NASTY,
+        "data_rows": 1,
+        "rows_chose_checkpoint": True,
+        "validation_rows": 1,
+        "without_test": NASTY,
     }
     figures |= {"notes": [NASTY]}
     jpeg = io.BytesIO()

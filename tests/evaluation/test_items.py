@@ -1,15 +1,12 @@
 """What is to be answered."""
 
 import json
-import shutil
 
 import pytest
 
 from medft.data.rows import load_rows
-from medft.errors import DataError, RunError
-from medft.evaluation.evaluate import evaluate
-from medft.evaluation.items import items_of, rows_to_evaluate
-from medft.models.saved import RunLayout
+from medft.errors import DataError
+from medft.evaluation.items import items_of
 
 
 def test_every_assistant_turn_is_an_item_with_the_turns_before_it(tmp_path):
@@ -35,24 +32,3 @@ def test_an_answer_that_is_longer_than_any_report_is_refused(tmp_path):
                 items_of(rows)
         else:
             assert len(items_of(rows)) == 1
-
-
-def test_validation_rows_that_changed_since_the_run_are_refused(runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs / "decoder", run)
-    record = json.loads((run / "run.json").read_text())
-    record["data"]["validation"]["sha256"] = "0" * 64
-    (run / "run.json").write_text(json.dumps(record))
-    with pytest.raises(DataError, match="has changed"):
-        rows_to_evaluate(RunLayout(run), None, "validation")
-    with pytest.raises(RunError, match="expected an adapter for --against base"):
-        evaluate(
-            _whole(tmp_path), tmp_path / "out", data=None, split="validation", against_base=True
-        )
-
-
-def _whole(folder):
-    model = folder / "whole"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "siglip"}')
-    return model

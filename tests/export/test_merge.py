@@ -11,9 +11,10 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from medft.config.recipe import ModelSection, QuantizationSection
 from medft.decoder.families.mllama import MLLAMA
+from medft.decoder.generator import Generator
 from medft.decoder.model import load_model
 from medft.errors import BaseModelError, RunError
-from medft.export.merge import merge
+from medft.export.merge import describe_difference, merge
 from medft.siglip.model import resize_positions
 
 
@@ -164,6 +165,71 @@ def test_a_run_directory_is_complete_and_keeps_no_pickle_in_its_results(runs, ba
         if kind == "siglip":
             total += 20 * 64 - 2  # 36 positions for 16; scale and bias are counted twice
         assert record["total_parameters"] == total
+
+
+@pytest.fixture
+def with_fix(runs, tmp_path):
+    """A copy of a run whose adapter says that it was trained with cross_attention_fix."""
+    run = shutil.copytree(runs / "decoder", tmp_path / "run")
+    record = run / "adapter" / "medft.json"
+    content = json.loads(record.read_text()) | {"cross_attention_fix": True}
+    record.write_text(json.dumps(content))
+    return run
+
+
+def logits_of_rows(model, data, bases, count):
+    """[S, V] logits of the first validation rows, one at a time, tokens by plain transformers."""
+    processor = AutoProcessor.from_pretrained(bases / "decoder", backend="pil")
+    found = []
+    for line in (data / "chat" / "validation.jsonl").read_text().splitlines()[:count]:
+        row = json.loads(line)
+        with Image.open(data / "chat" / row["images"][0]) as image:
+            batch = processor(
+                images=[[image.convert("RGB")]], return_tensors="pt", add_special_tokens=False,
+                text=[processor.apply_chat_template(row["messages"])],
+            )  # fmt: skip
+        with torch.no_grad():
+            found.append(model.eval()(**batch).logits[0])
+    return found
+
+
+def test_what_plain_transformers_makes_of_the_cross_attention_fix_is_measured_and_forced(
+    with_fix, medft, capsys, caplog, data, bases, tmp_path
+):
+    assert medft("merge", with_fix, "--out", tmp_path / "merged") == 2
+    refused = capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert medft("merge", with_fix, "--out", tmp_path / "merged", "--force") == 0
+    figures = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert describe_difference(figures) in refused
+    assert describe_difference(figures) in caplog.text
+    assert (figures["rows_from"], figures["rows"]) == ("validation rows of the run", 8)
+    assert (figures["onto"], figures["passed"]) == ("original", False)
+    assert figures["adapter"] == str(with_fix / "adapter")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    fixed = Generator.load(tmp_path / "merged").model
+    pairs = zip(*(logits_of_rows(m, data, bases, 2) for m in (plain, fixed)), strict=True)
+    largest = max((one - other).abs().max().item() for one, other in pairs)
+    by = figures["max_logit_difference_by"]
+    assert by["with_image"] == pytest.approx(largest, rel=1e-4)  # fp32 sums in another order
+    assert largest > 1e-3
+    assert by["without_image"] == 0
+    assert by["in_one_batch"] > 1e-3
+    assert 0 < figures["mean_logit_difference"] < figures["max_logit_difference"]
+    assert figures["max_logit_difference"] == max(by.values())
+    assert 0 < figures["top1_agreement"] <= 1
+
+
+def test_the_fix_is_measured_on_drawn_rows_where_the_runs_are_not_known(with_fix, tmp_path):
+    adapter = shutil.copytree(with_fix / "adapter", tmp_path / "adapter")
+    with pytest.raises(RunError, match=r"with image [01]\..* from drawn rows\): use the adapter"):
+        merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_without_the_fix_needs_no_force_and_measures_nothing(runs, tmp_path):
+    merge(runs / "decoder", tmp_path / "merged")
+    assert not (tmp_path / "merged" / "merge.json").exists()
 
 
 def test_what_cannot_be_merged_is_one_sentence(runs, bases, tmp_path):

@@ -227,6 +227,7 @@ RUN_JSON = [
     {"recipe": 3},
     {"steps_done": None},
     {"resumed": "often"},
+    {"init_from": "x"},
 ]
 
 

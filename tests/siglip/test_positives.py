@@ -82,7 +82,7 @@ def test_equal_captions_as_matches_beat_equal_captions_as_negatives(tmp_path, ru
     right, excess, floor = {}, {}, {}
     for positives in ("caption", "diagonal"):
         run = tmp_path / positives
-        found = list(retrieval_predictions(Embedder.load(run), rows, against_base=False))
+        found = list(retrieval_predictions(Embedder.load(run), rows, against_base=False, notes=[]))
         ranks = np.array([one.ranks["tuned"]["image_to_text"] for one in found])
         right[positives] = recall_at(ranks, 1)
         floor[positives] = json.loads((run / "run.json").read_text())["batch"]["loss_floor"]

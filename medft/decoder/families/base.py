@@ -14,6 +14,7 @@ Shape letters in this file:
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -192,3 +193,11 @@ class Family:
     def isolate_rows(self, model: nn.Module) -> None:
         """Make the rows of a loaded model independent of each other, where `leaks_across_batch`."""
         raise NotImplementedError
+
+    def without_isolation(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A block in which a model computes what plain transformers does, despite `isolate_rows`.
+
+        Args:
+            model: with or without adapter.
+        """
+        return nullcontext()

@@ -4,7 +4,8 @@ Shape letters: see `medft.decoder.families.base`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -167,8 +168,22 @@ class Mllama(Family):
         (transformers#39379).
         """
         for layer in mllama_cross_attention_layers(model):
+            layer.cross_attn.isolates_rows = True
             layer.register_forward_pre_hook(_note_which_tokens_see, with_kwargs=True)
             layer.cross_attn.register_forward_hook(_mask_output)
+
+    @contextmanager
+    def without_isolation(self, model: nn.Module) -> Iterator[None]:
+        """A block in which tokens that may see no image get what stock code gives them."""
+        attentions = [layer.cross_attn for layer in mllama_cross_attention_layers(model)]
+        isolated = [attention for attention in attentions if hasattr(attention, "isolates_rows")]
+        try:
+            for attention in isolated:
+                attention.isolates_rows = False
+            yield
+        finally:
+            for attention in isolated:
+                attention.isolates_rows = True
 
 
 def _note_which_tokens_see(layer: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
@@ -177,7 +192,7 @@ def _note_which_tokens_see(layer: Any, arguments: tuple, keywords: dict[str, Any
 
 
 def _mask_output(attention: Any, arguments: tuple, output: tuple) -> tuple:
-    mask = attention.tokens_that_see
+    mask = attention.tokens_that_see if attention.isolates_rows else None
     return output if mask is None else (mask[:, 0] * output[0], *output[1:])
 
 
