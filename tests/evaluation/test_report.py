@@ -26,7 +26,9 @@ def test_the_page_escapes_what_models_write_and_marks_what_differs():
 
 def test_the_headline_is_another_metric_where_finding_f1_has_no_value():
     made = predictions({"tuned": lambda i, reference: reference})
-    english = {**score(made), "overlap": None, "unseen": None, "notes": [], "data": "rows.jsonl"}
+    rest = {"overlap": None, "unseen": None, "notes": [], "data": "rows.jsonl"}
+    rest |= {"data_rows": len(made), "split": None, "rows_chose_checkpoint": False}
+    english = {**score(made), **rest}
     page = "".join(evaluation_sections(made, english, {}))
     assert "<br><span>finding F1 (keywords), 95 % interval" in page
     assert "reads 100% of the references" in page
