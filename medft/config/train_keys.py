@@ -221,7 +221,7 @@ EARLY_STOPPING_KEYS = ("early_stopping_patience", "early_stopping_threshold")
 """Keys that are arguments of transformers' EarlyStoppingCallback."""
 
 
-def refusal(key: str) -> str | None:
+def train_refusal(key: str) -> str | None:
     """Why a key of `train` is refused; None if the library is not known to have it."""
     if key in REFUSED_TRAIN_KEYS:
         return REFUSED_TRAIN_KEYS[key].format(key=f"train.{key}")

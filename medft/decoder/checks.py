@@ -5,7 +5,8 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
 
-from medft.config.recipe import DecoderDataSection, DecoderModelSection, LoraSection
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import DecoderDataSection, DecoderModelSection
 from medft.decoder.families.base import Family
 from medft.errors import BaseModelError, DataError, RecipeError
 from medft.files import check_folder_for_output

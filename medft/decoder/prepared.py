@@ -19,11 +19,8 @@ from transformers import (
 )
 
 from medft.compat import attention_implementation
-from medft.config.recipe import (
-    DecoderDataSection,
-    DecoderModelSection,
-    LoraSection,
-)
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import DecoderDataSection, DecoderModelSection
 from medft.data.overlap import check_overlap
 from medft.data.prompts import asked_prompts
 from medft.data.rows import (
