@@ -1,6 +1,6 @@
 """Keys of `lora` that would do nothing on a base, or something else than they say.
 
-PEFT takes them without a word.
+PEFT ignores them, some with a warning.
 """
 
 from collections.abc import Collection, Iterator
