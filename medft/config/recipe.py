@@ -272,6 +272,11 @@ def contradictions(recipe: Recipe) -> list[str]:
             "train.eval_strategy asks for evaluations and data.validation is missing: "
             "give a validation file or remove train.eval_strategy"
         ]
+    if recipe.train.eval_strategy == "epoch" and recipe.train.eval_steps is not None:
+        return [
+            "train.eval_steps counts steps and train.eval_strategy is epoch: write "
+            "train.eval_strategy: steps, or remove train.eval_steps"
+        ]
     if recipe.data.validation is not None and not evaluates:
         return [
             'data.validation is given and train.eval_strategy is "no", so it would never be read: '

@@ -293,7 +293,7 @@ def _sampler(
     return GlobalBatchSampler(
         [min(count, 1) for count in image_counts] if mixes else image_counts,
         global_batch_size=arguments.per_device_train_batch_size * arguments.world_size,
-        seed=arguments.seed,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         fills=arguments.world_size > 1,
         lengths=train.lengths if groups else None,
     )

@@ -17,6 +17,25 @@ def test_a_malformed_override_is_an_error(load, word):
     assert "override" in problem
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train.seed=1", "train.seed=2"], "train.seed"),
+        (["train.seed=1", "lora.r=4", "train.seed=1"], "train.seed"),
+        (["lora=null", "lora.r=4"], "lora"),
+        (["lora.r=4", "lora={alpha: 8}"], "lora"),
+    ],
+)
+def test_what_two_overrides_set_is_an_error_that_names_both(load, words, key):
+    [problem] = problems(load, GOOD, *words)
+    assert problem == (
+        f"expected a key to be overridden once, {words[0]!r} and {words[-1]!r} both set {key}: "
+        f"remove one"
+    )
+    recipe = load(GOOD, "train.seed=1", "train.data_seed=2", "lora.r=4")
+    assert (recipe.train.seed, recipe.train.data_seed, recipe.lora.r) == (1, 2, 4)
+
+
 @pytest.mark.parametrize("text", ["? [a]\n: b\n", "a: &a [*a]\n", "lora: {1: 2}\n", "1: 2\n"])
 def test_strange_yaml_is_one_sentence(load, text):
     [problem] = problems(load, text)
