@@ -263,8 +263,8 @@ REFUSED_TRAIN_KEYS = {
     "chat_template_path": "another template changes what is trained: put it into the base's folder",
     "completion_only_loss": _LABELS,
     "dataloader_drop_last": "rows would be dropped from training and validation: remove the key",
-    "dataloader_persistent_workers": "workers that live on change the random numbers of later epochs, "
-    "so that a resumed run would differ: remove the key",
+    "dataloader_persistent_workers": "workers that live on change later epochs' random numbers, so "
+    "that a resumed run would differ: remove the key",
     "dataset_kwargs": _COLLATOR,
     "dataset_num_proc": _COLLATOR,
     "dataset_text_field": _COLLATOR,

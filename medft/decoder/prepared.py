@@ -271,7 +271,7 @@ def _checked_base(
         vocab_size = empty.get_output_embeddings().out_features
     check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
     plan = plan_targets(empty, lora, family, initial) if lora else ALL_WEIGHTS
-    check_trained_vision(empty, model, family, arguments)
+    check_trained_vision(empty, model, lora, family, arguments)
     if model.vision_cache:
         check_cached_tower(model.vision_cache, config)
     return _CheckedBase(
