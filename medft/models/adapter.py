@@ -146,12 +146,26 @@ def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
             "run that trained it"
         )
     for config in model.peft_config.values():
-        if change := _change_of_base(config):
-            raise RunError(
-                f"expected an adapter without which the model is its base, this one has {change}, "
-                f"which changes the base's own weights: compare with a run on the base itself"
-            )
+        _refuse_changed_base(config)
     return model.disable_adapter()
+
+
+def check_keeps_base(folder: Path) -> None:
+    """Refuse an adapter folder whose base cannot be had back, before anything is loaded.
+
+    Raises:
+        RunError: its settings change the base.
+        BaseModelError: its settings cannot be read.
+    """
+    _refuse_changed_base(_read_config(folder))
+
+
+def _refuse_changed_base(config: LoraConfig) -> None:
+    if change := _change_of_base(config):
+        raise RunError(
+            f"expected an adapter without which the model is its base, this one has {change}, "
+            f"which changes the base's own weights: compare with a run on the base itself"
+        )
 
 
 def _change_of_base(config: LoraConfig) -> str | None:
