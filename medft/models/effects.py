@@ -13,7 +13,7 @@ from medft.models.patterns import matched_names
 
 
 def check_effects(lora: LoraSection, targets: Collection[str], adapted: Collection[str]) -> None:
-    """Refuse exclusions, layers and patterns that change no adapter.
+    """Refuse targets that get no adapter, and exclusions, layers and patterns that change none.
 
     Args:
         lora: the recipe's section.
@@ -24,6 +24,7 @@ def check_effects(lora: LoraSection, targets: Collection[str], adapted: Collecti
         BaseModelError: there is such an entry, or a target is adapted whatever its layer.
     """
     idle = [
+        *_idle_targets(lora.targets, adapted),
         *_idle_exclusions(lora.exclude_modules, targets),
         *_idle_layers(lora, adapted),
         *_idle_patterns("rank_pattern", lora.rank_pattern or {}, adapted),
@@ -31,8 +32,8 @@ def check_effects(lora: LoraSection, targets: Collection[str], adapted: Collecti
     ]
     if idle:
         raise BaseModelError(
-            f"expected every entry of lora to concern a layer of lora.targets, {idle[0]} concerns "
-            f"none that no entry before it does: correct it or remove it"
+            f"expected every entry of lora to give or change an adapter, {idle[0]} does not, or an "
+            f"entry before it does so already: correct it or remove it"
         )
     whole = sorted(set(lora.targets) & set(targets))
     if lora.layers_to_transform is not None and whole:
@@ -40,6 +41,12 @@ def check_effects(lora: LoraSection, targets: Collection[str], adapted: Collecti
             f"expected lora.targets as name endings beside lora.layers_to_transform, {whole[0]} is "
             f"a full name, which PEFT adapts whatever its layer: shorten it"
         )
+
+
+def _idle_targets(targets: str | list[str], adapted: Collection[str]) -> Iterator[str]:
+    for ending in [] if isinstance(targets, str) else targets:
+        if not any(ends_in(name, ending) for name in adapted):
+            yield f"targets: {ending}"
 
 
 def _idle_exclusions(excluded: str | list[str] | None, targets: Collection[str]) -> Iterator[str]:

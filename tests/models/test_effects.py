@@ -31,23 +31,31 @@ SELF_ATTENTION = "model.language_model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"exclude_modules": ".*vision.*"}, "exclude_modules: .*vision.* concerns"),
-        ({"exclude_modules": ["o_proj", "fc1"]}, "exclude_modules: fc1 concerns"),
-        ({"rank_pattern": {"o_proj": 2, "fc1": 2}}, "rank_pattern: fc1 concerns"),
-        ({"rank_pattern": {".*_proj": 2, "o_proj": 8}}, "rank_pattern: o_proj concerns"),
-        ({"alpha_pattern": {"proj": 2}}, "alpha_pattern: proj concerns"),
+        ({"exclude_modules": ".*vision.*"}, "exclude_modules: .*vision.* does not"),
+        ({"exclude_modules": ["o_proj", "fc1"]}, "exclude_modules: fc1 does not"),
+        ({"rank_pattern": {"o_proj": 2, "fc1": 2}}, "rank_pattern: fc1 does not"),
+        ({"rank_pattern": {".*_proj": 2, "o_proj": 8}}, "rank_pattern: o_proj does not"),
+        ({"alpha_pattern": {"proj": 2}}, "alpha_pattern: proj does not"),
         (
             {"exclude_modules": ["o_proj"], "alpha_pattern": {"o_proj": 2}},
-            "alpha_pattern: o_proj concerns",
+            "alpha_pattern: o_proj does not",
         ),
-        ({"targets": ["fc1"], "layers_to_transform": [0, 99]}, "layers_to_transform: 99 concerns"),
+        ({"targets": ["fc1"], "layers_to_transform": [0, 99]}, "layers_to_transform: 99 does not"),
         (
             {"targets": ["fc1"], "layers_to_transform": 0, "layers_pattern": ["layers", "h"]},
-            "layers_pattern: h concerns",
+            "layers_pattern: h does not",
         ),
         (
             {"targets": [SELF_ATTENTION, "k_proj"], "layers_to_transform": 2},
             f"{SELF_ATTENTION} is a full name, which PEFT adapts whatever its layer",
+        ),
+        (
+            {"targets": ["q_proj", "o_proj"], "modules_to_save": ["o_proj"]},
+            "targets: o_proj does not",
+        ),
+        (
+            {"targets": ["q_proj", "fc1"], "layers_to_transform": 0, "exclude_modules": ["fc1"]},
+            "targets: fc1 does not",
         ),
         ({"modules_to_save": ["norm"]}, "PEFT takes 'norm' for .*layernorm.* too"),
         ({"modules_to_save": ["act_fn"]}, "act_fn has no weights"),
