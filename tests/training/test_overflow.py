@@ -37,10 +37,10 @@ def train(tmp_path):
     """Train two steps of four rows."""
 
     def run(weight, dtype=torch.float32, **options):
+        options = {"per_device_train_batch_size": 4, "max_steps": 2, **options}
         arguments = TrainingArguments(
-            tmp_path, max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
-            save_strategy="no", **options,
-        )  # fmt: skip
+            tmp_path, use_cpu=True, report_to="none", save_strategy="no", **options
+        )
         trainer = Trainer(Hidden(weight), arguments, train_dataset=Rows())
         trainer.add_callback(OverflowCallback(dtype))
         trainer.train()
@@ -77,7 +77,7 @@ def test_an_activation_beyond_half_of_float16_ends_the_run(train, weight):
 
 def test_accumulated_batches_of_a_step_all_count(train, caplog):
     caplog.set_level("INFO", logger="medft")
-    train(1000.0, gradient_accumulation_steps=2)
+    train(1000.0, per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=1)
     assert seen_first(caplog, 1000.0) == 8
 
 
