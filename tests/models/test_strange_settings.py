@@ -117,14 +117,18 @@ def test_an_adapter_with_settings_that_no_recipe_has_is_one_sentence(
 
 @pytest.mark.parametrize("kind", ["decoder", "siglip"])
 def test_an_adapter_that_changed_its_base_is_never_compared_with_it(
-    given, uses, refused, medft, kind
+    given, uses, refused, medft, tmp_path, kind
 ):
     run = given(kind)
     with_settings(run / "adapter" / "adapter_config.json", {"init_lora_weights": "pissa"})
     words = [*uses(run, kind)["evaluate"], "--against", "base"]
-    assert "this one has init_lora_weights: pissa" in refused(words)
     assert medft(*uses(run, kind)["predict"]) == 0
+    (tmp_path / "out.jsonl").unlink()
+    assert "this one has init_lora_weights: pissa" in refused(words)
     assert medft(*uses(run, kind)["merge"]) == 0
+    shutil.rmtree(tmp_path / "out")
+    with_settings(run / "adapter" / "medft.json", {"base": "/nowhere", "sha256": None})
+    assert "this one has init_lora_weights: pissa" in refused(words)  # before the base is loaded
 
 
 @pytest.fixture
