@@ -51,7 +51,8 @@ from transformers import (
     Trainer,
 )
 
-from medft.config.recipe import LoraSection, ModelSection, SiglipRecipe
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import ModelSection, SiglipRecipe
 from medft.demo.bases import siglip_tokenizer, tokenizer_corpus
 from medft.siglip.build import build_trainer
 from medft.siglip.model import scale_and_bias
@@ -135,7 +136,6 @@ def exact_trainer(folder: Path, config: SiglipConfig, pairs: int, micro: int) ->
         "lora.alpha=32",
         "lora.dropout=0",
         "lora.targets=both_no_head",
-        "lora.init_lora_weights=false",
         "contrastive.positives=diagonal",
         f"train.output_dir={folder / 'run'}",
         f"train.per_device_train_batch_size={micro}",
@@ -144,10 +144,9 @@ def exact_trainer(folder: Path, config: SiglipConfig, pairs: int, micro: int) ->
     ]
     recipe = SiglipRecipe.load(folder / "recipe.yaml", sections)
     arguments = siglip_arguments(recipe.train, dtype="float32")
-    prepared = prepare_siglip_data(
-        recipe.model, recipe.data, recipe.lora, recipe.contrastive, arguments
-    )
-    sections = recipe.model, recipe.data, recipe.lora, recipe.contrastive
+    lora = recipe.lora.model_copy(update={"init_lora_weights": False})  # no recipe may say so
+    sections = recipe.model, recipe.data, lora, recipe.contrastive
+    prepared = prepare_siglip_data(*sections, arguments)
     base = {"base": recipe.model.base, "revision": None}
     return build_trainer(
         *sections, arguments=arguments, prepared=prepared, base=base, load=random_model

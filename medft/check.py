@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from medft.config.command_line import recipe_class
-from medft.config.recipe import DecoderRecipe, LoraSection, Recipe, SiglipRecipe
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import DecoderRecipe, Recipe, SiglipRecipe
 from medft.data.decoded import decode_images
 from medft.data.rows import describe_counts
 from medft.decoder.prepared import PreparedDecoderData, prepare_decoder_data

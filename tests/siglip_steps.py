@@ -18,12 +18,18 @@ from medft.siglip.trainer import siglip_arguments
 
 
 def build_trainer(file, changes=(), **options):
-    """A trainer as the script makes it, its adapter drawn from a seed."""
+    """A trainer as the script makes it, its adapter drawn from a seed.
+
+    Where a recipe says gaussian, lora_B is random too, so that no gradient is zero.
+    """
     reset_accelerator()
     recipe = SiglipRecipe.load(file, changes)
+    lora = recipe.lora
+    if lora and lora.init_lora_weights == "gaussian":
+        lora = lora.model_copy(update={"init_lora_weights": False})
     set_seed(3)
     arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
-    sections = recipe.model, recipe.data, recipe.lora, recipe.contrastive
+    sections = recipe.model, recipe.data, lora, recipe.contrastive
     prepared = prepare_siglip_data(*sections, arguments)
     base = identify_base(recipe.model)
     return build(*sections, arguments=arguments, prepared=prepared, base=base, **options)

@@ -12,13 +12,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from ruamel.yaml import YAML
 
 from medft.config.advice import KeyPath, right_key
-from medft.config.lora_keys import INITIAL_WEIGHTS, lora_errors
+from medft.config.lora_keys import LoraSection, SiglipLoraSection, initial_refusal, lora_refusal
 from medft.config.strict_yaml import ErrorDetails, PathText, Section, StrictYaml, errors_of
-from medft.config.train_keys import TrainSection, refusal
+from medft.config.train_keys import TrainSection, train_refusal
 from medft.errors import RecipeError
 
 
@@ -118,38 +118,6 @@ class QuantizationSection(Section):
     """Parts of the model that stay in model.dtype."""
 
 
-class LoraSection(Section):
-    """Targets and width of the adapter; further keys are fields of peft.LoraConfig."""
-
-    model_config = ConfigDict(extra="allow")
-
-    r: int = Field(16, ge=1, le=2**14)
-    """Inner width of the update; r in arXiv:2106.09685, section 4.1."""
-
-    alpha: int = Field(32, ge=1, le=2**20)
-    """The update is scaled by alpha / r; no unit."""
-
-    dropout: float = Field(0.05, ge=0, lt=1)
-    """Fraction of the adapter's inputs set to zero in training."""
-
-    targets: str | list[str] = "language"
-    """A preset's name, a regular expression over full module names, or a list of name endings."""
-
-    init_from: PathText | None = None
-    """Run or adapter folder whose weights are the initial weights; null: a new adapter."""
-
-    def resumed(self) -> Self:
-        """The section of a run that resumes from a checkpoint, which has the weights."""
-        return self.model_copy(update={"init_from": None})
-
-
-class SiglipLoraSection(LoraSection):
-    """Targets and width of an encoder's adapter."""
-
-    targets: str | list[str] = "both_no_head"
-    """A preset's name, a regular expression over full module names, or a list of name endings."""
-
-
 class ContrastiveSection(Section):
     """The contrastive loss of the encoder."""
 
@@ -188,10 +156,7 @@ class Recipe(Section):
         source = StrictYaml.read(path)
         for override in overrides:
             source.override(override)
-        errors = [
-            *errors_of(lambda: cls.model_validate(source.raw)),
-            *lora_errors(source.raw.get("lora"), LoraSection.model_fields),
-        ]
+        errors = errors_of(lambda: cls.model_validate(source.raw))
         problems = source.describe(errors, functools.partial(_explain, kind=cls))
         if not problems:
             recipe = _with_evaluation(cls.model_validate(_expand_home(source.raw)))
@@ -278,6 +243,11 @@ def contradictions(recipe: Recipe) -> list[str]:
                 "lora: null trains every weight, which a 4-bit base does not allow: "
                 "write quantization: null, or give lora"
             ]
+        if recipe.quantization and recipe.lora and recipe.lora.init_lora_weights == "orthogonal":
+            return [
+                "lora.init_lora_weights: orthogonal takes the precision of the base's weights, and "
+                "quantization stores integers: write gaussian, or quantization: null"
+            ]
     if (
         isinstance(recipe, SiglipRecipe)
         and "train_sampling_strategy" in recipe.train.model_fields_set
@@ -286,17 +256,8 @@ def contradictions(recipe: Recipe) -> list[str]:
             "train.train_sampling_strategy groups rows by length, and all captions are padded to "
             "the same: remove it"
         ]
-    initial = (recipe.lora.model_extra or {}).get("init_lora_weights") if recipe.lora else None
-    if isinstance(initial, str) and initial not in INITIAL_WEIGHTS:
-        return [
-            f"lora.init_lora_weights: {initial} is refused: {', '.join(INITIAL_WEIGHTS)} give "
-            f"the same adapter at every load and need no pass over the data: choose one of these"
-        ]
-    if recipe.lora and recipe.lora.init_from and initial is not None:
-        return [
-            "lora.init_from and lora.init_lora_weights both give the adapter's initial weights: "
-            "remove one"
-        ]
+    if recipe.lora and (problem := recipe.lora.contradiction()):
+        return [problem]
     patience = recipe.train.early_stopping_patience
     if patience is None and recipe.train.early_stopping_threshold is not None:
         return ["train.early_stopping_threshold needs train.early_stopping_patience: add it"]
@@ -310,6 +271,11 @@ def contradictions(recipe: Recipe) -> list[str]:
         return [
             "train.eval_strategy asks for evaluations and data.validation is missing: "
             "give a validation file or remove train.eval_strategy"
+        ]
+    if recipe.train.eval_strategy == "epoch" and recipe.train.eval_steps is not None:
+        return [
+            "train.eval_steps counts steps and train.eval_strategy is epoch: write "
+            "train.eval_strategy: steps, or remove train.eval_steps"
         ]
     if recipe.data.validation is not None and not evaluates:
         return [
@@ -326,9 +292,13 @@ def _explain(error: ErrorDetails, *, kind: type[Recipe]) -> str | None:
     if error["type"] == "missing":
         required = {"model": "model.base", "data": "data.train", "train": "train.output_dir"}
         return f"{required.get(name, name)} is required and missing: add it"
+    if name == "lora.init_lora_weights" and (reason := initial_refusal(error["input"])):
+        value = str(error["input"]).lower()
+        return f"{name}: {value} is refused: {reason}: write true, gaussian or orthogonal"
     if error["type"] != "extra_forbidden":
         return None
-    if keys[0] == "train" and len(keys) == 2 and (reason := refusal(keys[1])):
+    refusals = {"train": train_refusal, "lora": lora_refusal}
+    if len(keys) == 2 and keys[0] in refusals and (reason := refusals[keys[0]](keys[1])):
         return f"{name} is refused: {reason}"
     others = {other.kind: key_paths(other) for other in RECIPE_KINDS.values() if other is not kind}
     return f"unknown key {name}: {right_key(keys, key_paths(kind), others)}"

@@ -5,7 +5,7 @@ YAML 1.2 is read, so 1e-4 is a number and `no` is a string. A key given twice is
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, Self
@@ -94,6 +94,9 @@ class StrictYaml:
     places: dict[tuple[str | int, ...], str]
     """`file:line` of every key and list item, or the override that set it."""
 
+    overrides: dict[tuple[str, ...], str] = field(default_factory=dict)
+    """The text of each override, by section and key."""
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """Parse a file that holds a mapping.
@@ -128,7 +131,8 @@ class StrictYaml:
         """Set `section.key=value`, or `section=null`.
 
         Raises:
-            RecipeError: the text is not of this form, or its value is not YAML.
+            RecipeError: the text is not of this form, its value is not YAML, or an override before
+                it set the same key, or the section of it.
         """
         name, equals, value = text.partition("=")
         keys = tuple(name.split("."))
@@ -137,6 +141,14 @@ class StrictYaml:
                 f"expected an override as section.key=value, got {shortened(text)}: "
                 f"for example train.learning_rate=1e-4"
             )
+        for earlier, other in self.overrides.items():
+            if keys[: len(earlier)] == earlier[: len(keys)]:
+                raise RecipeError(
+                    f"expected a key to be overridden once, {shortened(other)} and "
+                    f"{shortened(text)} both set {'.'.join(keys[: len(earlier)])}: "
+                    f"remove one"
+                )
+        self.overrides[keys] = text
         target = self.raw
         if len(keys) == 2:
             if not isinstance(target.get(keys[0]), dict):

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     GetCoreSchemaHandler,
     SerializerFunctionWrapHandler,
@@ -25,6 +26,18 @@ def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     return value
 
 
+def _whole_or_fraction(steps: float) -> float:
+    if steps > 1 and steps != int(steps):
+        raise ValueError("a whole number of steps, or a fraction below 1")
+    return steps
+
+
+def _not_zero(steps: int) -> int:
+    if steps == 0:  # Trainer would go by num_train_epochs
+        raise ValueError("at least 1, or -1 to go by num_train_epochs")
+    return steps
+
+
 class _NotNull:
     """For `T | None`: a written value must be a T; None means that the key is not written."""
 
@@ -39,6 +52,8 @@ _Amount = Annotated[float, Field(ge=0, le=1e38), WrapValidator(_as_written)]
 _Steps = Annotated[float, Field(ge=0, le=10**9), WrapValidator(_as_written)]
 _Interval = Annotated[float, Field(gt=0, le=10**9), WrapValidator(_as_written)]
 _Fraction = Annotated[float, Field(ge=0, lt=1), WrapValidator(_as_written)]
+_Warmup = Annotated[float, AfterValidator(_whole_or_fraction), Field(ge=0, le=10**9)]
+_MaxSteps = Annotated[int, AfterValidator(_not_zero), Field(ge=-1, le=10**9)]
 _Workers = Annotated[int, Field(ge=0, le=1024)]
 _When = Literal["no", "steps", "epoch"]
 
@@ -58,7 +73,7 @@ class TrainSection(Section):
     lr_scheduler_kwargs: dict[str, Any] | None = None
     """Extra arguments of the schedule."""
 
-    warmup_steps: _Steps = 0.1
+    warmup_steps: Annotated[_Warmup, WrapValidator(_as_written)] = 0.1
     """Optimizer steps of rising learning rate; below 1: a fraction of all steps."""
 
     optim: Annotated[str | None, _NotNull()] = None
@@ -82,8 +97,8 @@ class TrainSection(Section):
     num_train_epochs: Annotated[_Interval | None, _NotNull()] = None
     """Epochs: passes over the training rows."""
 
-    max_steps: Annotated[Annotated[int, Field(ge=-1, le=10**9)] | None, _NotNull()] = None
-    """Optimizer steps, instead of num_train_epochs."""
+    max_steps: Annotated[_MaxSteps | None, _NotNull()] = None
+    """Optimizer steps, instead of num_train_epochs; -1: go by these."""
 
     per_device_train_batch_size: Annotated[_Count | None, _NotNull()] = None
     """Rows per batch on each device."""
@@ -168,9 +183,6 @@ class TrainSection(Section):
     dataloader_num_workers: Annotated[_Workers | None, _NotNull()] = None
     """Worker processes that prepare batches; 0: the training process does."""
 
-    dataloader_persistent_workers: Annotated[bool | None, _NotNull()] = None
-    """Keep the worker processes between epochs."""
-
     dataloader_pin_memory: Annotated[bool | None, _NotNull()] = None
     """Put batches into pinned memory; default: true if there is an accelerator."""
 
@@ -221,7 +233,7 @@ EARLY_STOPPING_KEYS = ("early_stopping_patience", "early_stopping_threshold")
 """Keys that are arguments of transformers' EarlyStoppingCallback."""
 
 
-def refusal(key: str) -> str | None:
+def train_refusal(key: str) -> str | None:
     """Why a key of `train` is refused; None if the library is not known to have it."""
     if key in REFUSED_TRAIN_KEYS:
         return REFUSED_TRAIN_KEYS[key].format(key=f"train.{key}")
@@ -251,6 +263,8 @@ REFUSED_TRAIN_KEYS = {
     "chat_template_path": "another template changes what is trained: put it into the base's folder",
     "completion_only_loss": _LABELS,
     "dataloader_drop_last": "rows would be dropped from training and validation: remove the key",
+    "dataloader_persistent_workers": "workers that live on change later epochs' random numbers, so "
+    "that a resumed run would differ: remove the key",
     "dataset_kwargs": _COLLATOR,
     "dataset_num_proc": _COLLATOR,
     "dataset_text_field": _COLLATOR,

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
+from medft.config.lora_keys import LoraSection
 from medft.config.recipe import (
     DecoderDataSection,
     DecoderModelSection,
-    LoraSection,
     ModelSection,
     QuantizationSection,
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
 
-from medft.config.recipe import DecoderDataSection, DecoderModelSection, LoraSection
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import DecoderDataSection, DecoderModelSection
 from medft.decoder.families.base import Family
 from medft.errors import BaseModelError, DataError, RecipeError
 from medft.files import check_folder_for_output
@@ -34,6 +35,11 @@ def check_flags(
         raise BaseModelError(
             f"expected model.cross_attention_fix for a family that needs it, the rows of "
             f"{family.model_type} do not see each other: remove it"
+        )
+    if model.dtype == "float16" and family.overflows_float16:
+        raise BaseModelError(
+            f"expected model.dtype bfloat16 or float32 for {family.model_type}, whose activations "
+            f"exceed what float16 can hold, got float16: write one of these"
         )
     limit = type(data).model_fields["max_image_tiles"].default
     if data.max_image_tiles != limit and not family.has_tiles:
@@ -110,13 +116,18 @@ def plan_targets(
 
 
 def check_trained_vision(
-    planned: nn.Module, model: DecoderModelSection, family: Family, arguments: TrainingArguments
+    planned: nn.Module,
+    model: DecoderModelSection,
+    lora: LoraSection | None,
+    family: Family,
+    arguments: TrainingArguments,
 ) -> None:
     """Refuse settings that need tower and projector frozen, or unsharded, if they are not.
 
     Args:
         planned: the base on the meta device with its adapter.
         model: the recipe's section.
+        lora: the recipe's section; TRL makes checkpointing of adapters under ZeRO-3 reentrant.
         family: the base's.
         arguments: the trainer's.
 
@@ -137,7 +148,7 @@ def check_trained_vision(
             "what these make of an image, got some inside: remove model.vision_cache"
         )
     reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    forced = shards_weights(arguments)  # by TRL, for adapters under ZeRO-3
+    forced = lora is not None and shards_weights(arguments)  # by TRL
     if arguments.gradient_checkpointing and (reentrant or forced) and not family.recomputes_tower:
         raise RecipeError(
             f"expected lora.targets outside tower and projector for reentrant checkpointing, which "

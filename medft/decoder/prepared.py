@@ -19,11 +19,8 @@ from transformers import (
 )
 
 from medft.compat import attention_implementation
-from medft.config.recipe import (
-    DecoderDataSection,
-    DecoderModelSection,
-    LoraSection,
-)
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import DecoderDataSection, DecoderModelSection
 from medft.data.overlap import check_overlap
 from medft.data.prompts import asked_prompts
 from medft.data.rows import (
@@ -274,7 +271,7 @@ def _checked_base(
         vocab_size = empty.get_output_embeddings().out_features
     check_vocabulary(processor, empty.get_input_embeddings().num_embeddings)
     plan = plan_targets(empty, lora, family, initial) if lora else ALL_WEIGHTS
-    check_trained_vision(empty, model, family, arguments)
+    check_trained_vision(empty, model, lora, family, arguments)
     if model.vision_cache:
         check_cached_tower(model.vision_cache, config)
     return _CheckedBase(
@@ -296,7 +293,7 @@ def _sampler(
     return GlobalBatchSampler(
         [min(count, 1) for count in image_counts] if mixes else image_counts,
         global_batch_size=arguments.per_device_train_batch_size * arguments.world_size,
-        seed=arguments.seed,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         fills=arguments.world_size > 1,
         lengths=train.lengths if groups else None,
     )

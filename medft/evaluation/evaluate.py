@@ -28,6 +28,7 @@ from medft.files import check_folder_for_output, complete_folder, write_json
 from medft.masking import masked_text
 from medft.metrics.predictions import Prediction, RetrievalPrediction, prediction_of
 from medft.metrics.scores import score
+from medft.models.adapter import check_keeps_base
 from medft.models.run_record import read_log_history
 from medft.models.saved import find_saved_model
 from medft.pages import thumbnail_of
@@ -74,6 +75,8 @@ def evaluate(
             f"expected an adapter for --against base, {source} is a whole model: give the run that "
             f"trained it"
         )
+    if against_base:
+        check_keeps_base(trained.folder)
     run = run_of(trained)
     evaluated = rows_to_evaluate(run, data, split)
     rows = evaluated.rows

@@ -15,8 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from medft.config.lora_keys import INITIAL_WEIGHTS
-from medft.config.recipe import LoraSection
+from medft.config.lora_keys import LoraSection
 from medft.config.strict_yaml import shortened
 from medft.errors import BaseModelError, RunError
 from medft.models.model_folder import check_model_folder
@@ -25,6 +24,16 @@ from medft.models.saved import WEIGHTS_FILE, SavedModel, check_weights, find_sav
 from medft.provenance import folder_sha256, masked
 
 _PLAUSIBLE_RANK = 1024
+
+_KEEPS_BASE, _CHANGES_BASE = ("gaussian", "orthogonal"), ("pissa", "olora")
+"""Values of init_lora_weights, besides true and false, with which an adapter is loaded."""
+
+_NEVER_LOADED = (
+    *("alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config"),
+    *("layer_replication", "megatron_config", "monteclora_config", "target_parameters"),
+    *("use_bdlora", "use_qalora"),
+)
+"""Fields of peft.LoraConfig that need another base, other layers or other inputs."""
 
 
 def find_initial(lora: LoraSection | None) -> SavedModel | None:
@@ -83,11 +92,11 @@ def initial_weights(adapted: PeftModel, initial: SavedModel) -> dict[str, torch.
             f"section lora of its recipe.yaml"
         )
     trained = _read_config(folder)
-    if trained.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+    if change := _change_of_base(trained):
         raise BaseModelError(
             f"expected lora.init_from to name an adapter on the base's own weights, the one in "
-            f"{folder} began with init_lora_weights {trained.init_lora_weights}, which changed "
-            f"them: merge it with medft merge and give the result as model.base"
+            f"{folder} has {change}, which changed them: merge it with medft merge and give the "
+            f"result as model.base"
         )
     config = adapted.peft_config["default"]
     for name, key in (("lora_alpha", "alpha"), ("use_rslora",) * 2, ("alpha_pattern",) * 2):
@@ -129,14 +138,41 @@ def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which a model computes what its base does.
 
     Raises:
-        RunError: the model has no adapter, so its base is unknown.
+        RunError: the model has no adapter, so its base is unknown, or one that changes the base.
     """
     if not isinstance(model, PeftModel):
         raise RunError(
             "expected an adapter, whose base can be compared with it, got a whole model: give the "
             "run that trained it"
         )
+    for config in model.peft_config.values():
+        _refuse_changed_base(config)
     return model.disable_adapter()
+
+
+def check_keeps_base(folder: Path) -> None:
+    """Refuse an adapter folder whose base cannot be had back, before anything is loaded.
+
+    Raises:
+        RunError: its settings change the base.
+        BaseModelError: its settings cannot be read.
+    """
+    _refuse_changed_base(_read_config(folder))
+
+
+def _refuse_changed_base(config: LoraConfig) -> None:
+    if change := _change_of_base(config):
+        raise RunError(
+            f"expected an adapter without which the model is its base, this one has {change}, "
+            f"which changes the base's own weights: compare with a run on the base itself"
+        )
+
+
+def _change_of_base(config: LoraConfig) -> str | None:
+    """The setting by which an adapter changes weights of its base, if there is one."""
+    if config.init_lora_weights in _CHANGES_BASE:
+        return f"init_lora_weights: {config.init_lora_weights}"
+    return f"bias: {config.bias}" if config.bias != "none" else None
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -150,12 +186,15 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _check_settings(config: LoraConfig) -> None:
-    """Refuse what no recipe can ask for, and what PEFT would compute from the base without end."""
+    """Refuse what no recipe can ask for, and what PEFT would compute from the base without end.
+
+    What recipes could ask for in earlier versions of medft is loaded.
+    """
     initial = config.init_lora_weights
-    if not (isinstance(initial, bool) or initial in INITIAL_WEIGHTS):
+    if not (isinstance(initial, bool) or initial in (*_KEEPS_BASE, *_CHANGES_BASE)):
         raise ValueError(f"its adapter_config.json has init_lora_weights {shortened(initial)}")
-    for name in ("fan_in_fan_out", "use_qalora", "alora_invocation_tokens"):
-        if getattr(config, name):
+    for name in _NEVER_LOADED:
+        if getattr(config, name, None):
             raise ValueError(f"its adapter_config.json sets {name}, which no base of medft has")
     for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
         if not math.isfinite(alpha):

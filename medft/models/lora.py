@@ -10,9 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import nn
 
 from medft.compat import is_lora_layer
-from medft.config.recipe import LoraSection
+from medft.config.lora_keys import LoraSection
 from medft.errors import BaseModelError
 from medft.models.adapter import initial_weights
+from medft.models.effects import check_effects, check_saved_modules, ends_in
 from medft.models.patterns import check_patterns, matched_names
 from medft.models.saved import SavedModel
 
@@ -73,10 +74,7 @@ def _matched_by_pattern(
 
 
 def _matched_by_endings(modules: Mapping[str, nn.Module], targets: list[str]) -> list[str]:
-    found = {
-        ending: [name for name in modules if name == ending or name.endswith(f".{ending}")]
-        for ending in targets
-    }
+    found = {ending: [name for name in modules if ends_in(name, ending)] for ending in targets}
     unmatched = [ending for ending, names in found.items() if not names]
     if unmatched or not targets:
         raise BaseModelError(
@@ -120,17 +118,11 @@ def attach_adapter(
     """
     if lora.init_from and initial is None:
         raise ValueError("expected the adapter of lora.init_from, got none")
-    target_modules(model, lora.targets, presets)
+    named = target_modules(model, lora.targets, presets)
     targets = lora.targets
     if isinstance(targets, str):
         targets = presets.get(targets, targets)
-    further = lora.model_extra or {}
-    for name in further.get("modules_to_save") or []:
-        if not any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules()):
-            raise BaseModelError(
-                f"expected each of lora.modules_to_save to be a module of the base, {name!r} is "
-                f"none: name a module (bare parameters cannot be saved this way)"
-            )
+    check_saved_modules(model, lora.modules_to_save or [])
     try:
         config = LoraConfig(
             r=lora.r,
@@ -138,7 +130,7 @@ def attach_adapter(
             lora_dropout=lora.dropout,
             target_modules=targets,
             task_type=task_type,
-            **further,
+            **lora.library_fields(),
         )
         check_patterns(model, config, where="lora")
         with torch.random.fork_rng():
@@ -149,6 +141,7 @@ def attach_adapter(
             f"expected a LoRA configuration that PEFT accepts, it says: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    check_effects(lora, named, adapted_names(adapted))
     frozen = [n for n, p in adapted.named_parameters() if "lora_" in n and not p.requires_grad]
     if frozen:
         raise BaseModelError(f"expected the adapter to be trained, PEFT froze {frozen[0]}")
@@ -163,6 +156,12 @@ def cast_trainable_to_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def adapted_names(adapted: PeftModel) -> list[str]:
+    """Names in the base of the layers that have an adapter."""
+    layers = [name for name, module in adapted.named_modules() if is_lora_layer(module)]
+    return [name.removeprefix("base_model.model.") for name in layers]
 
 
 def count_by_part(names: Collection[str], parts: Mapping[str, str]) -> str:
@@ -201,14 +200,12 @@ def plan_adapter(
     Raises:
         BaseModelError: as from `attach_adapter`, or every target is excluded again.
     """
-    # initial weights may be computed from the base's weights, which do not exist here
-    without = {"init_lora_weights": False, "init_from": None}
-    shapes_only = LoraSection(**{**lora.model_dump(), **without})
+    # no random numbers are taken from those that training draws
+    shapes_only = lora.model_copy(update={"init_lora_weights": False, "init_from": None})
     adapted = attach_adapter(empty, shapes_only, presets, task_type=None, seed=0)
     if initial:
         initial_weights(adapted, initial)
-    layers = [name for name, module in adapted.named_modules() if is_lora_layer(module)]
-    names = [name.removeprefix("base_model.model.") for name in layers]
+    layers = count_by_part(adapted_names(adapted), parts)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in adapted.parameters())
-    return f"{count_by_part(names, parts)}; {trained:,} parameters, {share:.2%} of all"
+    return f"{layers}; {trained:,} parameters, {share:.2%} of all"

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import SiglipModel, TrainingArguments
 
+from medft.config.lora_keys import LoraSection
 from medft.config.recipe import (
     ContrastiveSection,
-    LoraSection,
     ModelSection,
     SiglipDataSection,
 )

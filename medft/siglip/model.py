@@ -16,7 +16,8 @@ from torch.nn import functional
 from transformers import AutoModel, ProcessorMixin, Siglip2Tokenizer, SiglipModel
 
 from medft.compat import replace_position_embedding
-from medft.config.recipe import LoraSection, ModelSection
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
 from medft.models.adapter import load_adapter, without_adapter
 from medft.models.base import (

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import AutoModel, PreTrainedConfig, ProcessorMixin, TrainingArguments
 
-from medft.config.recipe import ContrastiveSection, LoraSection, ModelSection, SiglipDataSection
+from medft.config.lora_keys import LoraSection
+from medft.config.recipe import ContrastiveSection, ModelSection, SiglipDataSection
 from medft.data.overlap import check_overlap
 from medft.data.rows import Row, describe_counts, fingerprint, load_rows
 from medft.data.tokens import collisions, length_percentiles, token_keys

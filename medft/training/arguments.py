@@ -1,5 +1,6 @@
 """TrainingArguments from the recipe's `train` section, in the one precision of `model.dtype`."""
 
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,8 @@ from transformers import (
 from medft.compat import reporting_integrations
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
+
+logger = logging.getLogger(__name__)
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -47,6 +50,8 @@ def training_arguments(
             once.
     """
     mixed = _mixed_precision(dtype)
+    if (train.max_steps or -1) > 0 and train.num_train_epochs is not None:
+        logger.info("train.max_steps ends the run, train.num_train_epochs is not used")
     fields = {
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.accelerator.is_available(),
@@ -134,6 +139,9 @@ def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
     Returns:
         per_device, accumulation, world, effective (rows per optimizer step), steps_per_epoch,
         steps and warmup_steps.
+
+    Raises:
+        RecipeError: the run ends before the learning rate has risen, or before an evaluation.
     """
     per_device = arguments.per_device_train_batch_size
     accumulation = arguments.gradient_accumulation_steps
@@ -142,6 +150,20 @@ def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
     steps = arguments.max_steps
     if steps <= 0:
         steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    warmup_steps = arguments.get_warmup_steps(steps)
+    if warmup_steps > steps:
+        raise RecipeError(
+            f"expected train.warmup_steps of at most {steps}, the steps of the run, got "
+            f"{warmup_steps}: lower it, or write a fraction such as 0.1"
+        )
+    counts_steps = arguments.eval_strategy == "steps"
+    length = steps if counts_steps else steps / steps_per_epoch
+    if arguments.eval_strategy != "no" and arguments.eval_delay > length:
+        raise RecipeError(
+            f"expected train.eval_delay of at most {length:g}, the "
+            f"{'steps' if counts_steps else 'epochs'} of the run, got {arguments.eval_delay:g}, so "
+            f"that nothing would be evaluated: lower it"
+        )
     return {
         "per_device": per_device,
         "accumulation": accumulation,
@@ -149,5 +171,5 @@ def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
         "effective": global_batch_size * accumulation,
         "steps_per_epoch": steps_per_epoch,
         "steps": steps,
-        "warmup_steps": arguments.get_warmup_steps(steps),
+        "warmup_steps": warmup_steps,
     }

@@ -42,6 +42,7 @@ from medft.training.callbacks import (
 )
 from medft.training.checkpoints import state_of
 from medft.training.curves import draw_curves
+from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
 from medft.training.resume import PreparedData, check_state, identify_run
 from medft.training.trainer import RowTrackingTrainer
@@ -123,6 +124,8 @@ class Run:
         trainer.add_callback(IntervalCallback())
         trainer.add_callback(NonFiniteCallback(lambda: trainer.row_ids))
         trainer.add_callback(UntrainedParameterCallback())
+        if trainer.args.fp16:
+            trainer.add_callback(OverflowCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))
         trainer.add_callback(manifests)
         trainer.add_callback(signals)

@@ -17,6 +17,25 @@ def test_a_malformed_override_is_an_error(load, word):
     assert "override" in problem
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train.seed=1", "train.seed=2"], "train.seed"),
+        (["train.seed=1", "lora.r=4", "train.seed=1"], "train.seed"),
+        (["lora=null", "lora.r=4"], "lora"),
+        (["lora.r=4", "lora={alpha: 8}"], "lora"),
+    ],
+)
+def test_what_two_overrides_set_is_an_error_that_names_both(load, words, key):
+    [problem] = problems(load, GOOD, *words)
+    assert problem == (
+        f"expected a key to be overridden once, {words[0]!r} and {words[-1]!r} both set {key}: "
+        f"remove one"
+    )
+    recipe = load(GOOD, "train.seed=1", "train.data_seed=2", "lora.r=4")
+    assert (recipe.train.seed, recipe.train.data_seed, recipe.lora.r) == (1, 2, 4)
+
+
 @pytest.mark.parametrize("text", ["? [a]\n: b\n", "a: &a [*a]\n", "lora: {1: 2}\n", "1: 2\n"])
 def test_strange_yaml_is_one_sentence(load, text):
     [problem] = problems(load, text)
@@ -75,7 +94,7 @@ def test_hostile_yaml_is_one_short_sentence(load, tmp_path, name, reads):
 def test_aliases_and_merges_of_ordinary_size_are_read(load):
     text = GOOD + "lora: {r: &width 8, alpha: *width, rank_pattern: {<<: {a: 3}}}\n"
     assert load(text).lora.alpha == 8
-    assert load(text).lora.model_extra == {"rank_pattern": {"a": 3}}
+    assert load(text).lora.rank_pattern == {"a": 3}
 
 
 def test_what_is_no_file_of_ordinary_size_is_not_read(tmp_path):
@@ -139,7 +158,5 @@ def test_what_no_file_system_takes_is_no_path_of_a_recipe(load, key):
 
 
 def test_a_recipe_names_no_module_to_import(load):
-    assert (
-        "unknown key lora.megatron_config" in problems(load, GOOD, "lora.megatron_config={a: 1}")[0]
-    )
-    assert "lora.auto_mapping" in problems(load, GOOD, "lora.auto_mapping={a: b}")[0]
+    for key in ("megatron_config", "auto_mapping"):
+        assert f"lora.{key} is refused: " in problems(load, GOOD, f"lora.{key}={{a: b}}")[0]

@@ -21,6 +21,7 @@ from medft.config.train_keys import EARLY_STOPPING_KEYS, REFUSED_TRAIN_KEYS, Tra
         ("fsdp: full_shard", "launcher"),
         ("bf16: true", "model.dtype"),
         ("fp16: false", "model.dtype"),
+        ("dataloader_persistent_workers: true", "a resumed run would differ"),
     ],
 )
 def test_train_keys_that_medft_owns_are_refused_with_the_reason(load, key, reason):
@@ -63,3 +64,29 @@ def test_the_train_section_shows_what_was_written_and_medfts_defaults(load):
 def test_a_field_that_medft_does_not_know_is_refused_not_passed_on(load):
     [problem] = problems(load, GOOD + "  hub_model_id: x\n")
     assert "train.hub_model_id is refused: medft does not pass it on" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("warmup_steps: 2.5", "a whole number of steps, or a fraction below 1, got 2.5"),
+        ("warmup_steps: 1e30", "less than or equal to 1000000000"),
+        ("max_steps: 0", "at least 1, or -1 to go by num_train_epochs, got 0"),
+    ],
+)
+def test_steps_that_trainer_would_round_or_ignore_are_errors(load, key, expected):
+    [problem] = problems(load, GOOD + f"  {key}\n")
+    assert f"recipe.yaml:6: train.{key.partition(':')[0]}: expected {expected}" in problem
+
+
+def test_steps_that_mean_what_they_say_are_taken(load):
+    shown = load(GOOD, "train.warmup_steps=0.25", "train.max_steps=-1").train
+    assert (shown.warmup_steps, shown.max_steps) == (0.25, -1)
+    assert load(GOOD, "train.warmup_steps=7").train.warmup_steps == 7
+
+
+def test_evaluation_steps_that_the_default_strategy_ignores_are_an_error(load):
+    words = ["data.validation=v.jsonl", "train.eval_steps=50"]
+    [problem] = problems(load, GOOD, *words)
+    assert "train.eval_strategy is epoch: write train.eval_strategy: steps" in problem
+    assert load(GOOD, *words, "train.eval_strategy=steps").train.eval_steps == 50

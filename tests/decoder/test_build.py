@@ -6,8 +6,13 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from medft.config.recipe import DecoderDataSection, DecoderModelSection
+from medft.decoder.checks import check_flags
+from medft.decoder.families.gemma3 import GEMMA3
 from medft.decoder.families.mllama import MLLAMA
+from medft.decoder.families.paligemma import PALIGEMMA
 from medft.decoder.model import load_model
+from medft.errors import BaseModelError
 from medft.models.saved import SavedRecord
 
 
@@ -128,3 +133,17 @@ def test_rows_own_questions_stay_and_what_every_row_shares_goes_with_the_adapter
     rows[5]["messages"][1]["content"] = "So?"
     found = record()
     assert (found.prompts, found.system) == (["So?"], None)
+
+
+def test_gemma_3_is_refused_in_float16():
+    data = DecoderDataSection(train="x")
+    sections = {
+        dtype: DecoderModelSection(base="x", dtype=dtype)
+        for dtype in ("float16", "bfloat16", "float32")
+    }
+    with pytest.raises(BaseModelError, match="bfloat16 or float32 for gemma3, whose activations"):
+        check_flags(sections["float16"], data, None, GEMMA3)
+    for dtype in ("bfloat16", "float32"):
+        check_flags(sections[dtype], data, None, GEMMA3)
+    for family in (MLLAMA, PALIGEMMA):  # the first step is measured
+        check_flags(sections["float16"], data, None, family)

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from medft.decoder.frozen_tower import IMAGES
+from medft.errors import RunError
 from medft.export.merge import merge
 from medft.training.callbacks import NonFiniteCallback
+from medft.training.overflow import OverflowCallback
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +100,20 @@ def test_float16_skips_steps_that_overflow_and_then_trains(trainer):
     assert moved[-1]
     assert made.accelerator.scaler.get_scale() < 2.0**36
     assert all(map(math.isfinite, losses(made)))
+
+
+def test_float16_stops_where_activations_come_near_its_end(trainer, caplog):
+    caplog.set_level("INFO", logger="medft")
+    made = trainer(["model.dtype=float16"])
+    made.add_callback(OverflowCallback())
+    made.train()
+    assert any(line.startswith("largest activation of the first") for line in caplog.messages)
+    made = trainer(["model.dtype=float16"])
+    made.add_callback(OverflowCallback())
+    with torch.no_grad():
+        made.model.get_base_model().model.language_model.layers[0].mlp.down_proj.weight.mul_(2e5)
+    with pytest.raises(RunError, match=r"half of what float16 holds, got .*layers\.0\.mlp"):
+        made.train()
 
 
 def test_batches_are_pinned_and_arrive_on_the_device(trainer):

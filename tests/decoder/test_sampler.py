@@ -6,6 +6,7 @@ import pytest
 from torch.utils.data import BatchSampler
 
 from medft.decoder.sampler import GlobalBatchSampler
+from medft.training.trainer import ROW_IDS
 
 COUNTS = [1] * 23 + [2] * 8 + [0] * 3
 
@@ -70,3 +71,15 @@ def test_grouping_by_length_shortens_what_is_padded_and_loses_nothing():
     first = [lengths[i] for i in list(grouped)[::4]]
     assert first not in (sorted(first), sorted(first, reverse=True))
     assert list(grouped) == list(grouped)
+
+
+def test_the_order_of_rows_is_that_of_data_seed(sections, write_recipe, build_trainer):
+    def order(*words):
+        loader = build_trainer(write_recipe(sections("decoder")), words).get_train_dataloader()
+        return [name for batch in loader for name in batch[ROW_IDS]]
+
+    expected = order("train.data_seed=5")
+    assert order("train.data_seed=5", "train.seed=99") == expected
+    assert order("train.seed=5") == expected
+    assert order("train.data_seed=6") != expected
+    assert order("train.data_seed=0", "train.seed=5") != expected

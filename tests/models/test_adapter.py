@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from medft.config.recipe import LoraSection
+from medft.config.lora_keys import LoraSection
 from medft.decoder.families.mllama import MLLAMA
 from medft.errors import BaseModelError
 from medft.models.adapter import load_adapter

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from medft.config.recipe import LoraSection
+from medft.config.lora_keys import LoraSection
 from medft.decoder.families.mllama import MLLAMA
 from medft.errors import BaseModelError
 from medft.models.base import empty_model
@@ -107,7 +107,7 @@ def test_patterns_of_ordinary_form_are_taken(bases):
     config = AutoConfig.from_pretrained(bases / "decoder")
     empty = empty_model(AutoModelForImageTextToText, config)
     patterns = {"rank_pattern": {r"layers\.0\..*q_proj": 2}, "exclude_modules": r".*vision.*"}
-    lora = LoraSection(r=4, alpha=8, init_lora_weights=False, **patterns)
+    lora = LoraSection(r=4, alpha=8, targets="all", **patterns)
     adapted = attach_adapter(empty, lora, MLLAMA.presets, task_type=None, seed=5)
     ranks = {p.shape[0] for name, p in adapted.named_parameters() if "lora_A" in name}
     assert ranks == {2, 4}
@@ -162,7 +162,7 @@ def test_bare_parameters_in_modules_to_save_are_refused(bases):
         ({}, "28 language; 16,384 parameters"),
         ({"exclude_modules": ".*self_attn.*"}, "20 language; 12,800 parameters"),
         ({"rank_pattern": {"o_proj": 2}}, "28 language; 15,360 parameters"),
-        ({"init_lora_weights": "pissa"}, "28 language; 16,384 parameters"),
+        ({"init_lora_weights": "orthogonal"}, "28 language; 16,384 parameters"),
         ({"use_dora": True}, "28 language; 18,432 parameters"),
     ],
 )

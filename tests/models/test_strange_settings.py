@@ -100,6 +100,9 @@ def test_a_processor_with_another_mean_is_accepted(check, medft):
         {"fan_in_fan_out": True},
         {"use_qalora": True},
         {"alora_invocation_tokens": [1, 2]},
+        {"layer_replication": [[0, 1], [0, 2]]},
+        {"target_parameters": ["q_proj.weight"]},
+        {"kasa_config": {}},
     ],
     ids=str,
 )
@@ -110,6 +113,22 @@ def test_an_adapter_with_settings_that_no_recipe_has_is_one_sentence(
     run = given("siglip")
     with_settings(run / "adapter" / "adapter_config.json", changes)
     refused(uses(run, "siglip")[use])
+
+
+@pytest.mark.parametrize("kind", ["decoder", "siglip"])
+def test_an_adapter_that_changed_its_base_is_never_compared_with_it(
+    given, uses, refused, medft, tmp_path, kind
+):
+    run = given(kind)
+    with_settings(run / "adapter" / "adapter_config.json", {"init_lora_weights": "pissa"})
+    words = [*uses(run, kind)["evaluate"], "--against", "base"]
+    assert medft(*uses(run, kind)["predict"]) == 0
+    (tmp_path / "out.jsonl").unlink()
+    assert "this one has init_lora_weights: pissa" in refused(words)
+    assert medft(*uses(run, kind)["merge"]) == 0
+    shutil.rmtree(tmp_path / "out")
+    with_settings(run / "adapter" / "medft.json", {"base": "/nowhere", "sha256": None})
+    assert "this one has init_lora_weights: pissa" in refused(words)  # before the base is loaded
 
 
 @pytest.fixture

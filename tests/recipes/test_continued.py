@@ -76,7 +76,10 @@ def test_patience_is_counted_on_over_a_resumed_run(train):
     [
         (["train.early_stopping_patience=2", "data.validation=null"], "counts evaluations"),
         (["train.early_stopping_threshold=0.1"], "needs train.early_stopping_patience"),
-        (["lora.init_from=x", "lora.init_lora_weights=pissa"], "both give the adapter's initial"),
+        (
+            ["lora.init_from=x", "lora.init_lora_weights=gaussian"],
+            "both give the adapter's initial",
+        ),
     ],
 )
 def test_contradictions_are_errors(sections, write_recipe, changes, message):
@@ -331,11 +334,19 @@ def test_sigterm_in_the_last_evaluation_loses_nothing(train, monkeypatch):
     assert (run / "adapter").is_dir()
 
 
-def test_an_adapter_that_changed_its_base_is_no_beginning(train, sections, write_recipe):
-    run = train("pissa", changes=["lora.init_lora_weights=pissa"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("bias", "all")],
+)
+def test_an_adapter_that_changed_its_base_is_no_beginning(
+    runs, tmp_path, sections, write_recipe, key, value
+):
+    run = shutil.copytree(runs / "decoder" / "adapter", tmp_path / "adapter")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(config | {key: value}))
     recipe = sections("decoder")
     recipe["lora"]["init_from"] = str(run)
-    with pytest.raises(MedftError, match="began with init_lora_weights pissa, which changed them"):
+    with pytest.raises(MedftError, match=f"has {key}: {value}, which changed them: merge it"):
         check(write_recipe(recipe), [])
 
 

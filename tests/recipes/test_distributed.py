@@ -284,3 +284,29 @@ def test_zero3_trains_every_weight_in_float32(recipe, tmp_path):
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
     # in bfloat16 the last loss differs by 2e-3
     assert found["zero3"] == pytest.approx(found["zero2"], abs=1e-5)
+
+
+@pytest.mark.parametrize("base", ["decoder", pytest.param("gemma3", marks=pytest.mark.proof)])
+def test_every_weight_is_trained_under_zero3_with_checkpointing_as_in_one_process(
+    recipe, bases, tmp_path, base
+):
+    file = recipe("decoder", gradient_checkpointing=True, learning_rate=1e-3)
+    content = yaml.safe_load(file.read_text())
+    content["lora"] = None
+    content["model"]["base"] = str(bases / base)
+    content["data"]["max_length"] = 600
+    file.write_text(yaml.safe_dump(content))
+    finish([*launched(tmp_path, "zero3"), script("decoder"), str(file)])
+    found, run = losses(file)
+    record = json.loads((run / "run.json").read_text())
+    assert record["batch"]["effective"] == 6
+    assert record["trainable_parameters"] == record["total_parameters"]
+
+    (run.parent / "one").mkdir()
+    one = run.parent / "one.yaml"
+    one.write_text(file.read_text().replace(str(run), str(run.parent / "one")))
+    changes = ["train.per_device_train_batch_size=6", "train.gradient_checkpointing=false"]
+    finish(["accelerate.commands.launch", script("decoder"), str(one), *changes])
+    alone, _ = losses(one)
+    assert found[-1] < found[0]
+    assert found == pytest.approx(alone, rel=1e-5)  # fp32, other orders of summation

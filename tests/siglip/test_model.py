@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel, SiglipConfig, SiglipModel
 
-from medft.config.recipe import ModelSection, SiglipLoraSection
+from medft.config.lora_keys import SiglipLoraSection
+from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
 from medft.models.lora import attach_adapter
 from medft.models.saved import SavedRecord

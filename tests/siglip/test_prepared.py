@@ -16,6 +16,7 @@ from medft.errors import MedftError
 from medft.siglip.augmentation import augment
 from medft.siglip.embedder import Embedder
 from medft.siglip.model import load_siglip_processor
+from medft.training.trainer import ROW_IDS
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_only_training_images_change_and_differently_in_each_epoch(sections, wri
 def test_workers_that_live_on_see_the_new_epoch(sections, write_recipe):
     recipe = sections("siglip")
     recipe["data"] |= {"random_brightness": 0.4}
-    recipe["train"] |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    recipe["train"]["dataloader_num_workers"] = 1
     trainer = build_trainer(write_recipe(recipe))
     loader = torch.utils.data.DataLoader(
         trainer.train_dataset,
@@ -251,3 +252,14 @@ def test_a_naflex_model_is_refused(siglip2, sections, write_recipe):
     recipe["model"]["base"] = str(siglip2)
     with pytest.raises(MedftError, match="SigLIP of fixed resolution"):
         build_trainer(write_recipe(recipe))
+
+
+def test_the_order_of_pairs_is_that_of_data_seed(sections, write_recipe):
+    def order(*words):
+        loader = build_trainer(write_recipe(sections("siglip")), words).get_train_dataloader()
+        return [name for batch in loader for name in batch[ROW_IDS]]
+
+    expected = order("train.data_seed=5")
+    assert order("train.data_seed=5", "train.seed=99") == expected
+    assert order("train.data_seed=6") != expected
+    assert order("train.data_seed=0", "train.seed=5") != expected

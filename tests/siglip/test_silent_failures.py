@@ -13,7 +13,8 @@ from siglip_steps import Gradients, build_trainer
 from torch.utils.data import BatchSampler
 from transformers import AutoModel, SiglipConfig, SiglipModel, Trainer, TrainingArguments
 
-from medft.config.recipe import ModelSection, SiglipLoraSection
+from medft.config.lora_keys import SiglipLoraSection
+from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
 from medft.siglip.loss import Labels, sigmoid_loss
 from medft.siglip.model import load_model

@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from siglip_steps import build_trainer, first_step
 from transformers import AutoModel
 
-from medft.config.recipe import ModelSection, SiglipLoraSection
+from medft.config.lora_keys import SiglipLoraSection
+from medft.config.recipe import ModelSection
 from medft.errors import BaseModelError
 from medft.export.merge import merge
 from medft.models.lora import attach_adapter
@@ -129,7 +130,7 @@ def locked(sections, write_recipe):
     def write(targets, name):
         recipe = sections("siglip")
         recipe["data"]["validation"] = None
-        recipe["lora"] |= {"targets": targets, "dropout": 0.3, "init_lora_weights": False}
+        recipe["lora"] |= {"targets": targets, "dropout": 0.3, "init_lora_weights": "gaussian"}
         recipe["train"] |= {
             "per_device_train_batch_size": 3,
             "gradient_accumulation_steps": 4,

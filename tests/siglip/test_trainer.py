@@ -206,7 +206,7 @@ def step(sections, write_recipe, many_rows):
     def file(per_device, accumulation, **lora):
         recipe = sections("siglip")
         recipe["data"] |= {"train": str(many_rows), "validation": None}
-        recipe["lora"] |= {"dropout": 0.0, "init_lora_weights": False, **lora}
+        recipe["lora"] |= {"dropout": 0.0, "init_lora_weights": "gaussian", **lora}
         recipe["train"] |= {
             "per_device_train_batch_size": per_device,
             "gradient_accumulation_steps": accumulation,

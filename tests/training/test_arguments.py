@@ -53,6 +53,35 @@ def test_the_arithmetic_is_trainers(tmp_path, rows, options):
     assert batch["warmup_steps"] == arguments.get_warmup_steps(trainer.state.max_steps)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_steps": 7}, "warmup_steps of at most 6, the steps of the run, got 7"),
+        ({"warmup_steps": 0, "eval_strategy": "steps", "eval_delay": 7}, "at most 6, the steps of"),
+        ({"warmup_steps": 0, "eval_strategy": "epoch", "eval_delay": 3}, "at most 2, the epochs"),
+    ],
+)
+def test_a_run_that_ends_before_what_was_asked_for_is_refused(tmp_path, options, message):
+    common = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+    arguments = TrainingArguments(tmp_path, report_to="none", **common, **options)
+    with pytest.raises(RecipeError, match=message):
+        batch_arithmetic(12, arguments)
+    for name in options.keys() & {"warmup_steps", "eval_delay"}:
+        setattr(arguments, name, getattr(arguments, name) - 1 if options[name] else 0)
+    assert batch_arithmetic(12, arguments)["steps"] == 6
+
+
+def test_the_key_that_does_not_count_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", logger="medft")
+    sentence = "train.max_steps ends the run, train.num_train_epochs is not used"
+    for steps, said in ((-1, False), (3, True)):
+        train = TrainSection(
+            output_dir=str(tmp_path), use_cpu=True, max_steps=steps, num_train_epochs=1e9
+        )
+        training_arguments(TrainingArguments, train, dtype="float32", metrics={})
+        assert (sentence in caplog.messages) == said
+
+
 def test_a_process_that_sees_several_gpus_is_refused(monkeypatch, tmp_path):
     train = TrainSection(output_dir=str(tmp_path), use_cpu=True)
 

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
+from medft.check import check
 from medft.config.train_keys import TrainSection
 from medft.errors import RunError
 from medft.training.checkpoints import write_manifest
@@ -106,3 +108,23 @@ def test_a_state_of_another_plan_is_not_followed(resumed, tmp_path):
     check_state(patient, checkpoint, steps=4)
     with pytest.raises(RunError, match="not by None"):
         check_state(resumed, checkpoint, steps=4)
+
+
+def test_a_run_resumes_that_was_begun_before_a_key_of_lora_was_listed(runs, tmp_path):
+    """Its record says nothing of keys that are null now, and what it does say is compared."""
+    run = shutil.copytree(runs / "decoder", tmp_path / "run")
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "best_model")
+    record = json.loads((run / "run.json").read_text())
+    begun = {key: record["recipe"]["lora"][key] for key in ("r", "alpha", "dropout", "targets")}
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"lora": begun}))
+    words = [f"train.output_dir={run}", "train.resume_from_checkpoint=true"]
+    for written in ({}, {"init_from": None, "exclude_modules": None}):
+        record["recipe"]["lora"] = begun | written
+        (run / "run.json").write_text(json.dumps(record))
+        assert check(run / "recipe.yaml", words).recipe.lora.use_dora is None
+    record["recipe"]["lora"] = begun | {"use_dora": True}
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"lora\.use_dora \(True -> None\)"):
+        check(run / "recipe.yaml", words)

@@ -87,6 +87,9 @@ class Family:
     recomputes_tower: ClassVar[bool] = True
     """Whether reentrant checkpointing can train the tower, or the projector behind it."""
 
+    overflows_float16: ClassVar[bool] = False
+    """Whether activations of released models exceed what float16 can hold."""
+
     leaks_across_batch: ClassVar[bool] = False
     """Whether the stock code lets a row depend on the images of other rows in the batch."""
 

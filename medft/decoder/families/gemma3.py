@@ -34,6 +34,7 @@ class Gemma3(Family):
         }
     )
     end_of_turn = "<end_of_turn>"
+    overflows_float16 = True
 
     def check_processor(self, processor: ProcessorMixin) -> None:
         """Refuse pan-and-scan crops, which would change the number of tokens per image.
