@@ -1,5 +1,6 @@
 """DeepSpeed's configuration may change how a run is sharded, and nothing of what it trains."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from medft.foreign import read_json
 _OF_SIZE_AND_TIME = {
     "allgather_bucket_size",
     "allgather_partitions",
+    "reduce_bucket_size",
     "reduce_scatter",
     "round_robin_gradients",
     "stage3_max_live_parameters",
@@ -24,22 +26,37 @@ _GATHERS = "stage3_gather_16bit_weights_on_model_save"
 _OF_LOGS = {"steps_per_print", "wall_clock_breakdown"}
 
 
-def check_deepspeed(file: str | None) -> None:
+_BESIDE = (
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_GRADIENT_CLIPPING",
+)
+"""What Accelerate's launcher leaves of values beside the file; some override it, some are lost."""
+
+
+def check_deepspeed(environment: Mapping[str, str]) -> None:
     """Refuse a configuration that differs from the shipped ones in more than sizes and times.
 
     An optimizer, a scheduler, a learning rate or a clipping of its own would take the place of the
     recipe's, and a missing gradient_clipping switches the recipe's off.
 
     Args:
-        file: path of the JSON file; None if there is none.
+        environment: of this process, under DeepSpeed.
 
     Raises:
         RecipeError: it does, cannot be read, or is no file.
     """
-    if file is None or not Path(file).is_file():
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    beside = [name for name in _BESIDE if name in environment]
+    if file is None or beside:
+        given = f"{beside[0]}={environment[beside[0]]}" if beside else "no such file"
         raise RecipeError(
-            "expected deepspeed_config_file in accelerate's configuration, since what stands in "
-            "it beside would override the recipe: use accelerate_configs/zero2.yaml or zero3.yaml"
+            f"expected deepspeed_config_file alone in deepspeed_config of accelerate's "
+            f"configuration, got {given}, which would override or lose what the recipe says: use "
+            f"accelerate_configs/zero2.yaml or zero3.yaml"
         )
     try:
         config = read_json(Path(file))
@@ -47,7 +64,8 @@ def check_deepspeed(file: str | None) -> None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RecipeError(
             f"expected a DeepSpeed configuration with zero_optimization.stage in {file}, could not "
-            f"read it ({type(error).__name__}: {error}): start from deepspeed_configs/zero2.json"
+            f"read it ({type(error).__name__}: {error}): give a path to "
+            f"deepspeed_configs/zero2.json or a copy of it"
         ) from error
     if stage not in (2, 3):
         raise RecipeError(

@@ -46,6 +46,8 @@ _TESTED = (
     DistributedType.DEEPSPEED,
 )
 
+_ACCELERATE = {"accelerate", "accelerate.commands.accelerate_cli"}
+
 _COUNTS = (
     "WORLD_SIZE",
     "OMPI_COMM_WORLD_SIZE",
@@ -91,7 +93,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
             f"the model, which was never tested: remove it from accelerate's configuration"
         )
     if str_to_bool(environment.get("ACCELERATE_USE_DEEPSPEED", "false")):
-        check_deepspeed(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+        check_deepspeed(environment)
     started = _started_processes(environment)
     launcher, asked = _asked(environment)
     if asked is not None and asked != started:
@@ -144,8 +146,8 @@ def _asked(environment: Mapping[str, str]) -> tuple[Launcher, int | None]:
     if ASKED in environment:
         return "medft train", int(environment[ASKED])
     for words, folder in _ancestors():
-        if (options := _after_launch(words)) is not None:
-            return "accelerate", _asked_of_accelerate(options, folder)
+        if (options := options_of_launch(words)) is not None:
+            return "accelerate", asked_of_accelerate(options, folder)
     if "TORCHELASTIC_RUN_ID" in environment:
         return "torchrun", int(environment["WORLD_SIZE"])
     if "ACCELERATE_USE_DEEPSPEED" in environment:  # started on another machine
@@ -153,7 +155,7 @@ def _asked(environment: Mapping[str, str]) -> tuple[Launcher, int | None]:
     return "python", None
 
 
-def _asked_of_accelerate(options: list[str], folder: Path) -> int | None:
+def asked_of_accelerate(options: list[str], folder: Path) -> int | None:
     """Number of processes that an `accelerate launch` was asked for; None if it was not said.
 
     Args:
@@ -182,13 +184,13 @@ def _ancestors() -> Iterator[tuple[list[str], Path]]:
             continue
 
 
-def _after_launch(words: list[str]) -> list[str] | None:
+def options_of_launch(words: list[str]) -> list[str] | None:
     """The words behind `accelerate launch` in a command line; None if it is another."""
     names = [Path(word).name for word in words]
     for end, name in enumerate(names, start=1):
         if name in ("accelerate-launch", "accelerate.commands.launch"):
             return words[end:]
-        if name == "launch" and names[end - 2 : end - 1] in (["accelerate"], ["accelerate_cli"]):
+        if name == "launch" and {*names[end - 2 : end - 1]} & _ACCELERATE:
             return words[end:]
     return None
 
