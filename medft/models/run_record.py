@@ -48,6 +48,14 @@ class _RecordedBatch(_Recorded):
     effective: int
 
 
+class _RecordedLaunch(_Recorded):
+    launcher: str
+    strategy: str
+    asked_processes: int | None
+    processes: int
+    threads: int
+
+
 class RunRecord(_Recorded):
     """What medft reads of run.json."""
 
@@ -57,6 +65,7 @@ class RunRecord(_Recorded):
     data: _RecordedData
     batch: _RecordedBatch
     started: str
+    launch: _RecordedLaunch | None = None
     steps_done: int = 0
     resumed: list[str] = []
     trainable_parameters: int = 0

@@ -38,10 +38,10 @@ def train(
     import psutil
 
     if config_file is None:
-        config_file = packaged_file(f"accelerate_configs/{_device(num_processes or 1)}.yaml")
+        config_file = packaged_file(f"accelerate_configs/{_shipped_name(num_processes or 1)}.yaml")
     config = StrictYaml.read(config_file).raw
     processes = num_processes or config.get("num_processes", 1)
-    _check_distributed_type(config, config_file, processes)
+    _check_configuration(config, config_file, processes)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(config_file), "--num_processes", str(processes)]
     command += ["--num_cpu_threads_per_process", "1"]  # each process sets its own number
@@ -77,7 +77,7 @@ def train(
     return EXIT_TERMINATED if terminated.is_set() and process.returncode else process.returncode
 
 
-def _device(num_processes: int) -> str:
+def _shipped_name(num_processes: int) -> str:
     """The name of the shipped configuration for so many processes on this machine."""
     import torch
 
@@ -86,12 +86,14 @@ def _device(num_processes: int) -> str:
     return "single_gpu" if torch.cuda.is_available() else "cpu"
 
 
-def _check_distributed_type(config: dict[str, Any], file: Path, processes: Any) -> None:
+def _check_configuration(config: dict[str, Any], file: Path, processes: Any) -> None:
     """Refuse a configuration by which accelerate starts something else, or one process of several.
 
     Raises:
         RecipeError: it does.
     """
+    import torch
+
     kind = str(config.get("distributed_type", "NO")).upper()
     if not isinstance(processes, int) or processes < 1:
         raise RecipeError(
@@ -108,6 +110,12 @@ def _check_distributed_type(config: dict[str, Any], file: Path, processes: Any) 
             f"expected {processes} processes, accelerate would start one for distributed_type "
             f"{kind} of {file}: use --config-file accelerate_configs/ddp.yaml, which runs on CPUs, "
             f"too"
+        )
+    gpus = 0 if config.get("use_cpu") else torch.cuda.device_count()
+    if config.get("num_machines", 1) == 1 and processes > gpus > 0:
+        raise RecipeError(
+            f"expected at most {gpus} processes, one for each GPU, got {processes}: lower "
+            f"num_processes, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     if processes == 1 and kind == "MULTI_GPU":
         raise RecipeError(

@@ -235,7 +235,7 @@ def open_run(
 
 def _compare_threads(earlier: dict[str, Any], launch: Launch) -> None:
     """Warn where a resumed run sums in another order than before."""
-    before = earlier.get("launch", {}).get("threads", launch.threads)
+    before = (earlier.get("launch") or {}).get("threads", launch.threads)
     if before != launch.threads:
         logger.warning(
             "the interrupted run had %s threads, this one has %s: numbers differ in their last "

@@ -35,7 +35,8 @@ def test_rows_of_a_rare_kind_come_once_an_epoch_and_a_run_resumes_within_it(
     recipe = sections("decoder")
     recipe["data"]["train"] = str(mixed_rows)
     recipe["train"] |= {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_steps": 1}
-    recipe["train"] |= {"eval_strategy": "no", "dataloader_num_workers": 1}
+    recipe["data"]["validation"] = None
+    recipe["train"]["dataloader_num_workers"] = 1
     file = write_recipe(recipe)
     run = file.parent / "run"
     run_script("decoder", file)

@@ -187,6 +187,12 @@ def test_medft_train_refuses_what_accelerate_would_start_otherwise(
         train(Path("recipe.yaml"), [], file, processes)
 
 
+def test_medft_train_refuses_more_processes_than_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RecipeError, match="expected at most 2 processes, one for each GPU, got 3"):
+        train(Path("recipe.yaml"), [], packaged_file("accelerate_configs/zero2.yaml"), 3)
+
+
 def test_threads_are_the_users_or_the_cores_shared_by_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDFT_THREADS", "3")
     assert num_threads() == 3
