@@ -46,7 +46,7 @@ def test_rows_of_a_rare_kind_come_once_an_epoch_and_a_run_resumes_within_it(
     assert record["batch"]["steps_per_epoch"] == an_epoch
     assert record["steps_done"] == record["batch"]["steps"] == len(steps) == 2 * an_epoch
     for epoch in (steps[:an_epoch], steps[an_epoch:]):
-        assert Counter(chain(*epoch)) == Counter(images)
+        assert Counter(chain(*epoch)) == Counter(list(images))
         assert all(len({images[row] for row in batch}) == 1 for batch in epoch)
         assert any(len(batch) < 4 for batch in epoch[:-1])
     assert steps[:an_epoch] != steps[an_epoch:]

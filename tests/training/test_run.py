@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from medft.training.checkpoints import write_manifest
 from medft.training.run import final_metrics
@@ -39,6 +40,26 @@ def test_a_resumed_run_saves_logs_and_evaluates_as_its_recipe_says_now(
     history = json.loads((run / "log_history.json").read_text())
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 4]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4]
+
+
+def test_a_resumed_run_says_that_it_has_another_number_of_threads(
+    sections, write_recipe, run_script, monkeypatch, caplog
+):
+    recipe = sections("siglip")
+    recipe["data"]["validation"] = None
+    recipe["train"] |= {"max_steps": 2, "save_steps": 1}
+    file = write_recipe(recipe)
+    run_script("siglip", file)
+    run = file.parent / "run"
+    (run / "checkpoint-2" / "manifest.json").unlink()
+    assert json.loads((run / "run.json").read_text())["launch"]["threads"] == 1
+    monkeypatch.setenv("MEDFT_THREADS", "2")
+    try:
+        run_script("siglip", file, "train.resume_from_checkpoint=true")
+    finally:
+        torch.set_num_threads(1)
+    assert "the interrupted run had 1 threads, this one has 2" in caplog.text
+    assert json.loads((run / "run.json").read_text())["launch"]["threads"] == 2
 
 
 @pytest.mark.slow
