@@ -23,8 +23,8 @@ HOUSE = """
     data/ charts statistics sentences image_sentences report prepare
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns effects run_record saved adapter lora frozen
-    training/ process arguments checkpoints broken_data deepspeed trainer
-    training/ callbacks overflow curves resume run launch
+    training/ process deepspeed launched arguments checkpoints broken_data mixed_precision
+    training/ trainer callbacks overflow curves resume run launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build

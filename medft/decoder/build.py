@@ -21,7 +21,7 @@ from medft.decoder.prepared import PreparedDecoderData
 from medft.decoder.trainer import DecoderTrainer
 from medft.models.lora import attach_adapter
 from medft.models.saved import SavedRecord
-from medft.training.deepspeed import shard_weights_in
+from medft.training.mixed_precision import shard_weights_in
 
 logger = logging.getLogger(__name__)
 

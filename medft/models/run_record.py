@@ -48,6 +48,14 @@ class _RecordedBatch(_Recorded):
     effective: int
 
 
+class _RecordedLaunch(_Recorded):
+    launcher: str
+    strategy: str
+    asked_processes: int | None
+    processes: int
+    threads: int
+
+
 class RunRecord(_Recorded):
     """What medft reads of run.json."""
 
@@ -58,6 +66,7 @@ class RunRecord(_Recorded):
     batch: _RecordedBatch
     started: str
     init_from: _RecordedFiles | None = None
+    launch: _RecordedLaunch | None = None
     steps_done: int = 0
     resumed: list[str] = []
     trainable_parameters: int = 0

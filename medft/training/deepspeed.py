@@ -1,60 +1,94 @@
-"""Mixed precision under DeepSpeed as everywhere else: autocast over float32 trained parameters.
+"""DeepSpeed's configuration may change how a run is sharded, and nothing of what it trains."""
 
-DeepSpeed's own bfloat16 casts every parameter, adapters included, when training begins.
-"""
-
-from types import MethodType
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import convert_outputs_to_fp32
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from medft.errors import RecipeError
+from medft.files import packaged_file
+from medft.foreign import read_json
 
-from medft.errors import RunError
+_OF_SIZE_AND_TIME = {
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "sub_group_size",
+}
+"""Keys of zero_optimization, beyond those of the shipped files, that decide when and in which
+portions is communicated."""
+
+_GATHERS = "stage3_gather_16bit_weights_on_model_save"
+
+_OF_LOGS = {"steps_per_print", "wall_clock_breakdown"}
 
 
-def shard_weights_in(dtype: str, arguments: TrainingArguments) -> None:
-    """Have ZeRO-3 create the shards of a base in this precision when it is loaded next.
+_BESIDE = (
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_GRADIENT_CLIPPING",
+)
+"""What Accelerate's launcher leaves of values beside the file; some override it, some are lost."""
 
-    It follows the plugin's configuration, whatever from_pretrained is asked for.
+
+def check_deepspeed(environment: Mapping[str, str]) -> None:
+    """Refuse a configuration that differs from the shipped ones in more than sizes and times.
+
+    An optimizer, a scheduler, a learning rate or a clipping of its own would take the place of the
+    recipe's, and a missing gradient_clipping switches the recipe's off.
+
+    Args:
+        environment: of this process, under DeepSpeed.
+
+    Raises:
+        RecipeError: it does, cannot be read, or is no file.
     """
-    plugin = arguments.deepspeed_plugin
-    if plugin is not None:
-        plugin.deepspeed_config["bf16"]["enabled"] = dtype == "bfloat16"
-        plugin.set_deepspeed_weakref()
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    beside = [name for name in _BESIDE if name in environment]
+    if file is None or beside:
+        given = f"{beside[0]}={environment[beside[0]]}" if beside else "no such file"
+        raise RecipeError(
+            f"expected deepspeed_config_file alone in deepspeed_config of accelerate's "
+            f"configuration, got {given}, which would override or lose what the recipe says: use "
+            f"accelerate_configs/zero2.yaml or zero3.yaml"
+        )
+    try:
+        config = read_json(Path(file))
+        stage = config["zero_optimization"]["stage"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RecipeError(
+            f"expected a DeepSpeed configuration with zero_optimization.stage in {file}, could not "
+            f"read it ({type(error).__name__}: {error}): give a path to "
+            f"deepspeed_configs/zero2.json or a copy of it"
+        ) from error
+    if stage not in (2, 3):
+        raise RecipeError(
+            f"expected zero_optimization.stage 2 or 3 in {file}, got {stage!r}, with which medft "
+            f"was never tested: use deepspeed_configs/zero2.json or zero3.json"
+        )
+    shipped = read_json(packaged_file(f"deepspeed_configs/zero{stage}.json"))
+    differs = _differences(config, shipped)
+    if differs:
+        raise RecipeError(
+            f"expected {file} to leave what is trained to the recipe, as "
+            f"deepspeed_configs/zero{stage}.json does, it differs in {', '.join(differs)}: "
+            f"take these from there"
+        )
 
 
-def autocast_under_deepspeed(model: nn.Module, arguments: TrainingArguments) -> None:
-    """Under DeepSpeed, run the forward under autocast instead of DeepSpeed's own bfloat16.
-
-    Changes the model, the arguments and the plugin's configuration, after the model's weights were
-    loaded and before the trainer is made. Outputs are float32, as Accelerate gives them.
-    """
-    plugin = arguments.deepspeed_plugin
-    if plugin is None or not arguments.bf16:
-        return
-    plugin.deepspeed_config["bf16"]["enabled"] = arguments.bf16 = False
-    autocast = torch.autocast(arguments.device.type, dtype=torch.bfloat16)
-    forward = convert_outputs_to_fp32(autocast(type(model).forward))
-    model.forward = MethodType(forward, model)
-
-
-class Float32Callback(TrainerCallback):
-    """Raises before the first step if a launcher has cast what is trained."""
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
-    ) -> None:
-        """Check the trained parameters, as the launcher has prepared them."""
-        cast = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
-        if cast:
-            raise RunError(
-                f"expected every trained parameter in float32, the launcher made some "
-                f"{', '.join(map(str, cast))}: use accelerate_configs/ddp.yaml, and report this"
-            )
+def _differences(config: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
+    own, theirs = config.pop("zero_optimization"), shipped.pop("zero_optimization")
+    wrong = [
+        name
+        for name in sorted(config.keys() | shipped.keys())
+        if name not in _OF_LOGS and config.get(name) != shipped.get(name)
+    ]
+    gathers = {_GATHERS} if own.get(_GATHERS) != theirs.get(_GATHERS) else set()
+    unknown = own.keys() - theirs.keys() - _OF_SIZE_AND_TIME
+    return wrong + [f"zero_optimization.{name}" for name in sorted(unknown | gathers)]

@@ -6,9 +6,9 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from medft.training.callbacks import (
 )
 from medft.training.checkpoints import state_of
 from medft.training.curves import draw_curves
+from medft.training.launched import Launch, find_launch
 from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
 from medft.training.resume import PreparedData, check_state, identify_run
@@ -101,6 +102,8 @@ class Run:
             trainer.load_checkpoint(checkpoint)  # only the result was not written
             trainer.state = saved
         else:
+            if checkpoint:
+                trainer.args.eval_on_start = False  # it was, before the first step
             with signals.listening():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.write_history(trainer.state)
@@ -129,14 +132,23 @@ class Run:
         trainer.add_callback(LogHistoryCallback(self.write_history))
         trainer.add_callback(manifests)
         trainer.add_callback(signals)
-        if trainer.eval_dataset is not None:
-            trainer.add_callback(BestModelCallback(lambda folder: save_result(trainer, folder)))
         if self._early_stopping:
             trainer.add_callback(EarlyStoppingCallback(**self._early_stopping))
+        if trainer.eval_dataset is not None:
+            trainer.add_callback(BestModelCallback(lambda folder: save_result(trainer, folder)))
 
     def _best_metric(self, state: TrainerState) -> float | None:
         """The metric of best_model/; None if there is none, as when the untrained base was best."""
-        return state.best_metric if self.layout.best_model.is_dir() else None
+        if self.layout.best_model.is_dir():
+            return state.best_metric
+        if state.best_metric is not None:
+            logger.warning(
+                "no best_model/: the best evaluation, %s at step %s, was of a model with untrained "
+                "layers, such as the base",
+                state.best_metric,
+                state.best_global_step,
+            )
+        return None
 
     def write_history(self, state: TrainerState) -> None:
         """Write log_history.json and curves.png."""
@@ -176,12 +188,13 @@ def open_run(
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
     identity = identify_run(recipe, prepared, checkpoint, world_size=arguments.world_size)
-    batch = batch_arithmetic(prepared.rows_per_epoch, arguments)
+    batch = batch_arithmetic(prepared.batches_per_epoch, arguments)
     if checkpoint:
         check_state(recipe.train, checkpoint, steps=batch["steps"])
     layout = RunLayout(Path(recipe.train.output_dir))
+    launch = find_launch(arguments)
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
-    writes = os.environ.get("RANK", "0") == "0"
+    writes = arguments.process_index == 0
     untested = untested_versions()
     entries = {
         "status": "running",
@@ -193,6 +206,7 @@ def open_run(
         "packages": package_versions(),
         "untested_packages": untested,
         "hardware": hardware(),
+        "launch": asdict(launch),
         "batch": batch | prepared.batch_record,
         **identity,
     }
@@ -206,6 +220,7 @@ def open_run(
             earlier = layout.read_record()
             entries |= {k: earlier[k] for k in ("started", "init_from") if k in earlier}
             entries["resumed"] = [*earlier.get("resumed", []), now()]
+            _compare_threads(earlier, launch)
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
         with replaced_file(layout.recipe) as file:
@@ -219,6 +234,19 @@ def open_run(
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             run.update(status="interrupted" if stopped else "failed", error=reason, ended=now())
         raise
+
+
+def _compare_threads(earlier: dict[str, Any], launch: Launch) -> None:
+    """Warn where a resumed run sums in another order than before."""
+    before = (earlier.get("launch") or {}).get("threads", launch.threads)
+    if before != launch.threads:
+        logger.warning(
+            "the interrupted run had %s threads, this one has %s: numbers differ in their last "
+            "bits from those of an undisturbed run; MEDFT_THREADS=%s restores them",
+            before,
+            launch.threads,
+            before,
+        )
 
 
 def save_result(trainer: RowTrackingTrainer, folder: Path) -> None:

@@ -24,7 +24,7 @@ from medft.training.broken_data import (
     fetch_together,
 )
 from medft.training.checkpoints import what_is_missing
-from medft.training.deepspeed import Float32Callback, autocast_under_deepspeed
+from medft.training.mixed_precision import Float32Callback, autocast_under_deepspeed
 
 ROW_IDS = "row_ids"
 """Batch key of the row ids, which are never passed to the model."""
