@@ -52,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--config_file", type=Path, help="of accelerate; default: a single device")
     train.set_defaults(command=_train)
 
+    reproduce = commands.add_parser("reproduce", help="train a run again and compare, bit for bit")
+    reproduce.add_argument("source", type=Path, metavar="RUN")
+    reproduce.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: RUN-reproduced, beside the run"
+    )
+    reproduce.set_defaults(command=_reproduce)
+
     evaluate = commands.add_parser(
         "evaluate", help="predictions of a model on held-out rows, their scores, and a page of both"
     )
@@ -212,6 +219,17 @@ def _train(arguments: argparse.Namespace) -> int:
     with process_setup(quiet=True):
         check(arguments.recipe, arguments.overrides)
     return train(arguments.recipe, arguments.overrides, arguments.config_file)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from medft.reproduce import describe, reproduce
+    from medft.training.process import process_setup
+
+    with process_setup():
+        result, out = reproduce(arguments.source, arguments.out)
+    _say(describe(result))
+    _say(str(out / "reproduce.json"))
+    return EXIT_NO if result["differs"] else 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -22,8 +22,9 @@ HOUSE = """
     data/ kept_split assign row_images pairing accounting wide_images workers
     data/ charts statistics sentences image_sentences report prepare
     data/ messages chat_rows rows decoded overlap prompts chat tokens
-    models/ model_folder base patterns run_record saved adapter lora frozen
-    training/ process arguments checkpoints broken_data trainer callbacks curves resume run launch
+    models/ model_folder base patterns run_record resolved saved adapter lora frozen
+    training/ process arguments checkpoints broken_data trainer callbacks curves resume run
+    training/ compare_runs launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build
@@ -34,6 +35,7 @@ HOUSE = """
     inference/ cases prompts predictor __init__ inputs records files
     export/ merge
     demo/ bases phantoms exports pretrain report chain
+    reproducible reproduce
     cli
 """
 STRANGERS = ("medft.decoder", "medft.siglip")

@@ -20,6 +20,7 @@ from medft.decoder.model import load_model
 from medft.decoder.prepared import PreparedDecoderData
 from medft.decoder.trainer import DecoderTrainer
 from medft.models.lora import attach_adapter
+from medft.models.resolved import Recorded, use_recorded_attention
 from medft.models.saved import SavedRecord
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class LoadBase(Protocol):
         quantization: QuantizationSection | None,
         *,
         dtype: str,
+        recorded: Recorded | None,
     ) -> PreTrainedModel:
         """The base, every weight in place."""
         ...
@@ -50,6 +52,7 @@ def build_trainer(
     prepared: PreparedDecoderData,
     base: Mapping[str, Any],
     load: LoadBase = load_model,
+    recorded: Recorded | None = None,
 ) -> DecoderTrainer:
     """A trainer whose base, fix and adapter are those of the recipe.
 
@@ -64,18 +67,27 @@ def build_trainer(
         prepared: from `prepare_decoder_data`.
         base: from `identify_base`.
         load: gives the base.
+        recorded: the record of the run that is repeated.
 
     Raises:
+        RunError: an installed library lacks a recorded field.
         BaseModelError: the base cannot be loaded, or the adapter not attached.
     """
     family = prepared.family
-    loaded = load(model, family, quantization, dtype=model.dtype if lora else "float32")
+    dtype = model.dtype if lora else "float32"
+    loaded = load(model, family, quantization, dtype=dtype, recorded=recorded)
+    use_recorded_attention(loaded, recorded)
     if model.cross_attention_fix:
         family.isolate_rows(loaded)
     trained = loaded
     if lora:
         trained = attach_adapter(
-            loaded, lora, family.presets, task_type="CAUSAL_LM", initial=prepared.initial
+            loaded,
+            lora,
+            family.presets,
+            task_type="CAUSAL_LM",
+            initial=prepared.initial,
+            recorded=recorded,
         )
     install_tower(loaded, model, prepared)
     arguments.train_sampling_strategy = "random"  # the sampler groups, Trainer's has no lengths

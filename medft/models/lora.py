@@ -13,6 +13,7 @@ from medft.config.recipe import LoraSection
 from medft.errors import BaseModelError
 from medft.models.adapter import initial_weights
 from medft.models.patterns import check_patterns, matched_names
+from medft.models.resolved import Recorded, recorded_fields
 from medft.models.saved import SavedModel
 
 ALL_WEIGHTS = "none, every weight is trained"
@@ -97,6 +98,7 @@ def attach_adapter(
     *,
     task_type: str | None,
     initial: SavedModel | None = None,
+    recorded: Recorded | None = None,
 ) -> PeftModel:
     """The model with a LoRA adapter in float32, new or continued; PEFT freezes the rest.
 
@@ -106,8 +108,10 @@ def attach_adapter(
         presets: regular expressions by preset.
         task_type: PEFT's; None for a model that is no language model.
         initial: from `find_initial`.
+        recorded: the record of the run that is repeated, whose fields take the place of all others.
 
     Raises:
+        RunError: PEFT lacks a recorded field.
         BaseModelError: the targets are wrong, PEFT refuses the configuration, or the initial
             adapter does not match.
         ValueError: there is no initial adapter although the section names one.
@@ -125,15 +129,17 @@ def attach_adapter(
                 f"expected each of lora.modules_to_save to be a module of the base, {name!r} is "
                 f"none: name a module (bare parameters cannot be saved this way)"
             )
+    fields = {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": targets,
+        "task_type": task_type,
+        **further,
+        **recorded_fields(LoraConfig, recorded, "lora"),
+    }
     try:
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            task_type=task_type,
-            **further,
-        )
+        config = LoraConfig(**fields)
         check_patterns(model, config, where="lora")
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:

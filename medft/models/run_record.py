@@ -48,6 +48,37 @@ class _RecordedBatch(_Recorded):
     effective: int
 
 
+class Resolved(_Recorded):
+    """What a run resolved to, by the libraries' own names of fields."""
+
+    arguments: dict[str, Any]
+    """TrainingArguments, or SFTConfig."""
+
+    deepspeed: dict[str, Any] | None
+    """DeepSpeed's configuration, if it ran."""
+
+    lora: dict[str, Any] | None
+    """LoraConfig of an adapter."""
+
+    quantization: dict[str, Any] | None
+    """BitsAndBytesConfig of a quantized base."""
+
+    attention: dict[str, str | None]
+    """Implementation by part of the base's configuration; empty name: the whole."""
+
+    determinism: dict[str, Any]
+    """Settings of torch and of the environment."""
+
+
+class RecordedLaunch(_Recorded):
+    """How a run was started."""
+
+    strategy: Literal["single", "ddp", "zero2", "zero3"]
+    processes: Annotated[int, Field(ge=1, le=2**16)]
+    threads: Annotated[int, Field(ge=1, le=2**16)]
+    """Of torch, in each process."""
+
+
 class RunRecord(_Recorded):
     """What medft reads of run.json."""
 
@@ -62,6 +93,9 @@ class RunRecord(_Recorded):
     trainable_parameters: int = 0
     total_parameters: int = 0
     metrics: dict[str, _Number] = {}
+    launch: RecordedLaunch | None = None
+    resolved: Resolved | None = None
+    resumed_from_steps: list[int] = []
 
 
 _HISTORY: TypeAdapter[list[dict[str, int | float | None]]] = TypeAdapter(

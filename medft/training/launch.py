@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from medft.config.command_line import recipe_class
@@ -18,15 +19,13 @@ def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
     """Launch the recipe's script under accelerate; returns its exit code.
 
     Without a configuration file it uses the one for a single device, never the user's own default,
-    which may set a precision or hyperparameters. SIGTERM is forwarded to the training processes,
-    which save a checkpoint first; the exit code is then 143.
+    which may set a precision or hyperparameters. SIGTERM is handled as by `supervised`.
 
     Args:
         file: the recipe, already checked.
         overrides: `section.key=value`, as given.
         config_file: accelerate's; None for one GPU if there is one, else the CPU.
     """
-    import psutil
     import torch
 
     kind = recipe_class(file, overrides)
@@ -46,7 +45,22 @@ def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
             "--deepspeed_config_file",
             str(path if path.exists() else packaged_file(str(path))),
         ]
-    process = subprocess.Popen([*command, str(script), str(file), *overrides])
+    return supervised([*command, str(script), str(file), *overrides])
+
+
+def supervised(command: list[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run a launcher; returns its exit code.
+
+    SIGTERM is forwarded to the training processes, which save a checkpoint first; the exit code is
+    then 143.
+
+    Args:
+        command: of a launcher, whose children train.
+        environment: of the command; None for this process's.
+    """
+    import psutil
+
+    process = subprocess.Popen(command, env=environment)
     terminated = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
     passed_on: set[int] = set()

@@ -31,6 +31,8 @@ def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[N
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    if "MEDFT_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["MEDFT_THREADS"]))
     if seed is not None:
         transformers.set_seed(seed)
     try:
