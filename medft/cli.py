@@ -223,12 +223,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from medft.reproduce import describe, reproduce
+    from medft.reproducible import plan_reproduction
     from medft.training.process import process_setup
 
-    with process_setup():
-        result, out = reproduce(arguments.source, arguments.out)
+    with process_setup(quiet=True):
+        plan = plan_reproduction(arguments.source, arguments.out)
+    _say(plan.describe())
+    result = reproduce(plan)
     _say(describe(result))
-    _say(str(out / "reproduce.json"))
+    _say(str(plan.out / "reproduce.json"))
     return EXIT_NO if result["differs"] else 0
 
 

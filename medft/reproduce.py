@@ -4,38 +4,32 @@ The recorded values of the libraries' configurations are applied, not today's de
 """
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from medft.errors import EXIT_TERMINATED, RunError, Terminated
 from medft.files import packaged_file, write_json
-from medft.models.resolved import OPTION
+from medft.models.resolved import OPTION, environment_of
 from medft.models.saved import RunLayout
 from medft.provenance import masked
-from medft.reproducible import THREADS, Plan, plan_reproduction
+from medft.reproducible import Plan
 from medft.training.compare_runs import compare_runs, first_different_step
 from medft.training.launch import supervised
 
 logger = logging.getLogger(__name__)
 
 
-def reproduce(source: Path, out: Path | None = None) -> tuple[dict[str, Any], Path]:
-    """Repeat a run below `out`, and write `out`/reproduce.json; returns its content and `out`.
+def reproduce(plan: Plan) -> dict[str, Any]:
+    """Repeat a run below `plan.out`, and write reproduce.json there; returns its content.
 
     Args:
-        source: a completed run; nothing is written into it.
-        out: folder; must be empty or not exist. None for one beside the run.
+        plan: from `plan_reproduction`; nothing is written into its run.
 
     Raises:
-        RunError: the run cannot be compared here, or the repetition did not end.
-        MedftError: as from `medft.check.check`.
+        RunError: the repeated run did not end, or a result cannot be read.
         Terminated: SIGTERM arrived.
     """
-    plan = plan_reproduction(source, out)
-    for sentence in [*plan.differs_now, *plan.applied, f"expected: {plan.verdict}"]:
-        logger.info("%s", sentence)
     again = run_again(plan)
     differs = compare_runs(plan.run, again)
     weights = [entry for entry in differs if entry["what"] in ("adapter", "model")]
@@ -48,7 +42,7 @@ def reproduce(source: Path, out: Path | None = None) -> tuple[dict[str, Any], Pa
         "applied": plan.applied,
     }
     write_json(plan.out / "reproduce.json", masked(result))
-    return result, plan.out
+    return result
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -83,10 +77,8 @@ def run_again(plan: Plan) -> RunLayout:
     script = packaged_file(f"recipes/{plan.recipe.script}")
     words = [str(plan.run.recipe), *plan.overrides, OPTION, str(plan.run.record)]
     command = [sys.executable, "-m", *_launcher(plan), str(script), *words]
-    chosen = plan.recorded.resolved.determinism["environment"]
-    environment = {k: v for k, v in os.environ.items() if chosen.get(k, v) is not None}
-    environment |= {name: value for name, value in chosen.items() if value is not None}
-    environment[THREADS] = str(plan.threads)
+    recorded = plan.recorded.resolved.determinism
+    environment = environment_of(recorded, threads=plan.threads)
     try:
         code = supervised(command, environment)
     except KeyboardInterrupt:

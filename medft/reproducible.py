@@ -5,6 +5,8 @@ A run, data or a base that cannot be compared is an error of one sentence; nothi
 
 import json
 import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +15,17 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from medft.check import check
-from medft.config.recipe import DecoderRecipe, LoraSection, Recipe, SiglipRecipe
+from medft.check import Checked, check
+from medft.config.recipe import DecoderRecipe, Recipe, SiglipRecipe
+from medft.data.rows import image_source
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import RunError
 from medft.files import check_folder_for_output, file_sha256
 from medft.masking import MASK
 from medft.models.base import identify_base
 from medft.models.resolved import (
+    THREADS,
+    Part,
     Recorded,
     changed_fields,
     plain,
@@ -35,8 +40,7 @@ from medft.provenance import hardware, masked, medft_version, package_versions
 from medft.siglip.trainer import siglip_arguments
 from medft.training.resume import check_as_recorded, identify_run
 
-THREADS = "MEDFT_THREADS"
-"""Environment variable: threads of torch in each training process."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Verdict = Literal["bitwise possible", "numerically close"]
 """What can be expected of a run that is repeated here."""
@@ -59,7 +63,7 @@ class Plan:
     """Sentences on what is not as it was when the run was recorded."""
 
     applied: list[str]
-    """Sentences on defaults of the libraries that are others now; the recorded values are used."""
+    """Sentences on values that would be others now; the recorded ones are used."""
 
     @property
     def verdict(self) -> Verdict:
@@ -71,9 +75,26 @@ class Plan:
         """What the repeated run has otherwise: where it writes, and whom it reports to."""
         return _overrides(self.out, self.recipe)
 
+    def describe(self) -> str:
+        """What differs between then and now and what that means, a sentence a line."""
+        processes = f"{self.launch.processes} process{'es' * (self.launch.processes > 1)}"
+        started = f"{self.launch.strategy}, {processes}, threads {self.threads}"
+        return "\n".join(
+            [
+                *(f"differs: {sentence}" for sentence in self.differs_now),
+                *(f"applied: {sentence}" for sentence in self.applied),
+                f"expected: {self.verdict}",
+                f"training again in {self.out / 'run'}: {started}",
+            ]
+        )
+
 
 def plan_reproduction(source: Path, out: Path | None) -> Plan:
     """Check that a run can be repeated and compared here; writes nothing.
+
+    Args:
+        source: a completed run.
+        out: folder; must be empty or not exist. None for one beside the run.
 
     Raises:
         RunError: the run cannot be repeated or compared here.
@@ -83,15 +104,18 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
     record = _completed(run)
     recorded = read_recorded(run.record)
     launch = _launch(run, record)
-    out = out or source.absolute().parent / f"{source.absolute().name}-reproduced"
+    named = Path(os.path.abspath(source))  # ends in a name, also for `.`
+    out = out or named.with_name(f"{named.name}-reproduced")
     check_folder_for_output(out)
     if out.resolve().is_relative_to(source.resolve()):
         raise RunError(f"expected an --out outside of the run {source}, got {out}: choose another")
     recipe = _recipe(run, record, recorded, out)
     _check_files(recipe, record)
-    on_cpu = recorded.resolved.arguments["use_cpu"] or not torch.accelerator.is_available()
+    on_cpu = (
+        bool(recorded.resolved.arguments.get("use_cpu")) or not torch.accelerator.is_available()
+    )
     _check_devices(launch, on_cpu)
-    applied = _changed_defaults(recipe, recorded)
+    applied, added = _changed_defaults(recipe, recorded)
     checked = check(run.recipe, _overrides(out, recipe))
     now = masked(identify_run(recipe, checked.prepared, None, world_size=None))
     for part in ("base", "data", "init_from"):
@@ -100,7 +124,8 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
                 f"expected the {part} of the run {source}, "
                 f"{_first_change(record.get(part), now.get(part))}: not comparable, restore it"
             )
-    threads = int(os.environ.get(THREADS, launch.threads))
+    _check_images(checked)
+    threads = _threads(launch)
     return Plan(
         run=run,
         out=out,
@@ -109,7 +134,7 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
         recorded=recorded,
         threads=threads,
         on_cpu=on_cpu,
-        differs_now=_differs_now(record, launch, threads),
+        differs_now=[*_differs_now(record, launch, threads), *added],
         applied=applied,
     )
 
@@ -143,6 +168,14 @@ def _launch(run: RunLayout, record: dict[str, Any]) -> RecordedLaunch:
             f"older medft wrote it: train the run again to be able to reproduce it"
         )
     return RecordedLaunch.model_validate(record["launch"])
+
+
+def _threads(launch: RecordedLaunch) -> int:
+    """Threads of each process: those that the user asks for now, else the recorded ones."""
+    given = os.environ.get(THREADS, str(launch.threads))
+    if not given.isdecimal() or int(given) < 1:
+        raise RunError(f"expected a number of threads in {THREADS}, got {given!r}: correct it")
+    return int(given)
 
 
 def _recipe(run: RunLayout, record: dict[str, Any], recorded: Recorded, out: Path) -> Recipe:
@@ -209,6 +242,26 @@ def _check_files(recipe: Recipe, record: dict[str, Any]) -> None:
         )
 
 
+def _check_images(checked: Checked) -> None:
+    """Compare images that are named by their SHA-256, as `medft data chat` names them, with it.
+
+    Raises:
+        RunError: one has changed.
+    """
+    seen: set[Path] = set()
+    for rows in checked.datasets:
+        for row, images in zip(rows["id"], rows["images"], strict=True):
+            for image in map(image_source, images):
+                if isinstance(image, bytes) or image in seen or not _SHA256.fullmatch(image.stem):
+                    continue
+                seen.add(image)
+                if file_sha256(image) != image.stem:
+                    raise RunError(
+                        f"expected the image {image} of row {row} as its name says, its content "
+                        f"has changed: not comparable, restore it"
+                    )
+
+
 def _first_change(then: Any, now: Any) -> str:
     """The first value that changed in a part of the record, as text."""
     first, second = dict(_leaves(then)), dict(_leaves(now))
@@ -225,8 +278,10 @@ def _check_devices(launch: RecordedLaunch, on_cpu: bool) -> None:
         )
 
 
-def _changed_defaults(recipe: Recipe, recorded: Recorded) -> list[str]:
-    """Sentences on fields that the libraries would fill in otherwise now than recorded.
+def _defaults_now(
+    recipe: Recipe, recorded: Recorded
+) -> Iterator[tuple[Part, str, dict[str, Any], Callable[[str], bool]]]:
+    """Of each part of a record: its name, class, fields as medft would set them now, and which.
 
     Raises:
         RunError: a recorded field cannot be applied.
@@ -236,24 +291,38 @@ def _changed_defaults(recipe: Recipe, recorded: Recorded) -> list[str]:
     make: Any = siglip_arguments if isinstance(recipe, SiglipRecipe) else decoder_arguments
     make(recipe.train, recorded=recorded, **options)
     arguments = make(recipe.train, **options)
-    now = {"arguments": (resolved_arguments(arguments), type(arguments).__name__)}
-    written: set[str] = set()
+    yield "arguments", type(arguments).__name__, resolved_arguments(arguments), lambda name: True
     if recipe.lora:
         recorded_fields(LoraConfig, recorded, "lora")
-        now["lora"] = plain(LoraConfig()), "LoraConfig"
         written = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type"}
-        written |= recipe.lora.model_dump().keys() - LoraSection.model_fields.keys()
+        written |= {key for key, value in recipe.lora.model_dump().items() if value is not None}
+        yield "lora", "LoraConfig", plain(LoraConfig()), lambda name: name not in written
     if isinstance(recipe, DecoderRecipe) and recipe.quantization:
         recorded_fields(BitsAndBytesConfig, recorded, "quantization")
-        now["quantization"] = public_fields(plain(BitsAndBytesConfig())), "BitsAndBytesConfig"
-        written |= {"load_in_4bit", "bnb_4bit_compute_dtype", "llm_int8_skip_modules"}
-        written |= {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
-    return [
-        f"{name}.{field} is {value!r} by default now and was {was!r}: the recorded value is used"
-        for part, (fields, name) in now.items()
-        for field, was, value in changed_fields(part, getattr(recorded.resolved, part), fields)
-        if part == "arguments" or field not in written
-    ]
+        fields = public_fields(plain(BitsAndBytesConfig()))
+        own = re.compile("load_in_4bit|bnb_4bit_(?!quant_storage).*|llm_int8_skip_modules")
+        yield "quantization", "BitsAndBytesConfig", fields, lambda name: not own.fullmatch(name)
+
+
+def _changed_defaults(recipe: Recipe, recorded: Recorded) -> tuple[list[str], list[str]]:
+    """Sentences on fields that the libraries would fill in otherwise now, and on fields they add.
+
+    Raises:
+        MedftError: as from `_defaults_now`.
+    """
+    applied, added = [], []
+    for part, name, fields, is_default in _defaults_now(recipe, recorded):
+        known = getattr(recorded.resolved, part) or {}
+        for field, was, value in changed_fields(part, known, fields):
+            if not is_default(field):
+                continue
+            if field in known:
+                applied.append(
+                    f"{name}.{field} would be {value!r} now and was {was!r}, which is used"
+                )
+            else:
+                added.append(f"{name}.{field} is new in the library, which sets {value!r}")
+    return applied, added
 
 
 def _differs_now(record: dict[str, Any], launch: RecordedLaunch, threads: int) -> list[str]:

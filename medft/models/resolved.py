@@ -24,7 +24,7 @@ from medft.compat import attention_implementation
 from medft.errors import RunError
 from medft.foreign import read_json
 from medft.masking import MASK
-from medft.models.run_record import Resolved, RunRecord, reason_of
+from medft.models.run_record import Determinism, Resolved, RunRecord, reason_of
 from medft.provenance import masked
 
 OPTION = "--as-recorded"
@@ -43,12 +43,20 @@ _FREE = {
 }
 """Fields that are not taken from a record, by part; PEFT fills in those of LoraConfig."""
 
+_NEVER_SET = re.compile(
+    r"trust_remote_code|chat_template_path|(model_init|dataset)_kwargs|(?!accelerator_)\w+_config"
+)
+"""Fields that could run code or read files that a record names; no run of medft sets them."""
+
 Part = Literal["arguments", "lora", "quantization"]
 """Parts of a record that constructors of the libraries take."""
 
 INSTALL = "install the versions that stand under packages in its run.json"
 
-ENVIRONMENT = (
+THREADS = "MEDFT_THREADS"
+"""Environment variable: threads of torch in each training process."""
+
+_ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
     "MKL_CBWR",
@@ -164,28 +172,33 @@ def public_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if not k.startswith("_") and k != "quant_method"}
 
 
-def determinism() -> dict[str, Any]:
-    """The settings of this process that decide how sums are computed, beyond its threads."""
-    return {
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "float32_precision": {name: _products(name).fp32_precision for name in _PRODUCTS},
-        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
-    }
+def determinism() -> Determinism:
+    """The settings of this process."""
+    return Determinism(
+        deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
+        cudnn_deterministic=torch.backends.cudnn.deterministic,
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
+        float32_precision={name: _products(name).fp32_precision for name in _PRODUCTS},
+        environment={name: os.environ.get(name) for name in _ENVIRONMENT},
+    )
 
 
-def apply_determinism(flags: Mapping[str, Any]) -> None:
-    """Set torch as recorded; the environment is set by who starts the process.
-
-    Args:
-        flags: as `determinism` gave them.
-    """
-    torch.use_deterministic_algorithms(flags["deterministic_algorithms"])
-    torch.backends.cudnn.deterministic = flags["cudnn_deterministic"]
-    torch.backends.cudnn.benchmark = flags["cudnn_benchmark"]
+def apply_determinism(recorded: Determinism) -> None:
+    """Set torch as recorded; the environment is set by who starts the process."""
+    torch.use_deterministic_algorithms(recorded.deterministic_algorithms)
+    torch.backends.cudnn.deterministic = recorded.cudnn_deterministic
+    torch.backends.cudnn.benchmark = recorded.cudnn_benchmark
     for name in _PRODUCTS:
-        _products(name).fp32_precision = flags["float32_precision"][name]
+        if name in recorded.float32_precision:
+            _products(name).fp32_precision = recorded.float32_precision[name]
+
+
+def environment_of(recorded: Determinism, *, threads: int) -> dict[str, str]:
+    """The environment for a process that repeats a run: this one's, but for what was recorded."""
+    chosen = {name: recorded.environment.get(name) for name in _ENVIRONMENT}
+    kept = {name: value for name, value in os.environ.items() if name not in chosen}
+    set_then = {name: value for name, value in chosen.items() if value is not None}
+    return {**kept, **set_then, THREADS: str(threads)}
 
 
 def _products(name: str) -> Any:
@@ -201,10 +214,16 @@ def recorded_fields(config_class: type, recorded: Recorded | None, part: Part) -
         part: of the record.
 
     Raises:
-        RunError: the installed library lacks a recorded field, or its value was masked.
+        RunError: the installed library lacks a recorded field, its value was masked, or medft
+            never sets it.
     """
     found = (getattr(recorded.resolved, part) if recorded else None) or {}
     taken = {name: value for name, value in found.items() if not is_free(part, name)}
+    if foreign := sorted(name for name in taken if _NEVER_SET.fullmatch(name) and taken[name]):
+        raise RunError(
+            f"expected {foreign[0]} of {config_class.__name__} to be unset in a record, as medft "
+            f"leaves it, got {taken[foreign[0]]!r}: take the run.json that medft wrote"
+        )
     lacking = sorted(taken.keys() - inspect.signature(config_class).parameters.keys())
     hidden = sorted(name for name, value in taken.items() if value == MASK)
     if lacking or hidden:

@@ -48,6 +48,19 @@ class _RecordedBatch(_Recorded):
     effective: int
 
 
+class Determinism(_Recorded):
+    """Settings of a process that decide how sums are computed, beyond its threads."""
+
+    deterministic_algorithms: bool
+    cudnn_deterministic: bool
+    cudnn_benchmark: bool
+    float32_precision: dict[str, str]
+    """By part of torch.backends: how products of float32 are computed."""
+
+    environment: dict[str, str | None]
+    """Variables of the libraries, null where they were not set."""
+
+
 class Resolved(_Recorded):
     """What a run resolved to, by the libraries' own names of fields."""
 
@@ -66,8 +79,7 @@ class Resolved(_Recorded):
     attention: dict[str, str | None]
     """Implementation by part of the base's configuration; empty name: the whole."""
 
-    determinism: dict[str, Any]
-    """Settings of torch and of the environment."""
+    determinism: Determinism
 
 
 class RecordedLaunch(_Recorded):

@@ -1,7 +1,9 @@
 """Where two runs of one recipe differ: adapter or model, log history, final metrics."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,18 @@ def compare_runs(then: RunLayout, now: RunLayout) -> list[Difference]:
     """
     record, again = then.read_record(), now.read_record()
     differences = []
-    for name in ("adapter", "model", "best_model"):
-        folders = then.directory / name, now.directory / name
-        if any(folder.is_dir() for folder in folders):
-            differences += compare_weights(name, *folders)
+    for folder in then.results:
+        differences += compare_weights(folder.name, folder, now.directory / folder.name)
+    if then.best_model.is_dir() and now.best_model.is_dir():
+        differences += compare_weights("best_model", then.best_model, now.best_model)
     resumed_at = record.get("resumed_from_steps", [])
     differences += compare_histories(
         read_log_history(then.history), read_log_history(now.history), resumed_at
     )
     for part in ("base", "data", "init_from", "batch", "metrics"):
-        differences += _compared(part, record.get(part) or {}, again.get(part) or {})
+        # the last training loss stands in the history, which knows where it was resumed
+        left_out = ["loss"] if part == "metrics" and resumed_at else []
+        differences += _compared(part, record.get(part) or {}, again.get(part) or {}, left_out)
     if record.get("best_metric") != again.get("best_metric"):
         both = record.get("best_metric"), again.get("best_metric")
         differences.append(_difference("best_metric", *both))
@@ -68,39 +72,41 @@ def compare_weights(name: str, then: Path, now: Path) -> list[Difference]:
     Raises:
         RunError: a file cannot be read.
     """
-    try:
-        first, second = dict(_tensors(then)), dict(_tensors(now))
-    except Exception as error:  # damaged files make the library raise any exception
-        raise RunError(
-            f"expected weights that can be read in {then} and {now}, they cannot be "
-            f"({str(error).splitlines()[0]}): restore them"
-        ) from error
-    names = sorted(first.keys() | second.keys())
-    other = [key for key in names if not _is_equal(first.get(key), second.get(key))]
+    with ExitStack() as stack:
+        try:
+            first, second = (_Weights(folder, stack) for folder in (then, now))
+            names = sorted(first.names | second.names)
+            other = [key for key in names if not _is_equal(first.get(key), second.get(key))]
+            largest = _max_difference(first, second, other)
+        except Exception as error:  # damaged files make the library raise any exception
+            raise RunError(
+                f"expected weights that can be read in {then} and {now}, they cannot be "
+                f"({str(error).splitlines()[0]}): restore them"
+            ) from error
     if not other:
         return []
-    return [
-        {
-            "what": name,
-            "tensors": len(other),
-            "of": len(names),
-            "first": other[0],
-            "max_difference": _max_difference(first, second),
-        }
-    ]
+    found = {"what": name, "tensors": len(other), "of": len(names), "first": other[0]}
+    return [{**found, "max_difference": largest}]
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a folder by name, with SigLIP's scale and bias, which stand in medft.json."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name)
-    if (folder / RECORD_FILE).is_file():
-        record = read_json(folder / RECORD_FILE)
-        for name in ("logit_scale", "logit_bias"):
-            if record.get(name) is not None:
-                yield name, torch.tensor(record[name], dtype=torch.float64)
+class _Weights:
+    """The tensors of a folder, read one by one, with SigLIP's scale and bias from medft.json."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            self._files |= dict.fromkeys(file.keys(), file)
+        record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
+        scalars = {name: record.get(name) for name in ("logit_scale", "logit_bias")}
+        self._scalars = {name: value for name, value in scalars.items() if value is not None}
+        self.names = self._files.keys() | self._scalars.keys()
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The tensor of this name; None if there is none."""
+        if name in self._scalars:
+            return torch.tensor(self._scalars[name], dtype=torch.float64)
+        return self._files[name].get_tensor(name) if name in self._files else None
 
 
 def _is_equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
@@ -112,17 +118,15 @@ def _is_equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
 
-def _max_difference(
-    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
-) -> float | None:
-    """The largest difference of two weights of one place; None if it is not defined anywhere."""
-    largest = [
-        float((tensor.double() - second[name].double()).abs().max())
-        for name, tensor in first.items()
-        if name in second and tensor.shape == second[name].shape and tensor.numel()
-    ]
-    found = max(largest, default=float("nan"))
-    return found if found == found and found != float("inf") else None
+def _max_difference(first: _Weights, second: _Weights, names: list[str]) -> float | None:
+    """The largest difference of two weights of one place; None if it is not finite."""
+    largest = [0.0]
+    for name in names:
+        was, is_now = first.get(name), second.get(name)
+        if was is None or is_now is None or was.shape != is_now.shape:
+            return None
+        largest.append(float((was.double() - is_now.double()).abs().max()))
+    return max(largest) if all(map(math.isfinite, largest)) else None
 
 
 def compare_histories(

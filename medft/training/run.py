@@ -107,7 +107,11 @@ class Run:
             RunError: the loss, a gradient or a weight is NaN or infinite, or an adapter tensor had
                 no gradient in an epoch; or what a record holds could not be applied.
         """
-        resolved = self._resolved | resolved_model(trainer.model) | {"determinism": determinism()}
+        resolved = (
+            self._resolved
+            | resolved_model(trainer.model)
+            | {"determinism": determinism().model_dump()}
+        )
         if self._recorded:
             check_applied(resolved, self._recorded)
         signals = SignalCallback()
