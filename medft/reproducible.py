@@ -6,38 +6,24 @@ A run, data or a base that cannot be compared is an error of one sentence; nothi
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig
 
 from medft.check import Checked, check
 from medft.config.recipe import DecoderRecipe, Recipe, SiglipRecipe
 from medft.data.rows import image_source
-from medft.decoder.trainer import decoder_arguments
 from medft.errors import RunError
 from medft.files import check_folder_for_output, file_sha256
 from medft.masking import MASK
 from medft.models.base import identify_base
-from medft.models.resolved import (
-    THREADS,
-    Part,
-    Recorded,
-    changed_fields,
-    plain,
-    public_fields,
-    read_recorded,
-    recorded_fields,
-    resolved_arguments,
-)
+from medft.models.resolved import THREADS, Recorded, read_recorded
 from medft.models.run_record import RecordedLaunch
 from medft.models.saved import RunLayout
-from medft.provenance import hardware, masked, medft_version, package_versions
-from medft.siglip.trainer import siglip_arguments
+from medft.provenance import masked
+from medft.since_then import default_changes, first_change, leaves, machine_changes
 from medft.training.resume import check_as_recorded, identify_run
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -115,14 +101,14 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
         bool(recorded.resolved.arguments.get("use_cpu")) or not torch.accelerator.is_available()
     )
     _check_devices(launch, on_cpu)
-    applied, added = _changed_defaults(recipe, recorded)
+    applied, added = default_changes(recipe, recorded)
     checked = check(run.recipe, _overrides(out, recipe))
     now = masked(identify_run(recipe, checked.prepared, None, world_size=None))
     for part in ("base", "data", "init_from"):
         if now.get(part) != record.get(part):
             raise RunError(
                 f"expected the {part} of the run {source}, "
-                f"{_first_change(record.get(part), now.get(part))}: not comparable, restore it"
+                f"{first_change(record.get(part), now.get(part))}: not comparable, restore it"
             )
     _check_images(checked)
     threads = _threads(launch)
@@ -134,7 +120,7 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
         recorded=recorded,
         threads=threads,
         on_cpu=on_cpu,
-        differs_now=[*_differs_now(record, launch, threads), *added],
+        differs_now=[*machine_changes(record, launch, threads), *added],
         applied=applied,
     )
 
@@ -142,7 +128,11 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
 def _completed(run: RunLayout) -> dict[str, Any]:
     """The record of a completed run with its results."""
     source = run.directory
-    if not run.record.is_file() and (source.absolute().parent / "run.json").is_file():
+    if (
+        source.exists()
+        and not run.record.is_file()
+        and (source.absolute().parent / "run.json").is_file()
+    ):
         raise RunError(
             f"expected the output_dir of a run, {source} is a folder of its results: give "
             f"{source.parent}"
@@ -181,7 +171,7 @@ def _threads(launch: RecordedLaunch) -> int:
 def _recipe(run: RunLayout, record: dict[str, Any], recorded: Recorded, out: Path) -> Recipe:
     """The recipe of a run, from its recipe.yaml, which must be that of run.json."""
     kind = SiglipRecipe if "contrastive" in record["recipe"] else DecoderRecipe
-    hidden = [key for key, value in _leaves(record["recipe"]) if MASK in str(value)]
+    hidden = [key for key, value in leaves(record["recipe"]) if MASK in str(value)]
     hidden = [key for key in hidden if key not in ("train.run_name", "train.report_to")]
     if hidden:
         raise RunError(
@@ -192,16 +182,6 @@ def _recipe(run: RunLayout, record: dict[str, Any], recorded: Recorded, out: Pat
     recipe = kind.load(run.recipe, _overrides(out, recipe))
     check_as_recorded(recipe, recorded)
     return recipe
-
-
-def _leaves(content: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(content, dict):
-        return [(prefix, content)]
-    return [
-        leaf
-        for key, inner in content.items()
-        for leaf in _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    ]
 
 
 def _overrides(out: Path, recipe: Recipe) -> list[str]:
@@ -238,7 +218,7 @@ def _check_files(recipe: Recipe, record: dict[str, Any]) -> None:
     if base != record["base"]:
         raise RunError(
             f"expected model.base {recipe.model.base} as the run was trained on it, "
-            f"{_first_change(record['base'], base)}: not comparable, restore it"
+            f"{first_change(record['base'], base)}: not comparable, restore it"
         )
 
 
@@ -262,13 +242,6 @@ def _check_images(checked: Checked) -> None:
                     )
 
 
-def _first_change(then: Any, now: Any) -> str:
-    """The first value that changed in a part of the record, as text."""
-    first, second = dict(_leaves(then)), dict(_leaves(now))
-    name = next(key for key in {**first, **second} if first.get(key) != second.get(key))
-    return f"{name or 'it'} was {first.get(name)} and is {second.get(name)}"
-
-
 def _check_devices(launch: RecordedLaunch, on_cpu: bool) -> None:
     if not on_cpu and launch.processes > torch.accelerator.device_count():
         raise RunError(
@@ -276,75 +249,3 @@ def _check_devices(launch: RecordedLaunch, on_cpu: bool) -> None:
             f"{torch.accelerator.device_count()}: not comparable, since each step would have other "
             f"rows"
         )
-
-
-def _defaults_now(
-    recipe: Recipe, recorded: Recorded
-) -> Iterator[tuple[Part, str, dict[str, Any], Callable[[str], bool]]]:
-    """Of each part of a record: its name, class, fields as medft would set them now, and which.
-
-    Raises:
-        RunError: a recorded field cannot be applied.
-        RecipeError: the library refuses a recorded value.
-    """
-    options: dict[str, Any] = {"dtype": recipe.model.dtype, "use_cpu": True}
-    make: Any = siglip_arguments if isinstance(recipe, SiglipRecipe) else decoder_arguments
-    make(recipe.train, recorded=recorded, **options)
-    arguments = make(recipe.train, **options)
-    yield "arguments", type(arguments).__name__, resolved_arguments(arguments), lambda name: True
-    if recipe.lora:
-        recorded_fields(LoraConfig, recorded, "lora")
-        written = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type"}
-        written |= {key for key, value in recipe.lora.model_dump().items() if value is not None}
-        yield "lora", "LoraConfig", plain(LoraConfig()), lambda name: name not in written
-    if isinstance(recipe, DecoderRecipe) and recipe.quantization:
-        recorded_fields(BitsAndBytesConfig, recorded, "quantization")
-        fields = public_fields(plain(BitsAndBytesConfig()))
-        own = re.compile("load_in_4bit|bnb_4bit_(?!quant_storage).*|llm_int8_skip_modules")
-        yield "quantization", "BitsAndBytesConfig", fields, lambda name: not own.fullmatch(name)
-
-
-def _changed_defaults(recipe: Recipe, recorded: Recorded) -> tuple[list[str], list[str]]:
-    """Sentences on fields that the libraries would fill in otherwise now, and on fields they add.
-
-    Raises:
-        MedftError: as from `_defaults_now`.
-    """
-    applied, added = [], []
-    for part, name, fields, is_default in _defaults_now(recipe, recorded):
-        known = getattr(recorded.resolved, part) or {}
-        for field, was, value in changed_fields(part, known, fields):
-            if not is_default(field):
-                continue
-            if field in known:
-                applied.append(
-                    f"{name}.{field} would be {value!r} now and was {was!r}, which is used"
-                )
-            else:
-                added.append(f"{name}.{field} is new in the library, which sets {value!r}")
-    return applied, added
-
-
-def _differs_now(record: dict[str, Any], launch: RecordedLaunch, threads: int) -> list[str]:
-    """Sentences on what differs between then and now, and may change the last bits of a result."""
-    then = {
-        "medft": record["medft"],
-        "packages": record["packages"],
-        "hardware": {k: v for k, v in record["hardware"].items() if k != "cpu_count"},
-        "threads": launch.threads,
-    }
-    now = {
-        "medft": medft_version(),
-        "packages": package_versions(),
-        "hardware": {k: v for k, v in hardware().items() if k != "cpu_count"},
-        "threads": threads,
-    }
-    first, second = dict(_leaves(then)), dict(_leaves(masked(now)))
-    sentences = [
-        f"{name} was {first.get(name)} and is {second.get(name)}"
-        for name in {**first, **second}
-        if first.get(name) != second.get(name)
-    ]
-    if first.get("medft.dirty") and second.get("medft.dirty"):
-        sentences.append("medft had and has uncommitted changes, which are not compared")
-    return sentences

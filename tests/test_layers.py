@@ -35,7 +35,7 @@ HOUSE = """
     inference/ cases prompts predictor __init__ inputs records files
     export/ merge
     demo/ bases phantoms exports pretrain report chain
-    reproducible reproduce
+    since_then reproducible reproduce
     cli
 """
 STRANGERS = ("medft.decoder", "medft.siglip")
