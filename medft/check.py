@@ -53,7 +53,7 @@ def check(file: Path, overrides: list[str]) -> Checked:
     collector.raise_any()
     if checkpoint or prepared.initial:
         identify_run(recipe, prepared, checkpoint, world_size=None)
-    return Checked(recipe, prepared, batch_arithmetic(prepared.rows_per_epoch, arguments))
+    return Checked(recipe, prepared, batch_arithmetic(prepared.batches_per_epoch, arguments))
 
 
 def _prepare(

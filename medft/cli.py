@@ -49,7 +49,20 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="check a recipe, then train it under accelerate")
     _add_recipe(train)
-    train.add_argument("--config_file", type=Path, help="of accelerate; default: a single device")
+    train.add_argument(
+        "--config-file",
+        "--config_file",
+        type=Path,
+        metavar="FILE",
+        help="of accelerate; default: a single device, or DDP for several processes",
+    )
+    train.add_argument(
+        "--num-processes",
+        "--num_processes",
+        type=_at_least_one,
+        metavar="N",
+        help="processes, one for each GPU or several on the CPU; default: the configuration's",
+    )
     train.set_defaults(command=_train)
 
     reproduce = commands.add_parser("reproduce", help="train a run again and compare, bit for bit")
@@ -218,7 +231,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
     with process_setup(quiet=True):
         check(arguments.recipe, arguments.overrides)
-    return train(arguments.recipe, arguments.overrides, arguments.config_file)
+    return train(
+        arguments.recipe,
+        arguments.overrides,
+        arguments.config_file,
+        num_processes=arguments.num_processes,
+    )
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:

@@ -109,7 +109,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except MedftError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             for problem in error.problems:
                 _show(problem)
         return EXIT_BAD_INPUT

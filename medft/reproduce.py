@@ -16,6 +16,8 @@ from medft.provenance import masked
 from medft.reproducible import Plan
 from medft.training.compare_runs import compare_runs, first_different_step
 from medft.training.launch import supervised
+from medft.training.launched import ASKED
+from medft.training.process import THREADS
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,8 @@ def run_again(plan: Plan) -> RunLayout:
     words = [str(plan.run.recipe), *plan.overrides, OPTION, str(plan.run.record)]
     command = [sys.executable, "-m", *_launcher(plan), str(script), *words]
     recorded = plan.recorded.resolved.determinism
-    environment = environment_of(recorded, threads=plan.threads)
+    environment = {**environment_of(recorded), THREADS: str(plan.threads)}
+    environment.pop(ASKED, None)  # of a launcher above
     try:
         code = supervised(command, environment)
     except KeyboardInterrupt:
@@ -90,7 +93,7 @@ def run_again(plan: Plan) -> RunLayout:
     status = again.read_record()["status"] if again.record.is_file() else "not begun"
     if code or status != "completed":
         raise RunError(
-            f"expected the repeated run to end, it is {status} (exit code {code}; its own message "
+            f"expected the repeated run to complete, it is {status} (exit code {code}; its own message "
             f"stands above): {_left(plan.out)}"
         )
     return again
@@ -122,5 +125,5 @@ def _launcher(plan: Plan) -> list[str]:
             "use_cpu": plan.on_cpu,
         }
         write_json(config, content)
-    threads = ["--num_cpu_threads_per_process", str(plan.threads)]
+    threads = ["--num_cpu_threads_per_process", "1"]  # each process sets its own number
     return ["accelerate.commands.launch", "--config_file", str(config), *threads]

@@ -19,11 +19,12 @@ from medft.errors import RunError
 from medft.files import check_folder_for_output, file_sha256
 from medft.masking import MASK
 from medft.models.base import identify_base
-from medft.models.resolved import THREADS, Recorded, read_recorded
+from medft.models.resolved import Recorded, read_recorded
 from medft.models.run_record import RecordedLaunch
 from medft.models.saved import RunLayout
 from medft.provenance import masked
 from medft.since_then import default_changes, first_change, leaves, machine_changes
+from medft.training.process import THREADS, num_threads
 from medft.training.resume import check_as_recorded, identify_run
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -111,7 +112,7 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
                 f"{first_change(record.get(part), now.get(part))}: not comparable, restore it"
             )
     _check_images(checked)
-    threads = _threads(launch)
+    threads = num_threads() if THREADS in os.environ else launch.threads
     return Plan(
         run=run,
         out=out,
@@ -158,14 +159,6 @@ def _launch(run: RunLayout, record: dict[str, Any]) -> RecordedLaunch:
             f"older medft wrote it: train the run again to be able to reproduce it"
         )
     return RecordedLaunch.model_validate(record["launch"])
-
-
-def _threads(launch: RecordedLaunch) -> int:
-    """Threads of each process: those that the user asks for now, else the recorded ones."""
-    given = os.environ.get(THREADS, str(launch.threads))
-    if not given.isdecimal() or int(given) < 1:
-        raise RunError(f"expected a number of threads in {THREADS}, got {given!r}: correct it")
-    return int(given)
 
 
 def _recipe(run: RunLayout, record: dict[str, Any], recorded: Recorded, out: Path) -> Recipe:

@@ -56,6 +56,9 @@ def test_exit_codes_and_sentences(capsys, monkeypatch):
         run_command(fail, ["--debug"])
     monkeypatch.setenv("RANK", "1")
     assert run_command(fail, []) == 2
+    assert "expected a, got b" in capsys.readouterr().err  # of no launcher: nobody else says it
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command(fail, []) == 2
     assert capsys.readouterr().err == ""
     assert run_command(stop, []) == 143
     assert run_command(interrupt, []) == 130

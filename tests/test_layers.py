@@ -23,8 +23,8 @@ HOUSE = """
     data/ charts statistics sentences image_sentences report prepare
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns run_record resolved saved adapter lora frozen
-    training/ process arguments checkpoints broken_data trainer callbacks curves resume run
-    training/ compare_runs launch
+    training/ process deepspeed launched arguments checkpoints broken_data trainer callbacks
+    training/ curves resume run compare_runs launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build

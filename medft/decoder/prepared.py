@@ -108,9 +108,9 @@ class PreparedDecoderData:
         return {}
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Number of training rows per epoch, repeats included."""
-        return len(self.sampler)
+    def batches_per_epoch(self) -> int:
+        """Number of training batches of each process per epoch."""
+        return len(self.sampler) // self.num_processes
 
     def open_cache(self, model: PreTrainedModel) -> VisionCache | None:
         """The cache of image features, or None if the recipe asks for none.
@@ -206,7 +206,11 @@ def prepare_decoder_data(
         logger.info("%s: %s", split, describe_counts(known.counts))
     sampler = _sampler(measured["train"], isolates_rows, arguments)
     if sampler.repeats:
-        logger.info("train: %s rows of an epoch are repeats, to fill batches", sampler.repeats)
+        logger.info(
+            "train: %s rows of an epoch are repeats, to fill batches, one row comes %s times",
+            sampler.repeats,
+            sampler.most_repeated,
+        )
     return PreparedDecoderData(
         config=base.config,
         family=base.family,
@@ -295,8 +299,8 @@ def _sampler(
     groups = arguments.train_sampling_strategy == "group_by_length"
     return GlobalBatchSampler(
         [min(count, 1) for count in image_counts] if mixes else image_counts,
-        global_batch_size=arguments.per_device_train_batch_size * arguments.world_size,
+        batch_size=arguments.per_device_train_batch_size,
+        num_processes=arguments.world_size,
         seed=arguments.seed,
-        fills=arguments.world_size > 1,
         lengths=train.lengths if groups else None,
     )

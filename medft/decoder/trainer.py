@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
@@ -76,9 +76,19 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         self._record = record
         self._sampler = prepared.sampler
 
-    def train_sampler(self) -> Sampler:
-        """The order of training rows."""
-        return self._sampler
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of the sampler; Trainer would cut rows by count, past a short batch."""
+        return self.accelerator.prepare(
+            DataLoader(
+                self.train_dataset,
+                batch_sampler=self._sampler,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+                persistent_workers=self.args.dataloader_persistent_workers,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+            )
+        )
 
     def prediction_step(
         self,

@@ -132,8 +132,8 @@ def train_both(models: Path, chat: Path, out: Path, overrides: list[str]) -> Non
     Raises:
         RunError: one of them failed.
     """
-    on_the_cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment = {**os.environ, **on_the_cpu}
+    one_thread = {"MEDFT_THREADS": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **one_thread}
     running = {}
     for kind in KINDS:
         command = [sys.executable, "-m", "medft.cli", "train"]

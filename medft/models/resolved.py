@@ -53,9 +53,6 @@ Part = Literal["arguments", "lora", "quantization"]
 
 INSTALL = "install the versions that stand under packages in its run.json"
 
-THREADS = "MEDFT_THREADS"
-"""Environment variable: threads of torch in each training process."""
-
 _ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
@@ -193,12 +190,12 @@ def apply_determinism(recorded: Determinism) -> None:
             _products(name).fp32_precision = recorded.float32_precision[name]
 
 
-def environment_of(recorded: Determinism, *, threads: int) -> dict[str, str]:
+def environment_of(recorded: Determinism) -> dict[str, str]:
     """The environment for a process that repeats a run: this one's, but for what was recorded."""
     chosen = {name: recorded.environment.get(name) for name in _ENVIRONMENT}
     kept = {name: value for name, value in os.environ.items() if name not in chosen}
     set_then = {name: value for name, value in chosen.items() if value is not None}
-    return {**kept, **set_then, THREADS: str(threads)}
+    return {**kept, **set_then}
 
 
 def _products(name: str) -> Any:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable
 
 import numpy as np
-from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedConfig, TrainingArguments
 
 from medft.config.recipe import ModelSection, SiglipDataSection
@@ -20,14 +19,11 @@ def check_launch(model: ModelSection, arguments: TrainingArguments) -> None:
         RecipeError: this launcher does.
     """
     plugin = arguments.deepspeed_plugin
-    sharded_by = "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        sharded_by = "FSDP"
-    if sharded_by:
+    if plugin is not None and plugin.zero_stage == 3:
         raise RecipeError(
-            f"expected SigLIP whole on every process, {sharded_by} shards it, and the loss needs "
-            f"scale, bias and the caching pass outside the forward: use "
-            f"accelerate_configs/ddp.yaml or zero2.yaml"
+            "expected SigLIP whole on every process, ZeRO-3 shards it, and the loss needs "
+            "scale, bias and the caching pass outside the forward: use "
+            "accelerate_configs/ddp.yaml or zero2.yaml"
         )
     if plugin is not None and model.dtype != "float32":
         raise RecipeError(

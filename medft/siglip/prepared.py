@@ -1,6 +1,7 @@
 """Prepared data of a SigLIP run: all that is known and checked before weights are loaded."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -62,6 +63,9 @@ class PreparedSiglipData:
     batches: BatchPlan
     """How many pairs are compared and dropped, for run.json."""
 
+    global_batch_size: int
+    """Pairs per device times devices."""
+
     @property
     def batch_record(self) -> dict[str, Any]:
         """Which pairs are compared, and the floor of the loss."""
@@ -71,6 +75,11 @@ class PreparedSiglipData:
     def rows_per_epoch(self) -> int:
         """Number of training pairs per epoch."""
         return len(self.train) - self.batches.pairs_dropped_an_epoch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of training batches of each process per epoch."""
+        return math.ceil(self.rows_per_epoch / self.global_batch_size)
 
     def examples(self, num_rows: int = 3) -> list[str]:
         """The first captions, each with its tokens decoded again."""
@@ -143,6 +152,7 @@ def prepare_siglip_data(
         }
         | overlap,
         batches=batches,
+        global_batch_size=arguments.per_device_train_batch_size * arguments.world_size,
     )
 
 

@@ -18,6 +18,7 @@ from medft.compat import reporting_integrations
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
 from medft.models.resolved import Recorded, recorded_fields
+from medft.training.launched import check_environment, find_launch
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -46,8 +47,10 @@ def training_arguments(
     Raises:
         RunError: the library lacks a recorded field.
         RecipeError: the library rejects a value, this machine lacks the precision, the launcher
-            sets another one, or the process sees several GPUs, which Trainer would use at once.
+            sets another one or starts other processes than it was asked for, or the process sees
+            several GPUs, which Trainer would use at once.
     """
+    check_environment()
     mixed = _mixed_precision(dtype)
     fields = {
         "disable_tqdm": not sys.stderr.isatty(),
@@ -89,6 +92,7 @@ def training_arguments(
             f"spread every batch over them: start with --config_file accelerate_configs/ddp.yaml, "
             f"or set CUDA_VISIBLE_DEVICES=0"
         )
+    find_launch(arguments)
     return arguments
 
 
@@ -124,8 +128,8 @@ def _try_out(arguments: TrainingArguments) -> None:
         raise ImportError(f"report_to names {', '.join(sorted(missing))}, which is not installed")
 
 
-def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
-    """Batch sizes and step counts for so many rows, as Trainer computes them.
+def batch_arithmetic(batches: int, arguments: TrainingArguments) -> dict[str, int]:
+    """Batch sizes and step counts for so many batches of each process, as Trainer computes them.
 
     Returns:
         per_device, accumulation, world, effective (rows per optimizer step), steps_per_epoch,
@@ -134,7 +138,7 @@ def batch_arithmetic(rows: int, arguments: TrainingArguments) -> dict[str, int]:
     per_device = arguments.per_device_train_batch_size
     accumulation = arguments.gradient_accumulation_steps
     global_batch_size = per_device * arguments.world_size
-    steps_per_epoch = math.ceil(math.ceil(rows / global_batch_size) / accumulation)
+    steps_per_epoch = math.ceil(batches / accumulation)
     steps = arguments.max_steps
     if steps <= 0:
         steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)

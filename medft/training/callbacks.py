@@ -281,7 +281,11 @@ class CheckpointManifestCallback(TrainerCallback):
 
 
 class BestModelCallback(TrainerCallback):
-    """Writes best_model/ at each evaluation that improves the metric, whatever save_steps is."""
+    """Writes best_model/ at each evaluation that improves the metric, whatever save_steps is.
+
+    The evaluation of `eval_on_start` counts as the first, which Trainer leaves out. What else
+    compares with the best value must stand before this callback.
+    """
 
     def __init__(self, save: Callable[[Path], None]) -> None:
         self.save = save
@@ -302,3 +306,5 @@ class BestModelCallback(TrainerCallback):
                 self.save(RunLayout(Path(args.output_dir)).best_model)
             except BaseModelError as error:  # no step has changed every layer yet
                 logger.warning("step %s: no best_model/: %s", state.global_step, error)
+            if state.global_step == 0:
+                state.best_metric, state.best_global_step = value, 0

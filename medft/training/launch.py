@@ -8,36 +8,42 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from medft.config.command_line import recipe_class
 from medft.config.strict_yaml import StrictYaml
-from medft.errors import EXIT_TERMINATED
+from medft.errors import EXIT_TERMINATED, RecipeError
 from medft.files import packaged_file
+from medft.training.launched import ASKED
 
 
-def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
+def train(
+    file: Path, overrides: list[str], config_file: Path | None, num_processes: int | None = None
+) -> int:
     """Launch the recipe's script under accelerate; returns its exit code.
 
-    Without a configuration file it uses the one for a single device, never the user's own default,
-    which may set a precision or hyperparameters. SIGTERM is handled as by `supervised`.
+    Without a configuration file it uses the one for a single device, or for several processes DDP,
+    never the user's own default, which may set a precision or hyperparameters. SIGTERM is handled
+    as by `supervised`.
 
     Args:
         file: the recipe, already checked.
         overrides: `section.key=value`, as given.
-        config_file: accelerate's; None for one GPU if there is one, else the CPU.
-    """
-    import torch
+        config_file: accelerate's; None for DDP if there are several processes, else for one GPU if
+            there is one, else the CPU.
+        num_processes: instead of the configuration's.
 
-    kind = recipe_class(file, overrides)
+    Raises:
+        RecipeError: accelerate would start other processes than these.
+    """
     if config_file is None:
-        device = "single_gpu" if torch.cuda.is_available() else "cpu"
-        config_file = packaged_file(f"accelerate_configs/{device}.yaml")
-    script = packaged_file(f"recipes/{kind.script}")
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+        config_file = packaged_file(f"accelerate_configs/{_device(num_processes or 1)}.yaml")
     config = StrictYaml.read(config_file).raw
-    shared = max((os.cpu_count() or 1) // int(config.get("num_processes", 1)), 1)
-    threads = os.environ.get("OMP_NUM_THREADS", str(shared))
-    command += ["--config_file", str(config_file), "--num_cpu_threads_per_process", threads]
+    processes = num_processes or config.get("num_processes", 1)
+    _check_distributed_type(config, config_file, processes)
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(config_file), "--num_processes", str(processes)]
+    command += ["--num_cpu_threads_per_process", "1"]  # each process sets its own number
     deepspeed = config.get("deepspeed_config") or {}
     if "deepspeed_config_file" in deepspeed:
         path = Path(deepspeed["deepspeed_config_file"])
@@ -45,10 +51,12 @@ def train(file: Path, overrides: list[str], config_file: Path | None) -> int:
             "--deepspeed_config_file",
             str(path if path.exists() else packaged_file(str(path))),
         ]
-    return supervised([*command, str(script), str(file), *overrides])
+    script = packaged_file(f"recipes/{recipe_class(file, overrides).script}")
+    environment = {**os.environ, ASKED: str(processes)}
+    return supervised([*command, str(script), str(file), *overrides], environment)
 
 
-def supervised(command: list[str], environment: Mapping[str, str] | None = None) -> int:
+def supervised(command: list[str], environment: Mapping[str, str]) -> int:
     """Run a launcher; returns its exit code.
 
     SIGTERM is forwarded to the training processes, which save a checkpoint first; the exit code is
@@ -56,7 +64,7 @@ def supervised(command: list[str], environment: Mapping[str, str] | None = None)
 
     Args:
         command: of a launcher, whose children train.
-        environment: of the command; None for this process's.
+        environment: of the command.
     """
     import psutil
 
@@ -81,3 +89,42 @@ def supervised(command: list[str], environment: Mapping[str, str] | None = None)
     finally:
         signal.signal(signal.SIGTERM, previous)
     return EXIT_TERMINATED if terminated.is_set() and process.returncode else process.returncode
+
+
+def _device(num_processes: int) -> str:
+    """The name of the shipped configuration for so many processes on this machine."""
+    import torch
+
+    if num_processes > 1:
+        return "ddp"
+    return "single_gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _check_distributed_type(config: dict[str, Any], file: Path, processes: Any) -> None:
+    """Refuse a configuration by which accelerate starts something else, or one process of several.
+
+    Raises:
+        RecipeError: it does.
+    """
+    kind = str(config.get("distributed_type", "NO")).upper()
+    if not isinstance(processes, int) or processes < 1:
+        raise RecipeError(
+            f"expected num_processes from 1 on in {file}, got {processes!r}: correct it"
+        )
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED"):
+        raise RecipeError(
+            f"expected one process, DDP, ZeRO-2 or ZeRO-3, {file} has distributed_type {kind}, "
+            f"with which medft was never tested: use accelerate_configs/ddp.yaml, zero2.yaml or "
+            f"zero3.yaml"
+        )
+    if processes > 1 and kind in ("NO", "MULTI_CPU"):
+        raise RecipeError(
+            f"expected {processes} processes, accelerate would start one for distributed_type "
+            f"{kind} of {file}: use --config-file accelerate_configs/ddp.yaml, which runs on CPUs, "
+            f"too"
+        )
+    if processes == 1 and kind == "MULTI_GPU":
+        raise RecipeError(
+            f"expected several processes for distributed_type MULTI_GPU of {file}, got one: leave "
+            f"--config-file out"
+        )

@@ -1,4 +1,4 @@
-"""Setup of a command's process: logging, seeds and a clean shutdown."""
+"""Setup of a command's process: logging, seeds, threads and a clean shutdown."""
 
 import logging
 import os
@@ -6,17 +6,29 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from medft.errors import RunError
 from medft.masking import log_handler
+
+THREADS = "MEDFT_THREADS"
+"""Environment variable: threads of torch on each process that trains."""
+
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of CPU time and of the period they are for, in a container; else `max`."""
 
 
 @contextmanager
 def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[None]:
-    """Set up logging and seeds for the block, and destroy the process group after it.
+    """Set up logging, seeds and threads for the block, and destroy the process group after it.
 
     Args:
-        seed: for all random number generators of the process; None leaves them unchanged.
+        seed: of a training, for all random number generators of the process, whose threads are
+            set too; None leaves both unchanged.
         quiet: show warnings only.
+
+    Raises:
+        RunError: MEDFT_THREADS is no number of threads.
     """
     import datasets
     import torch
@@ -31,15 +43,43 @@ def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[N
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    if "MEDFT_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["MEDFT_THREADS"]))
     if seed is not None:
         transformers.set_seed(seed)
+        torch.set_num_threads(num_threads())
+        # else Accelerate sets its own number where no launcher has set one
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     try:
         yield
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def num_threads() -> int:
+    """Threads of torch on this process: `$MEDFT_THREADS`, else its part of the cores.
+
+    OMP_NUM_THREADS is not read: launchers set it, each to another number, and sums in float32
+    depend on the number.
+
+    Raises:
+        RunError: MEDFT_THREADS is no number of threads.
+    """
+    given = os.environ.get(THREADS)
+    if given is None:
+        return max(_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    if not given.isdecimal() or int(given) < 1:
+        raise RunError(f"expected a number of threads in {THREADS}, got {given!r}: correct it")
+    return int(given)
+
+
+def _cores() -> int:
+    """CPU cores that this process may use, as its affinity and its container's quota say."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    quota, _, period = (
+        _CPU_QUOTA.read_text().partition(" ") if _CPU_QUOTA.is_file() else ("max",) * 3
+    )
+    return cores if quota == "max" else min(cores, max(int(quota) // int(period), 1))
 
 
 def wait_for_everyone() -> None:

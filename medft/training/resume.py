@@ -122,8 +122,8 @@ class PreparedData(Protocol):
         ...
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Training rows of an epoch."""
+    def batches_per_epoch(self) -> int:
+        """Training batches of each process in an epoch."""
         ...
 
     @property

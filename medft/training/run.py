@@ -6,13 +6,12 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
@@ -52,6 +51,7 @@ from medft.training.callbacks import (
 )
 from medft.training.checkpoints import state_of, step_of
 from medft.training.curves import draw_curves
+from medft.training.launched import Launch, find_launch
 from medft.training.process import wait_for_everyone
 from medft.training.resume import (
     PreparedData,
@@ -127,6 +127,8 @@ class Run:
             trainer.load_checkpoint(checkpoint)  # only the result was not written
             trainer.state = saved
         else:
+            if checkpoint:
+                trainer.args.eval_on_start = False  # it was, before the first step
             with signals.listening():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.write_history(trainer.state)
@@ -153,14 +155,23 @@ class Run:
         trainer.add_callback(LogHistoryCallback(self.write_history))
         trainer.add_callback(manifests)
         trainer.add_callback(signals)
-        if trainer.eval_dataset is not None:
-            trainer.add_callback(BestModelCallback(lambda folder: save_result(trainer, folder)))
         if self._early_stopping:
             trainer.add_callback(EarlyStoppingCallback(**self._early_stopping))
+        if trainer.eval_dataset is not None:
+            trainer.add_callback(BestModelCallback(lambda folder: save_result(trainer, folder)))
 
     def _best_metric(self, state: TrainerState) -> float | None:
         """The metric of best_model/; None if there is none, as when the untrained base was best."""
-        return state.best_metric if self.layout.best_model.is_dir() else None
+        if self.layout.best_model.is_dir():
+            return state.best_metric
+        if state.best_metric is not None:
+            logger.warning(
+                "no best_model/: the best evaluation, %s at step %s, was of a model with untrained "
+                "layers, such as the base",
+                state.best_metric,
+                state.best_global_step,
+            )
+        return None
 
     def write_history(self, state: TrainerState) -> None:
         """Write log_history.json and curves.png."""
@@ -202,15 +213,16 @@ def open_run(
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
     identity = identify_run(recipe, prepared, checkpoint, world_size=arguments.world_size)
-    batch = batch_arithmetic(prepared.rows_per_epoch, arguments)
+    batch = batch_arithmetic(prepared.batches_per_epoch, arguments)
     if recorded:
         check_as_recorded(recipe, recorded)
         apply_determinism(recorded.resolved.determinism)
     if checkpoint:
         check_state(recipe.train, checkpoint, steps=batch["steps"])
     layout = RunLayout(Path(recipe.train.output_dir))
+    launch = find_launch(arguments)
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
-    writes = os.environ.get("RANK", "0") == "0"
+    writes = arguments.process_index == 0
     untested = untested_versions()
     entries = {
         "status": "running",
@@ -223,11 +235,7 @@ def open_run(
         "packages": package_versions(),
         "untested_packages": untested,
         "hardware": hardware(),
-        "launch": {
-            "strategy": _strategy(arguments),
-            "processes": arguments.world_size,
-            "threads": torch.get_num_threads(),
-        },
+        "launch": asdict(launch),
         "batch": batch | prepared.batch_record,
         **identity,
     }
@@ -253,6 +261,7 @@ def open_run(
             entries["resumed"] = [*earlier.get("resumed", []), now()]
             steps = earlier.get("resumed_from_steps", [])
             entries["resumed_from_steps"] = [*steps, step_of(checkpoint)]
+            _compare_threads(earlier, launch)
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
         with replaced_file(layout.recipe) as file:
@@ -268,10 +277,17 @@ def open_run(
         raise
 
 
-def _strategy(arguments: TrainingArguments) -> str:
-    if arguments.deepspeed_plugin:
-        return f"zero{arguments.deepspeed_plugin.zero_stage}"
-    return "ddp" if arguments.world_size > 1 else "single"
+def _compare_threads(earlier: dict[str, Any], launch: Launch) -> None:
+    """Warn where a resumed run sums in another order than before."""
+    before = earlier.get("launch", {}).get("threads", launch.threads)
+    if before != launch.threads:
+        logger.warning(
+            "the interrupted run had %s threads, this one has %s: numbers differ in their last "
+            "bits from those of an undisturbed run; MEDFT_THREADS=%s restores them",
+            before,
+            launch.threads,
+            before,
+        )
 
 
 def save_result(trainer: RowTrackingTrainer, folder: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from torch.utils.data import BatchSampler
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -201,8 +200,7 @@ def test_15_accelerate_drops_rows_where_a_batch_is_short():
 
 def test_15_global_batches_are_never_short():
     modalities = [1] * 11 + [0] * 6
-    sampler = GlobalBatchSampler(modalities, global_batch_size=6, seed=5, fills=True)
-    batches = BatchSampler(sampler, 3, drop_last=False)
+    batches = GlobalBatchSampler(modalities, batch_size=3, num_processes=2, seed=5)
     ranks = [list(BatchSamplerShard(batches, 2, rank)) for rank in (0, 1)]
     assert {row for rank in ranks for batch in rank for row in batch} == set(range(17))
     for left, right in zip(*ranks, strict=True):

@@ -1,5 +1,7 @@
 """The arguments of a trainer, and how rows become its steps."""
 
+import math
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -45,7 +47,8 @@ def test_the_arithmetic_is_trainers(tmp_path, rows, options):
     )
     trainer = Trainer(Line(), arguments, train_dataset=Squares(rows))
     trainer.train()
-    batch = batch_arithmetic(rows, arguments)
+    batches = math.ceil(rows / arguments.per_device_train_batch_size)
+    batch = batch_arithmetic(batches, arguments)
     assert batch["steps"] == trainer.state.max_steps == trainer.state.global_step
     assert batch["effective"] == (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps

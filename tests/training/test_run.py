@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pytest
+
 from medft.training.checkpoints import write_manifest
 from medft.training.run import final_metrics
 
@@ -37,3 +39,45 @@ def test_a_resumed_run_saves_logs_and_evaluates_as_its_recipe_says_now(
     history = json.loads((run / "log_history.json").read_text())
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 4]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4]
+
+
+@pytest.mark.slow
+def test_the_evaluation_before_the_first_step_counts(
+    sections, write_recipe, run_script, tmp_path, caplog
+):
+    recipe = sections("decoder")
+    recipe["train"] |= {"max_steps": 9, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    recipe["train"] |= {"early_stopping_patience": 2, "eval_on_start": True, "warmup_steps": 0}
+    found = {}
+    for name, learning_rate in (("worse", 1.0), ("better", 1e-2)):
+        recipe["train"]["learning_rate"] = learning_rate
+        file = write_recipe(recipe, name)
+        run_script("decoder", file)
+        found[name] = tmp_path / name
+    for name, run in found.items():
+        record = json.loads((run / "run.json").read_text())
+        values = {step: value for step, value in evaluations(run)}
+        best = min(values, key=values.__getitem__)
+        assert list(values) == list(range(record["steps_done"] + 1))
+        assert (best == 0) == (name == "worse")
+        assert (run / "best_model").exists() == (best != 0)
+        assert record["best_metric"] == (values[best] if best else None)
+        if best:
+            kept = (run / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+            assert (run / "best_model" / "adapter_model.safetensors").read_bytes() == kept
+    assert json.loads((found["worse"] / "run.json").read_text())["steps_done"] == 2
+    assert "no best_model/: the best evaluation, " in caplog.text
+
+    whole = evaluations(found["worse"])
+    (found["worse"] / "checkpoint-2" / "manifest.json").unlink()
+    file = tmp_path / "worse.yaml"
+    run_script("decoder", file, "train.resume_from_checkpoint=true")
+    record = json.loads((found["worse"] / "run.json").read_text())
+    assert (record["resumed_from"], record["steps_done"]) == ("checkpoint-1", 2)
+    assert evaluations(found["worse"]) == whole
+    assert not (found["worse"] / "best_model").exists()
+
+
+def evaluations(run):
+    history = json.loads((run / "log_history.json").read_text())
+    return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
