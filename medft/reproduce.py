@@ -93,8 +93,8 @@ def run_again(plan: Plan) -> RunLayout:
     status = again.read_record()["status"] if again.record.is_file() else "not begun"
     if code or status != "completed":
         raise RunError(
-            f"expected the repeated run to complete, it is {status} (exit code {code}; its own message "
-            f"stands above): {_left(plan.out)}"
+            f"expected the repeated run to complete, it is {status} (exit code {code}; its own "
+            f"message stands above): {_left(plan.out)}"
         )
     return again
 

@@ -97,12 +97,12 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
     if out.resolve().is_relative_to(source.resolve()):
         raise RunError(f"expected an --out outside of the run {source}, got {out}: choose another")
     recipe = _recipe(run, record, recorded, out)
+    applied, added = default_changes(recipe, recorded)
     _check_files(recipe, record)
     on_cpu = (
         bool(recorded.resolved.arguments.get("use_cpu")) or not torch.accelerator.is_available()
     )
     _check_devices(launch, on_cpu)
-    applied, added = default_changes(recipe, recorded)
     checked = check(run.recipe, _overrides(out, recipe))
     now = masked(identify_run(recipe, checked.prepared, None, world_size=None))
     for part in ("base", "data", "init_from"):

@@ -440,3 +440,6 @@ def test_training_arguments_of_both_kinds_can_be_rebuilt_from_their_record(runs)
         again = kind(output_dir="x", use_cpu=True, report_to="none", **fields)
         now = resolved.resolved_arguments(again)
         assert resolved.changed_fields("arguments", recorded.resolved.arguments, now) == []
+    hidden = SFTConfig(output_dir="x", use_cpu=True, bf16=False, eos_token="<end>")
+    assert hidden.to_dict()["eos_token"] == "<EOS_TOKEN>"
+    assert resolved.resolved_arguments(hidden)["eos_token"] == "<end>"
