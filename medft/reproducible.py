@@ -17,6 +17,7 @@ from medft.config.recipe import DecoderRecipe, Recipe, SiglipRecipe
 from medft.data.rows import image_source
 from medft.errors import RunError
 from medft.files import check_folder_for_output, file_sha256
+from medft.foreign import at_home
 from medft.masking import MASK
 from medft.models.base import identify_base
 from medft.models.resolved import Recorded, read_recorded
@@ -200,12 +201,12 @@ def _check_files(recipe: Recipe, record: dict[str, Any]) -> None:
             started_in = record.get("started_in", "the folder in which the run was started")
             advice = f"start medft reproduce in {started_in}" if is_relative else "restore it"
             raise RunError(f"expected {key} of the run at {path}, it is not there{seen}: {advice}")
-    for key, path in data.items():
-        known = record["data"].get(key.removeprefix("data."))
-        if path and known and file_sha256(Path(path)) != known["sha256"]:
+    for split, known in record["data"].items():
+        path = at_home(known["path"]) if isinstance(known, dict) and "path" in known else None
+        if path and path.is_file() and file_sha256(path) != known["sha256"]:
             raise RunError(
-                f"expected the {known['rows']} rows of {key} {path} as the run was trained on "
-                f"them, the file has changed: not comparable, restore it"
+                f"expected the {known.get('rows')} rows of data.{split} {path} as the run was "
+                f"trained on them, the file has changed: not comparable, restore it"
             )
     base = masked(identify_base(recipe.model))
     if base != record["base"]:

@@ -13,11 +13,21 @@ from pathlib import Path
 import pytest
 import yaml
 
+from medft.training.compare_runs import compare_weights
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = {"decoder": "decoder_qlora.py", "siglip": "siglip_lora.py"}
 SIGNALLED = Path(__file__).parent / "signalled.py"
 NF4 = "quantization={bits: 4}"
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+NEWER_PEFT = """
+from peft import LoraConfig
+original = LoraConfig.__init__
+def changed(self, *words, use_rslora=True, **fields):
+    original(self, *words, use_rslora=use_rslora, **fields)
+changed.__wrapped__ = original
+LoraConfig.__init__ = changed
+"""
 pytestmark = pytest.mark.slow
 
 
@@ -185,6 +195,27 @@ def test_what_was_changed_afterwards_is_found_at_its_step(train, again, tmp_path
     assert "expected: numerically close" in said
     assert json.loads((out / "run" / "run.json").read_text())["launch"]["threads"] == 2
     assert code == (0 if result["identical_adapter"] and not result["differs"] else 1)
+
+
+@pytest.mark.proof
+def test_a_library_of_another_default_trains_what_was_recorded(train, again, tmp_path, environment):
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "sitecustomize.py").write_text(NEWER_PEFT)
+    run = train("decoder")
+    path = os.pathsep.join([str(tmp_path / "newer"), str(ROOT)])
+    code, result, said = again(run, PYTHONPATH=path)
+    assert (code, result["differs"]) == (0, []), said
+    sentence = "LoraConfig.use_rslora would be True now and was False, which is used"
+    assert result["applied"] == [sentence]
+    assert f"applied: {sentence}" in said
+    # the same library without the record
+    words = [ROOT / "recipes" / "decoder_qlora.py", run / "recipe.yaml"]
+    subprocess.run(
+        [*map(str, [sys.executable, *words, f"train.output_dir={tmp_path / 'other'}"])],
+        env={**environment, "PYTHONPATH": path}, capture_output=True, check=True,
+    )  # fmt: skip
+    (found,) = compare_weights("adapter", run / "adapter", tmp_path / "other" / "adapter")
+    assert found["max_difference"] > 1e-3
 
 
 def test_changed_data_and_base_are_refused_before_training(
