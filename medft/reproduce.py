@@ -10,6 +10,7 @@ from typing import Any
 
 from medft.errors import EXIT_TERMINATED, RunError, Terminated
 from medft.files import packaged_file, write_json
+from medft.masking import printable
 from medft.models.resolved import OPTION, environment_of
 from medft.models.saved import RunLayout
 from medft.provenance import masked
@@ -54,7 +55,7 @@ def describe(result: dict[str, Any]) -> str:
         return "identical: adapter or model, log history and metrics are equal bit for bit"
     step = result["first_different_step"]
     where = "no step of the log" if step is None else f"step {step} of the log first"
-    return "\n".join([f"different: {where}", *lines])
+    return "\n".join(map(printable, [f"different: {where}", *lines]))
 
 
 def _sentence(entry: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from medft.data.rows import image_source
 from medft.errors import RunError
 from medft.files import check_folder_for_output, file_sha256
 from medft.foreign import at_home
-from medft.masking import MASK
+from medft.masking import MASK, printable
 from medft.models.base import identify_base
 from medft.models.resolved import Recorded, read_recorded
 from medft.models.run_record import RecordedLaunch
@@ -67,14 +67,13 @@ class Plan:
         """What differs between then and now and what that means, a sentence a line."""
         processes = f"{self.launch.processes} process{'es' * (self.launch.processes > 1)}"
         started = f"{self.launch.strategy}, {processes}, threads {self.threads}"
-        return "\n".join(
-            [
-                *(f"differs: {sentence}" for sentence in self.differs_now),
-                *(f"applied: {sentence}" for sentence in self.applied),
-                f"expected: {self.verdict}",
-                f"training again in {self.out / 'run'}: {started}",
-            ]
-        )
+        lines = [
+            *(f"differs: {sentence}" for sentence in self.differs_now),
+            *(f"applied: {sentence}" for sentence in self.applied),
+            f"expected: {self.verdict}",
+            f"training again in {self.out / 'run'}: {started}",
+        ]
+        return "\n".join(map(printable, lines))
 
 
 def plan_reproduction(source: Path, out: Path | None) -> Plan:

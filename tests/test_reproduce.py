@@ -144,6 +144,7 @@ def test_a_4_bit_run_records_its_quantization(runs):
         ({"resolved__arguments__trust_remote_code": True}, "trust_remote_code of SFTConfig"),
         ({"resolved__lora__loftq_config": {"x": 1}}, "loftq_config of LoraConfig to be unset"),
         ({"resolved__lora__future": 1}, "the installed peft lacks them: future"),
+        ({"resolved__attention__text_config": "someone/kernel"}, "resolved.attention.text_config"),
         ({"resolved__determinism__environment": "LD_PRELOAD"}, "resolved.determinism.environment"),
     ],
 )  # fmt: skip
@@ -220,7 +221,7 @@ def test_other_versions_and_hardware_are_said(run):
         packages__torch="1.0",
         hardware__gpus=["NVIDIA H200"],
         hardware__cpu_count=999,
-        medft__commit="old",
+        medft__commit="old\x1b[2J",
         medft__dirty=False,
     )
     plan = plan_reproduction(run, None)
@@ -228,7 +229,8 @@ def test_other_versions_and_hardware_are_said(run):
     said = " ".join(plan.differs_now)
     assert f"packages.torch was 1.0 and is {torch.__version__.partition('+')[0]}" in said
     assert "hardware.gpus was ['NVIDIA H200'] and is" in said
-    assert "medft.commit was old and is" in said
+    assert "medft.commit was old\\x1b[2J and is" in plan.describe()
+    assert "\x1b" not in plan.describe()
     assert "cpu_count" not in said
 
 

@@ -44,7 +44,7 @@ _FREE = {
 """Fields that are not taken from a record, by part; PEFT fills in those of LoraConfig."""
 
 _NEVER_SET = re.compile(
-    r"trust_remote_code|chat_template_path|(model_init|dataset)_kwargs|(?!accelerator_)\w+_config"
+    r"trust_remote_code|fsdp|chat_template_path|(model_init|dataset)_kwargs|(?!accelerator_)\w+_config"
 )
 """Fields that could run code or read files that a record names; no run of medft sets them."""
 
@@ -186,8 +186,9 @@ def apply_determinism(recorded: Determinism) -> None:
     torch.backends.cudnn.deterministic = recorded.cudnn_deterministic
     torch.backends.cudnn.benchmark = recorded.cudnn_benchmark
     for name in _PRODUCTS:
-        if name in recorded.float32_precision:
-            _products(name).fp32_precision = recorded.float32_precision[name]
+        value = recorded.float32_precision.get(name)
+        if value not in (None, _products(name).fp32_precision):
+            _products(name).fp32_precision = value
 
 
 def environment_of(recorded: Determinism) -> dict[str, str]:
@@ -276,4 +277,5 @@ def check_applied(now: Mapping[str, Any], recorded: Recorded) -> None:
 def use_recorded_attention(model: PreTrainedModel, recorded: Recorded | None) -> None:
     """Give a base the attention of a record, if there is one."""
     if recorded is not None:
-        model.set_attn_implementation(recorded.resolved.attention)
+        known = {name: kind for name, kind in recorded.resolved.attention.items() if kind}
+        model.set_attn_implementation(known)

@@ -76,8 +76,9 @@ class Resolved(_Recorded):
     quantization: dict[str, Any] | None
     """BitsAndBytesConfig of a quantized base."""
 
-    attention: dict[str, str | None]
-    """Implementation by part of the base's configuration; empty name: the whole."""
+    attention: dict[str, Annotated[str, Field(pattern="^[a-z0-9_]+$")] | None]
+    """Implementation by part of the base's configuration; empty name: the whole. One with a slash
+    would be code from the hub."""
 
     determinism: Determinism
 

@@ -227,7 +227,7 @@ def test_changed_data_and_base_are_refused_before_training(
     changes = [f"data.train={chat / 'train.jsonl'}", f"model.base={base}"]
     run = train("decoder", *changes)
     rows = (chat / "train.jsonl").read_text()
-    (chat / "train.jsonl").write_text(rows.replace("effusion", "Effusion"))
+    (chat / "train.jsonl").write_text(rows.replace("erosion", "Erosion"))
     assert rows != (chat / "train.jsonl").read_text()
     code, result, said = again(run)
     assert (code, result) == (2, None)
