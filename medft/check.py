@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from medft.config.command_line import recipe_class
@@ -27,6 +28,13 @@ class Checked:
     recipe: Recipe
     prepared: PreparedDecoderData | PreparedSiglipData
     batch: dict[str, int]
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """Training and validation rows, as `load_rows` gave them."""
+        sides = (self.prepared.train, self.prepared.validation)
+        found = [rows for rows in sides if rows is not None]
+        return [rows.rows if isinstance(rows, PairDataset) else rows for rows in found]
 
 
 def check(file: Path, overrides: list[str]) -> Checked:
@@ -69,10 +77,7 @@ def check_images(checked: Checked) -> int:
     Raises:
         DataError: with a sentence for each row whose image cannot be decoded.
     """
-    prepared = checked.prepared
-    sides = [rows for rows in (prepared.train, prepared.validation) if rows is not None]
-    datasets = [rows.rows if isinstance(rows, PairDataset) else rows for rows in sides]
-    return decode_images(datasets)
+    return decode_images(checked.datasets)
 
 
 def describe_check(checked: Checked) -> str:

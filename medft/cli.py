@@ -65,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(command=_train)
 
+    reproduce = commands.add_parser("reproduce", help="train a run again and compare, bit for bit")
+    reproduce.add_argument("source", type=Path, metavar="RUN")
+    reproduce.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: RUN-reproduced, beside the run"
+    )
+    reproduce.set_defaults(command=_reproduce)
+
     evaluate = commands.add_parser(
         "evaluate", help="predictions of a model on held-out rows, their scores, and a page of both"
     )
@@ -239,6 +246,20 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.config_file,
         num_processes=arguments.num_processes,
     )
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from medft.reproduce import describe, reproduce
+    from medft.reproducible import plan_reproduction
+    from medft.training.process import process_setup
+
+    with process_setup(quiet=True):
+        plan = plan_reproduction(arguments.source, arguments.out)
+    _say(plan.describe())
+    result = reproduce(plan)
+    _say(describe(result))
+    _say(str(plan.out / "reproduce.json"))
+    return EXIT_NO if result["differs"] else 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

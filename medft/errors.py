@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from medft.masking import masked_text
+from medft.masking import printable
 
 SHARED = "MEDFT_SHARED"
 """Environment variable; at 1, the umask of the process decides who may read what is written."""
@@ -140,6 +140,4 @@ def _private() -> Iterator[None]:
 
 
 def _show(problem: str) -> None:
-    """Write a sentence as one line: secrets masked, and what a terminal would obey escaped."""
-    line = (sign if sign.isprintable() else ascii(sign)[1:-1] for sign in masked_text(problem))
-    sys.stderr.write(f"medft: error: {''.join(line)}\n")
+    sys.stderr.write(f"medft: error: {printable(problem)}\n")

@@ -27,6 +27,11 @@ def masked_text(text: str) -> str:
     return _LOGIN.sub(MASK, _TOKENS.sub(MASK, text))
 
 
+def printable(text: str) -> str:
+    """The text as one line: secrets masked, and what a terminal would obey escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in masked_text(text))
+
+
 def log_handler() -> logging.Handler:
     """Writes log lines to standard error, secrets masked."""
     handler = logging.StreamHandler(sys.stderr)

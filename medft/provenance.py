@@ -174,12 +174,15 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Architecture, operating system, CPU count and GPU names of this machine, not its name."""
+    """Architecture, system, processors and the versions that drive them, not the machine's name."""
     return {
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 

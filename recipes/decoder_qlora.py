@@ -13,19 +13,22 @@ from medft.decoder.build import build_trainer
 from medft.decoder.prepared import prepare_decoder_data
 from medft.decoder.trainer import decoder_arguments
 from medft.errors import run_command
+from medft.models.resolved import take_recorded
 from medft.training.process import process_setup
 from medft.training.resume import check_output_dir
 from medft.training.run import open_run
 
 
 def main(argv: list[str]) -> None:
-    recipe = read_recipe(DecoderRecipe, argv)
+    words, recorded = take_recorded(argv)
+    recipe = read_recipe(DecoderRecipe, words)
     with process_setup(seed=recipe.train.seed):
-        arguments = decoder_arguments(recipe.train, dtype=recipe.model.dtype)
+        dtype = recipe.model.dtype
+        arguments = decoder_arguments(recipe.train, dtype=dtype, recorded=recorded)
         checkpoint = check_output_dir(recipe.train)
         lora = recipe.initial_lora(resumes=checkpoint is not None)
         prepared = prepare_decoder_data(recipe.model, recipe.data, lora, arguments)
-        common = {"arguments": arguments, "prepared": prepared}
+        common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
         with open_run(recipe, argv, checkpoint=checkpoint, **common) as run:
             sections = recipe.model, recipe.data, recipe.quantization, lora
             run.train(build_trainer(*sections, base=run.base, **common), checkpoint)

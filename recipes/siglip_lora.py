@@ -10,6 +10,7 @@ import sys
 from medft.config.command_line import read_recipe
 from medft.config.recipe import SiglipRecipe
 from medft.errors import run_command
+from medft.models.resolved import take_recorded
 from medft.siglip.build import build_trainer
 from medft.siglip.prepared import prepare_siglip_data
 from medft.siglip.trainer import siglip_arguments
@@ -19,14 +20,16 @@ from medft.training.run import open_run
 
 
 def main(argv: list[str]) -> None:
-    recipe = read_recipe(SiglipRecipe, argv)
+    words, recorded = take_recorded(argv)
+    recipe = read_recipe(SiglipRecipe, words)
     with process_setup(seed=recipe.train.seed):
-        arguments = siglip_arguments(recipe.train, dtype=recipe.model.dtype)
+        dtype = recipe.model.dtype
+        arguments = siglip_arguments(recipe.train, dtype=dtype, recorded=recorded)
         checkpoint = check_output_dir(recipe.train)
         lora = recipe.initial_lora(resumes=checkpoint is not None)
         sections = recipe.model, recipe.data, lora, recipe.contrastive
         prepared = prepare_siglip_data(*sections, arguments)
-        common = {"arguments": arguments, "prepared": prepared}
+        common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
         with open_run(recipe, argv, checkpoint=checkpoint, **common) as run:
             run.train(build_trainer(*sections, base=run.base, **common), checkpoint)
 

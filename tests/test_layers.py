@@ -22,9 +22,9 @@ HOUSE = """
     data/ kept_split assign row_images pairing accounting wide_images workers
     data/ charts statistics sentences image_sentences report prepare
     data/ messages chat_rows rows decoded overlap prompts chat tokens
-    models/ model_folder base patterns effects run_record saved adapter lora frozen
+    models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
     training/ process deepspeed launched arguments checkpoints broken_data mixed_precision
-    training/ trainer callbacks overflow curves resume run launch
+    training/ trainer callbacks overflow curves resume run compare_runs launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build
@@ -35,6 +35,7 @@ HOUSE = """
     inference/ cases prompts predictor __init__ inputs records files
     export/ unfixed merge
     demo/ bases phantoms exports pretrain report chain
+    since_then reproducible reproduce
     cli
 """
 STRANGERS = ("medft.decoder", "medft.siglip")

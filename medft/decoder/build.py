@@ -20,6 +20,7 @@ from medft.decoder.model import load_model
 from medft.decoder.prepared import PreparedDecoderData
 from medft.decoder.trainer import DecoderTrainer
 from medft.models.lora import attach_adapter
+from medft.models.resolved import Recorded, use_recorded_attention
 from medft.models.saved import SavedRecord
 from medft.training.mixed_precision import shard_weights_in
 
@@ -36,6 +37,7 @@ class LoadBase(Protocol):
         quantization: QuantizationSection | None,
         *,
         dtype: str,
+        recorded: Recorded | None,
     ) -> PreTrainedModel:
         """The base, every weight in place."""
         ...
@@ -51,6 +53,7 @@ def build_trainer(
     prepared: PreparedDecoderData,
     base: Mapping[str, Any],
     load: LoadBase = load_model,
+    recorded: Recorded | None = None,
 ) -> DecoderTrainer:
     """A trainer whose base, fix and adapter are those of the recipe.
 
@@ -65,14 +68,17 @@ def build_trainer(
         prepared: from `prepare_decoder_data`.
         base: from `identify_base`.
         load: gives the base.
+        recorded: the record of the run that is repeated.
 
     Raises:
+        RunError: an installed library lacks a recorded field.
         BaseModelError: the base cannot be loaded, or the adapter not attached.
     """
     family = prepared.family
     dtype = model.dtype if lora else "float32"
     shard_weights_in(dtype, arguments)
-    loaded = load(model, family, quantization, dtype=dtype)
+    loaded = load(model, family, quantization, dtype=dtype, recorded=recorded)
+    use_recorded_attention(loaded, recorded)
     if model.cross_attention_fix:
         family.isolate_rows(loaded)
     trained = loaded
@@ -84,6 +90,7 @@ def build_trainer(
             task_type="CAUSAL_LM",
             seed=arguments.seed,
             initial=prepared.initial,
+            recorded=recorded,
         )
     install_tower(loaded, model, prepared)
     arguments.train_sampling_strategy = "random"  # the sampler groups, Trainer's has no lengths

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 
-import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import nn
@@ -16,6 +15,7 @@ from medft.decoder.families.base import Family
 from medft.errors import BaseModelError
 from medft.models.adapter import load_adapter
 from medft.models.base import check_local_base, load_config, load_weights
+from medft.models.resolved import Recorded, recorded_fields
 from medft.models.saved import SavedModel
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def load_model(
     quantization: QuantizationSection | None,
     *,
     dtype: str,
+    recorded: Recorded | None = None,
 ) -> PreTrainedModel:
     """The base with its weights.
 
@@ -35,11 +36,13 @@ def load_model(
         family: the base's.
         quantization: the recipe's section; None for no quantization.
         dtype: of the weights, and of computation with 4-bit weights; "auto" keeps the stored one.
+        recorded: the record of the run that is repeated.
 
     Raises:
+        RunError: the library lacks a recorded field of the quantization.
         BaseModelError: it cannot be loaded, or the 4-bit layers are not those asked for.
     """
-    config = quantization and bitsandbytes_config(quantization, family, dtype)
+    config = quantization and bitsandbytes_config(quantization, family, dtype, recorded)
     loaded = load_weights(
         AutoModelForImageTextToText, model, dtype=dtype, quantization_config=config
     )
@@ -82,16 +85,25 @@ def _keep_caps_of_attention(model: PreTrainedModel) -> None:
 
 
 def bitsandbytes_config(
-    quantization: QuantizationSection, family: Family, dtype: str
+    quantization: QuantizationSection,
+    family: Family,
+    dtype: str,
+    recorded: Recorded | None = None,
 ) -> BitsAndBytesConfig:
-    """The recipe's quantization for bitsandbytes, with skipped parts as module names."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-        llm_int8_skip_modules=[family.parts[part] for part in quantization.skip],
-    )
+    """The recipe's quantization for bitsandbytes, with skipped parts as module names.
+
+    Raises:
+        RunError: as from `load_model`.
+    """
+    fields = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quantization.type,
+        "bnb_4bit_use_double_quant": quantization.double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "llm_int8_skip_modules": [family.parts[part] for part in quantization.skip],
+        **recorded_fields(BitsAndBytesConfig, recorded, "quantization"),
+    }
+    return BitsAndBytesConfig(**fields)
 
 
 def check_quantized(model: nn.Module, family: Family, quantization: QuantizationSection) -> None:

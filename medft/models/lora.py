@@ -15,6 +15,7 @@ from medft.errors import BaseModelError
 from medft.models.adapter import initial_weights
 from medft.models.effects import check_effects, check_saved_modules, ends_in
 from medft.models.patterns import check_patterns, matched_names
+from medft.models.resolved import Recorded, recorded_fields
 from medft.models.saved import SavedModel
 
 ALL_WEIGHTS = "none, every weight is trained"
@@ -97,6 +98,7 @@ def attach_adapter(
     task_type: str | None,
     seed: int,
     initial: SavedModel | None = None,
+    recorded: Recorded | None = None,
 ) -> PeftModel:
     """The model with a LoRA adapter in float32, new or continued; PEFT freezes the rest.
 
@@ -110,8 +112,10 @@ def attach_adapter(
         task_type: PEFT's; None for a model that is no language model.
         seed: of the initial weights.
         initial: from `find_initial`.
+        recorded: the record of the run that is repeated, whose fields take the place of all others.
 
     Raises:
+        RunError: PEFT lacks a recorded field.
         BaseModelError: the targets are wrong, PEFT refuses the configuration, or the initial
             adapter does not match.
         ValueError: there is no initial adapter although the section names one.
@@ -123,15 +127,17 @@ def attach_adapter(
     if isinstance(targets, str):
         targets = presets.get(targets, targets)
     check_saved_modules(model, lora.modules_to_save or [])
+    fields = {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": targets,
+        "task_type": task_type,
+        **lora.library_fields(),
+        **recorded_fields(LoraConfig, recorded, "lora"),
+    }
     try:
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            task_type=task_type,
-            **lora.library_fields(),
-        )
+        config = LoraConfig(**fields)
         check_patterns(model, config, where="lora")
         with torch.random.fork_rng():
             torch.manual_seed(seed)

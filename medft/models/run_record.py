@@ -48,12 +48,50 @@ class _RecordedBatch(_Recorded):
     effective: int
 
 
-class _RecordedLaunch(_Recorded):
+class Determinism(_Recorded):
+    """Settings of a process that decide how sums are computed, beyond its threads."""
+
+    deterministic_algorithms: bool
+    cudnn_deterministic: bool
+    cudnn_benchmark: bool
+    float32_precision: dict[str, str]
+    """By part of torch.backends: how products of float32 are computed."""
+
+    environment: dict[str, str | None]
+    """Variables of the libraries, null where they were not set."""
+
+
+class Resolved(_Recorded):
+    """What a run resolved to, by the libraries' own names of fields."""
+
+    arguments: dict[str, Any]
+    """TrainingArguments, or SFTConfig."""
+
+    deepspeed: dict[str, Any] | None
+    """DeepSpeed's configuration, if it ran."""
+
+    lora: dict[str, Any] | None
+    """LoraConfig of an adapter."""
+
+    quantization: dict[str, Any] | None
+    """BitsAndBytesConfig of a quantized base."""
+
+    attention: dict[str, Annotated[str, Field(pattern="^[a-z0-9_]+$")] | None]
+    """Implementation by part of the base's configuration; empty name: the whole. One with a slash
+    would be code from the hub."""
+
+    determinism: Determinism
+
+
+class RecordedLaunch(_Recorded):
+    """How a run was started."""
+
     launcher: str
-    strategy: str
+    strategy: Literal["single", "ddp", "zero2", "zero3"]
     asked_processes: int | None
-    processes: int
-    threads: int
+    processes: Annotated[int, Field(ge=1, le=2**16)]
+    threads: Annotated[int, Field(ge=1, le=2**16)]
+    """Of torch, in each process."""
 
 
 class RunRecord(_Recorded):
@@ -66,12 +104,14 @@ class RunRecord(_Recorded):
     batch: _RecordedBatch
     started: str
     init_from: _RecordedFiles | None = None
-    launch: _RecordedLaunch | None = None
     steps_done: int = 0
     resumed: list[str] = []
     trainable_parameters: int = 0
     total_parameters: int = 0
     metrics: dict[str, _Number] = {}
+    launch: RecordedLaunch | None = None
+    resolved: Resolved | None = None
+    resumed_from_steps: list[int] = []
 
 
 _HISTORY: TypeAdapter[list[dict[str, int | float | None]]] = TypeAdapter(

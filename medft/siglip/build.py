@@ -13,6 +13,7 @@ from medft.config.recipe import (
     SiglipDataSection,
 )
 from medft.models.lora import attach_adapter
+from medft.models.resolved import Recorded, use_recorded_attention
 from medft.models.saved import SavedRecord
 from medft.siglip.model import (
     PRESETS,
@@ -45,6 +46,7 @@ def build_trainer(
     prepared: PreparedSiglipData,
     base: Mapping[str, Any],
     load: LoadBase = load_model,
+    recorded: Recorded | None = None,
 ) -> SiglipTrainer:
     """A trainer whose base and adapter are those of the recipe, scale and bias trained.
 
@@ -57,19 +59,24 @@ def build_trainer(
         prepared: from `prepare_siglip_data`.
         base: from `identify_base`.
         load: gives the base.
+        recorded: the record of the run that is repeated.
 
     Raises:
+        RunError: an installed library lacks a recorded field.
         BaseModelError: the base cannot be loaded, or the adapter not attached.
     """
-    trained: nn.Module = load(model, lora, image_size=data.image_size)
+    loaded = load(model, lora, image_size=data.image_size)
+    use_recorded_attention(loaded, recorded)
+    trained: nn.Module = loaded
     if lora:
         trained = attach_adapter(
-            trained,
+            loaded,
             lora,
             PRESETS,
             task_type=None,
             seed=arguments.seed,
             initial=prepared.initial,
+            recorded=recorded,
         )
         train_scale_and_bias(trained)
         if prepared.initial:

@@ -19,6 +19,7 @@ from transformers import (
 from medft.compat import reporting_integrations
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
+from medft.models.resolved import Recorded, recorded_fields
 from medft.training.launched import check_environment, find_launch
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def training_arguments(
     *,
     dtype: str,
     metrics: Mapping[str, bool],
+    recorded: Recorded | None = None,
     **owned: Any,
 ) -> Arguments:
     """The training arguments of a run, accepted by the library and this machine.
@@ -43,9 +45,11 @@ def training_arguments(
         train: the resolved recipe's section.
         dtype: `model.dtype`; bfloat16 and float16 run under autocast, float16 with loss scaling.
         metrics: names that metric_for_best_model may take, and whether higher is better.
+        recorded: the record of the run that is repeated, whose fields take the place of all others.
         **owned: fields that medft sets and a recipe may not.
 
     Raises:
+        RunError: the library lacks a recorded field.
         RecipeError: the library rejects a value, machine or launcher lack the precision, the
             launcher sets another one or starts other processes than it was asked for, or the
             process sees several GPUs, which Trainer would use at once.
@@ -74,6 +78,9 @@ def training_arguments(
                 f"{', '.join(f'eval_{known}' for known in metrics)}, got {name!r}: correct it"
             )
         fields["greater_is_better"] = metrics[name]
+    if recorded is not None:
+        fields |= recorded_fields(arguments_class, recorded, "arguments")
+        fields["use_cpu"] |= recorded.resolved.arguments["use_cpu"]
     # every supported version reads these names; newer ones deprecate them
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing", category=FutureWarning)

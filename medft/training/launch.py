@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def train(
     """Launch the recipe's script under accelerate; returns its exit code.
 
     Without a configuration file it uses the one for a single device, or for several processes DDP,
-    never the user's own default, which may set a precision or hyperparameters. SIGTERM is forwarded
-    to the training processes, which save a checkpoint first; the exit code is then 143.
+    never the user's own default, which may set a precision or hyperparameters. SIGTERM is handled
+    as by `supervised`.
 
     Args:
         file: the recipe, already checked.
@@ -35,8 +36,6 @@ def train(
     Raises:
         RecipeError: accelerate would start other processes than these.
     """
-    import psutil
-
     if config_file is None:
         config_file = packaged_file(f"accelerate_configs/{_shipped_name(num_processes or 1)}.yaml")
     config = StrictYaml.read(config_file).raw
@@ -54,7 +53,22 @@ def train(
         ]
     script = packaged_file(f"recipes/{recipe_class(file, overrides).script}")
     environment = {**os.environ, ASKED: str(processes)}
-    process = subprocess.Popen([*command, str(script), str(file), *overrides], env=environment)
+    return supervised([*command, str(script), str(file), *overrides], environment)
+
+
+def supervised(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run a launcher; returns its exit code.
+
+    SIGTERM is forwarded to the training processes, which save a checkpoint first; the exit code is
+    then 143.
+
+    Args:
+        command: of a launcher, whose children train.
+        environment: of the command.
+    """
+    import psutil
+
+    process = subprocess.Popen(command, env=environment)
     terminated = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
     passed_on: set[int] = set()

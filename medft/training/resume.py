@@ -13,6 +13,7 @@ from medft.errors import RunError
 from medft.files import check_folder_for_output, check_place
 from medft.models.adapter import check_initial
 from medft.models.base import identify_base
+from medft.models.resolved import OPTION, Recorded
 from medft.models.saved import RunLayout, SavedModel
 from medft.provenance import masked
 from medft.training.checkpoints import (
@@ -179,16 +180,9 @@ def check_same_run(
     """
     run = checkpoint.parent
     earlier = RunLayout(run).read_record()
-    current, then = (_flat(content) for content in (masked(recipe.model_dump()), earlier["recipe"]))
-    changed = sorted(
-        key
-        for key in current.keys() | then.keys()
-        if current.get(key) != then.get(key) and not FREE_ON_RESUME.fullmatch(key)
-    )
-    if changed:
-        listed = ", ".join(f"{key} ({then.get(key)} -> {current.get(key)})" for key in changed)
+    if changed := _changed_keys(recipe, earlier["recipe"]):
         raise RunError(
-            f"expected the recipe of the interrupted run in {run}, these keys differ: {listed}: "
+            f"expected the recipe of the interrupted run in {run}, these keys differ: {changed}: "
             f"restore them, or start a new run in another folder"
         )
     for name, content in (("base", base), ("data", data)):
@@ -209,6 +203,33 @@ def check_same_run(
             f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
             f"got {world_size}: the order of the rows would change"
         )
+
+
+def check_as_recorded(recipe: Recipe, recorded: Recorded) -> None:
+    """Refuse to repeat a record with another recipe, whose keys the record would override.
+
+    Args:
+        recipe: as resolved now.
+        recorded: the record.
+
+    Raises:
+        RunError: a key that decides what is trained differs.
+    """
+    if changed := _changed_keys(recipe, recorded.recipe):
+        raise RunError(
+            f"expected the recipe of the run recorded in {recorded.path}, these keys differ: "
+            f"{changed}: restore them, or start a new run without {OPTION}"
+        )
+
+
+def _changed_keys(recipe: Recipe, recorded: dict[str, Any]) -> str:
+    """Keys that decide what is trained and differ from a record, as text with both values."""
+    current, then = _flat(masked(recipe.model_dump())), _flat(recorded)
+    return ", ".join(
+        f"{key} ({then.get(key)} -> {current.get(key)})"
+        for key in sorted(current.keys() | then.keys())
+        if current.get(key) != then.get(key) and not FREE_ON_RESUME.fullmatch(key)
+    )
 
 
 def check_state(train: TrainSection, checkpoint: Path, *, steps: int) -> None:

@@ -20,6 +20,15 @@ from medft.config.recipe import Recipe, dump_sections
 from medft.errors import Terminated
 from medft.files import complete_folder, replaced_file, write_json
 from medft.models.adapter import refuse_inert
+from medft.models.resolved import (
+    Recorded,
+    apply_determinism,
+    check_applied,
+    determinism,
+    resolved_arguments,
+    resolved_deepspeed,
+    resolved_model,
+)
 from medft.models.saved import WEIGHTS_FILE, RunLayout
 from medft.provenance import (
     hardware,
@@ -40,12 +49,17 @@ from medft.training.callbacks import (
     SignalCallback,
     UntrainedParameterCallback,
 )
-from medft.training.checkpoints import state_of
+from medft.training.checkpoints import state_of, step_of
 from medft.training.curves import draw_curves
 from medft.training.launched import Launch, find_launch
 from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
-from medft.training.resume import PreparedData, check_state, identify_run
+from medft.training.resume import (
+    PreparedData,
+    check_as_recorded,
+    check_state,
+    identify_run,
+)
 from medft.training.trainer import RowTrackingTrainer
 
 logger = logging.getLogger(__name__)
@@ -59,11 +73,15 @@ class Run:
         layout: RunLayout,
         record: dict[str, Any],
         *,
+        resolved: dict[str, Any],
+        recorded: Recorded | None,
         early_stopping: dict[str, Any],
         writes: bool,
     ) -> None:
         self.layout = layout
         self.record = record
+        self._resolved = resolved
+        self._recorded = recorded
         self._early_stopping = early_stopping
         self._writes = writes
 
@@ -88,8 +106,15 @@ class Run:
         Raises:
             Terminated: SIGTERM arrived; a checkpoint to resume from was saved.
             RunError: the loss, a gradient or a weight is NaN or infinite, or an adapter tensor had
-                no gradient in an epoch.
+                no gradient in an epoch; or what a record holds could not be applied.
         """
+        resolved = (
+            self._resolved
+            | resolved_model(trainer.model)
+            | {"determinism": determinism().model_dump()}
+        )
+        if self._recorded:
+            check_applied(resolved, self._recorded)
         signals = SignalCallback()
         self._add_callbacks(trainer, signals)
         parameters = list(trainer.model.parameters())
@@ -97,6 +122,7 @@ class Run:
             trainable_parameters=sum(num_weights(p) for p in parameters if p.requires_grad),
             total_parameters=sum(map(num_weights, parameters)),
             resumed_from=checkpoint.name if checkpoint else None,
+            resolved=resolved,
         )
         if checkpoint and (saved := state_of(checkpoint)).global_step >= saved.max_steps:
             trainer.load_checkpoint(checkpoint)  # only the result was not written
@@ -169,6 +195,7 @@ def open_run(
     arguments: TrainingArguments,
     prepared: PreparedData,
     checkpoint: Path | None,
+    recorded: Recorded | None = None,
 ) -> Iterator[Run]:
     """The run of a recipe, with its directory created and its record begun.
 
@@ -182,13 +209,17 @@ def open_run(
         arguments: the trainer's.
         prepared: the data, and the adapter of `lora.init_from`.
         checkpoint: to continue from; None for a new run.
+        recorded: the record of the run that is repeated.
 
     Raises:
-        RunError: the run cannot continue from the checkpoint.
+        RunError: the run cannot continue from the checkpoint, or is not that of the record.
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
     identity = identify_run(recipe, prepared, checkpoint, world_size=arguments.world_size)
     batch = batch_arithmetic(prepared.batches_per_epoch, arguments)
+    if recorded:
+        check_as_recorded(recipe, recorded)
+        apply_determinism(recorded.resolved.determinism)
     if checkpoint:
         check_state(recipe.train, checkpoint, steps=batch["steps"])
     layout = RunLayout(Path(recipe.train.output_dir))
@@ -201,6 +232,7 @@ def open_run(
         "medft": medft_version(),
         "argv": masked_words(argv),
         "started": now(),
+        "started_in": str(Path.cwd()),
         "recipe": recipe.model_dump(),
         "seed": recipe.train.seed,
         "packages": package_versions(),
@@ -210,7 +242,17 @@ def open_run(
         "batch": batch | prepared.batch_record,
         **identity,
     }
-    run = Run(layout, entries, early_stopping=recipe.train.early_stopping(), writes=writes)
+    run = Run(
+        layout,
+        entries,
+        resolved={
+            "arguments": resolved_arguments(arguments),
+            "deepspeed": resolved_deepspeed(arguments),
+        },
+        recorded=recorded,
+        early_stopping=recipe.train.early_stopping(),
+        writes=writes,
+    )
     if untested:
         named = ", ".join(f"{name} {version}" for name, version in untested.items())
         logger.warning("not among the versions that medft was tested with: %s", named)
@@ -220,6 +262,8 @@ def open_run(
             earlier = layout.read_record()
             entries |= {k: earlier[k] for k in ("started", "init_from") if k in earlier}
             entries["resumed"] = [*earlier.get("resumed", []), now()]
+            steps = earlier.get("resumed_from_steps", [])
+            entries["resumed_from_steps"] = [*steps, step_of(checkpoint)]
             _compare_threads(earlier, launch)
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again

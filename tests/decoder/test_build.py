@@ -89,7 +89,7 @@ def test_the_fix_is_in_place_before_the_adapter(make, monkeypatch):
 def test_another_way_to_make_the_base_is_taken(make):
     asked = []
 
-    def load(model, family, quantization, *, dtype):
+    def load(model, family, quantization, *, dtype, recorded):
         asked.append((model.base, family, quantization, dtype))
         loaded = load_model(model, family, quantization, dtype=dtype)
         torch.nn.init.zeros_(loaded.lm_head.weight)
