@@ -265,6 +265,11 @@ def _checked_base(
     family = family_of(config.model_type)
     initial = find_initial(lora)
     check_flags(model, data, initial, family)
+    if model.cross_attention_fix and lora is None:
+        logger.warning(
+            "model/ of this run needs model.cross_attention_fix, which medft applies and plain "
+            "transformers does not have: other tools will compute something else with it"
+        )
     processor = load_processor(model)
     check_image_size(processor, config)
     conversation = ConversationEncoder(processor, family, max_image_tiles=data.max_image_tiles)

@@ -146,6 +146,7 @@ class Run:
             peak_memory_bytes=peak_memory(),
             ended=now(),
         )
+        wait_for_everyone()  # a launcher ends the others where one process fails as it exits
 
     def _add_callbacks(self, trainer: RowTrackingTrainer, signals: SignalCallback) -> None:
         manifests = CheckpointManifestCallback(trainer.args.save_total_limit)

@@ -147,3 +147,9 @@ def test_gemma_3_is_refused_in_float16():
         check_flags(sections[dtype], data, None, GEMMA3)
     for family in (MLLAMA, PALIGEMMA):  # the first step is measured
         check_flags(sections["float16"], data, None, family)
+
+
+@pytest.mark.parametrize("fix", [True, False])
+def test_a_whole_model_that_other_tools_would_compute_otherwise_is_announced(make, caplog, fix):
+    make(["lora=null", f"model.cross_attention_fix={str(fix).lower()}"])
+    assert ("other tools will compute something else" in caplog.text) == fix
