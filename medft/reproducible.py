@@ -105,7 +105,7 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
     _check_devices(launch, on_cpu)
     checked = check(run.recipe, _overrides(out, recipe))
     now = masked(identify_run(recipe, checked.prepared, None, world_size=None))
-    for part in ("base", "data", "init_from"):
+    for part in ("data", "init_from"):
         if now.get(part) != record.get(part):
             raise RunError(
                 f"expected the {part} of the run {source}, "

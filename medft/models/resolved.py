@@ -139,11 +139,14 @@ def resolved_arguments(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def resolved_deepspeed(arguments: TrainingArguments) -> dict[str, Any] | None:
-    """DeepSpeed's configuration, `auto` where the run's own values go; None without DeepSpeed."""
-    plugin = arguments.deepspeed_plugin
-    if plugin is None:
+    """The file of DeepSpeed's configuration, `auto` where the run's own values go.
+
+    Returns:
+        None without DeepSpeed.
+    """
+    if arguments.deepspeed_plugin is None:
         return None
-    return {k: plain(v) for k, v in plugin.deepspeed_config.items() if k != "steps_per_print"}
+    return read_json(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]))
 
 
 def resolved_model(model: nn.Module) -> dict[str, Any]:
