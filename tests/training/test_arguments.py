@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
+from medft.files import packaged_file
 from medft.training.arguments import batch_arithmetic, training_arguments
 
 
@@ -68,10 +69,10 @@ def test_a_run_that_ends_before_what_was_asked_for_is_refused(tmp_path, options,
     common = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True}
     arguments = TrainingArguments(tmp_path, report_to="none", **common, **options)
     with pytest.raises(RecipeError, match=message):
-        batch_arithmetic(12, arguments)
+        batch_arithmetic(3, arguments)
     for name in options.keys() & {"warmup_steps", "eval_delay"}:
         setattr(arguments, name, getattr(arguments, name) - 1 if options[name] else 0)
-    assert batch_arithmetic(12, arguments)["steps"] == 6
+    assert batch_arithmetic(3, arguments)["steps"] == 6
 
 
 def test_the_key_that_does_not_count_is_said(tmp_path, caplog):
@@ -103,5 +104,7 @@ def test_float16_is_refused_under_deepspeed(monkeypatch, tmp_path):
     train = TrainSection(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    file = packaged_file("deepspeed_configs/zero2.json")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     with pytest.raises(RecipeError, match="bfloat16 or float32 under DeepSpeed"):
         training_arguments(TrainingArguments, train, dtype="float16", metrics={})
