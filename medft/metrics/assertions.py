@@ -145,7 +145,8 @@ def _after(sentence: list[Piece], lexicon: Lexicon, kind: str) -> set[int]:
     for cue, piece in enumerate(sentence):
         is_no = piece.kind == "answer" and piece.name == "no" and not _asked(sentence)
         if piece.kind == kind or (kind == "after" and (is_no or piece.kind == "either")):
-            found |= _listed_before(sentence[:cue], lexicon)
+            mark = piece.kind == "answer"  # the one before it: "effusion - none"
+            found |= _listed_before(sentence[: cue - mark], lexicon)
     return found
 
 
