@@ -33,6 +33,8 @@ def mentions(text: str | None, lexicon: Lexicon) -> frozenset[tuple[str, str]]:
     - A cue such as "is not seen" negates the finding before it, if no comma, "and" or "but" is
       between, and those listed with it. A cue such as "resolved" does either.
     - An answer ("cardiomegaly: no") negates or asserts what stands before it in the sentence.
+    - A finding before a colon that is named again behind it ("fracture: no acute fracture") is
+      negated if it is negated there.
 
     Not stated is what follows a cue such as "history of" or "evaluate for", as far as a negation
     would reach or up to "with", and a question or a heading such as "indication:" altogether.
@@ -82,7 +84,22 @@ def _states(sentence: list[Piece], lexicon: Lexicon) -> dict[int, bool]:
             answers = {p.name for p in sentence[place:] if p.kind == "answer"} if asked else {"yes"}
             if len(answers) == 1:
                 states[place] = "yes" in answers and place not in negated
+    for place in [place for place in states if _is_denied_label(sentence, place, states)]:
+        states[place] = False
     return states
+
+
+def _is_denied_label(sentence: list[Piece], label: int, states: dict[int, bool]) -> bool:
+    """Whether a finding before a colon is named again behind it, and negated there alone."""
+    after = sentence[label + 1 :]
+    if sentence[label].kind != "finding" or not after or after[0].kind != "colon":
+        return False
+    again = [
+        states.get(place, True)
+        for place, piece in enumerate(sentence)
+        if place > label and piece.kind == "finding" and sentence[label].name.endswith(piece.name)
+    ]
+    return bool(again) and not any(again)
 
 
 def _asked(sentence: list[Piece]) -> bool:
