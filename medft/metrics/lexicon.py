@@ -136,7 +136,7 @@ class Lexicon:
     fillers: frozenset[str]
 
     def longest(self, tokens: Sequence[str], start: int) -> tuple[int, tuple[str, str]]:
-        """The longest phrase that begins at a token.
+        """The longest phrase that begins at a token; a colon counts as a filler ("heart: enlarged").
 
         Returns:
             number of its tokens, fillers included, and its (kind, name); 1 and ("word", "") if
@@ -151,7 +151,8 @@ class Lexicon:
                     found = place - start + 1, self.phrases[words]
             else:
                 skipped = place - start - len(words)
-                if not words or tokens[place] not in self.fillers or skipped == _SKIPPED:
+                is_filler = tokens[place] in self.fillers or tokens[place] == ":"
+                if not words or not is_filler or skipped == _SKIPPED:
                     break
         return found
 
