@@ -27,6 +27,11 @@ _ANSWERS = {
 
 _CLAUSE = re.compile(r"[,.;:!?|\n]|\s[-\u2013\u2014]\s|\b(?:or|and)\b", re.IGNORECASE)
 _NO_DOUBT = re.compile(r"\b(?:without (?:a |any )?|no )(?:doubt|question)\b", re.IGNORECASE)
+_GIVES_NONE = re.compile(
+    r"\bno (?:idea|answer|comment|image|response|information|way (?:to|of))\b", re.IGNORECASE
+)
+"""Begins what is said instead of an answer."""
+
 _ENDS_WITH_NOT = re.compile(
     r"\b(?:is|are|was|were|do|does|did)(?: not|n['\u2019]t)$", re.IGNORECASE
 )
@@ -148,8 +153,9 @@ def closed_answer(text: str) -> str | None:
 
     A "no" counts if it begins the text, ends a clause ("there is none", "I would say no") or stands
     behind a verb such as "there is"; so "yes, no mass is seen" is yes. "Not" counts at the end ("it
-    does not"), and "no doubt" is yes.
+    does not"), and "no doubt" is yes. "No idea" and "no image was given" are no answers.
     """
+    text = _GIVES_NONE.sub("", text)
     clauses = [words(clause) for clause in _CLAUSE.split(_NO_DOUBT.sub("", text))]
     clauses = [clause for clause in clauses if clause]
     clear = {clause[0] for clause in clauses[:1]} | {clause[-1] for clause in clauses}

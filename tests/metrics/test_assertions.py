@@ -176,6 +176,7 @@ NOT_READ = [
     "The lungs are not clear.",
     "Abnormal chest.",
     "There is no change.",
+    "Loss of the normal gray-white matter junction.",
     "No new abnormality.",
     "Status post removal of the left chest tube.",
     "The endotracheal tube has been removed.",
