@@ -39,8 +39,8 @@ def merge(source: Path, out: Path, *, force: bool = False) -> Path:
         The adapter folder that was merged.
 
     Raises:
-        RunError: the run has no finished adapter, or `out` is not empty, or the model was trained
-            with `cross_attention_fix` and `force` is not given.
+        RunError: the run has no finished adapter, or PEFT cannot merge it, or `out` is not empty,
+            or the model was trained with `cross_attention_fix` and `force` is not given.
         BaseModelError: the base is missing or not the one that was trained.
     """
     saved = find_saved_adapter(source)
@@ -50,7 +50,13 @@ def merge(source: Path, out: Path, *, force: bool = False) -> Path:
         adapted = load_saved_siglip(saved)
     else:
         adapted = load_saved_decoder(saved, as_stored=True)
-    merged = adapted.merge_and_unload(safe_merge=True)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:  # lora_bias on a layer without bias, for one
+        raise RunError(
+            f"expected an adapter that can be merged in {saved.folder}, PEFT says: {error}: use "
+            f"it with medft as it is"
+        ) from error
     if saved.record.splits_head:
         join_pooling_head(merged)
     record: dict[str, Any] = {}

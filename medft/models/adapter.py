@@ -211,7 +211,7 @@ def _check_ranks(config: LoraConfig, weights: Mapping[str, torch.Tensor]) -> Non
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder, every layer checked to be trained."""
+    """The tensors of an adapter folder, checked to be finite and every layer to be trained."""
     weights_file = folder / WEIGHTS_FILE
     if not weights_file.is_file():
         raise BaseModelError(
@@ -221,6 +221,13 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     with _read_by_peft(folder):
         check_model_folder(folder)
         saved = load_file(weights_file)
+    infinite = [name for name, weight in saved.items() if not weight.isfinite().all()]
+    if infinite:
+        raise BaseModelError(
+            f"expected an adapter of finite numbers in {folder}, {len(infinite)} of {len(saved)} "
+            f"tensors have others, first {min(infinite)}: its training diverged, give an earlier "
+            f"checkpoint"
+        )
     refuse_inert(saved)
     return saved
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -246,6 +246,23 @@ def test_what_cannot_be_merged_is_one_sentence(runs, bases, tmp_path):
     (broken / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     with pytest.raises(RunError, match="its status is interrupted"):
         merge(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_peft_cannot_merge_is_one_sentence(runs, bases, tmp_path):
+    copy = tmp_path / "adapter"
+    shutil.copytree(runs / "decoder" / "adapter", copy)
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+    base = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    adapted.save_pretrained(copy)
+    notes = json.loads((copy / "medft.json").read_text())
+    (copy / "medft.json").write_text(json.dumps({**notes, "weights": None}))
+    with pytest.raises(RunError, match=f"can be merged in {copy}, PEFT says: .*lora_bias=True"):
+        merge(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -55,6 +55,21 @@ def test_a_key_without_place_is_an_error_where_peft_warns(bases, trained):
         load(bases, trained)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_of_a_training_that_diverged_is_refused_where_peft_takes_it(
+    bases, trained, value
+):
+    path = trained / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = max(weights)
+    weights[name][0, 0] = value
+    save_file(weights, path)
+    model = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    PeftModel.from_pretrained(model, trained)  # the trap: it answers "!!!!"
+    with pytest.raises(BaseModelError, match=f"finite numbers in .*, 1 of .* first {name}"):
+        load(bases, trained)
+
+
 def test_an_adapter_with_a_layer_that_was_never_trained_is_refused(bases, trained):
     path = trained / "adapter_model.safetensors"
     weights = load_file(path)
