@@ -42,6 +42,12 @@ def limits_of_model(
             f"Nearest training text: among {TRAINING_POOL:,} of {len(train or ()):,} training "
             f"rows, drawn by id."
         )
+    alone = sum(group.startswith(OWN_GROUP) for group in train["group_id"]) if train else 0
+    if train and alone:
+        limits.append(
+            f"{alone:,} of {len(train):,} training rows have no group: whether training has seen "
+            f"the patients of these rows is not known."
+        )
     if run and (began := run.read_record().get("init_from")):
         limits.append(
             f"Training began with the adapter {began['path']} (lora.init_from): whether its "

@@ -61,7 +61,7 @@ def overlap_line(metrics: Mapping[str, Any]) -> str:
             "changed."
         )
     if not overlap["rows"]:
-        return "Training has seen none of these rows, nor rows of their groups."
+        return "Training has seen none of these rows, nor a row of a group that both name."
     rest = "These are all rows, so that there is no score without them."
     if unseen:
         rest = f"Scores without them stand below, over {unseen['rows']:,} rows."

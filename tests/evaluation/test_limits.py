@@ -18,12 +18,14 @@ from medft.models.saved import find_saved_model
 def test_the_systems_that_are_not_what_their_names_say_are_described(runs, tmp_path):
     run = shutil.copytree(runs / "nf4", tmp_path / "run")
     saved = find_saved_model(run)
-    train = Dataset.from_dict({"id": [str(n) for n in range(10_001)]})
+    groups = ["p1", *["row/1"] * 10_000]
+    train = Dataset.from_dict({"id": [str(n) for n in range(10_001)], "group_id": groups})
     limits = limits_of_model(saved, run_of(saved), train, against_base=True)
-    assert len(limits) == 3
+    assert len(limits) == 4
     assert limits[0].startswith("This is adapter/")
     assert limits[1].startswith("Base: in 4 bits")
     assert "among 10,000 of 10,001 training rows" in limits[2]
+    assert limits[3].startswith("10,000 of 10,001 training rows have no group: whether training")
     saved = find_saved_model(run / "best_model")
     assert limits_of_model(saved, run_of(saved), train.select([0]), against_base=False) == []
     record = json.loads((run / "run.json").read_text())
