@@ -136,7 +136,7 @@ class Lexicon:
     fillers: frozenset[str]
 
     def longest(self, tokens: Sequence[str], start: int) -> tuple[int, tuple[str, str]]:
-        """The longest phrase that begins at a token; a colon counts as a filler ("heart: enlarged").
+        """The longest phrase that begins at a token; a colon is a filler ("heart: enlarged").
 
         Returns:
             number of its tokens, fillers included, and its (kind, name); 1 and ("word", "") if
