@@ -171,7 +171,7 @@ def _greedy(model: PreTrainedModel, end_of_turn: int) -> GenerationConfig:
     ends = given.eos_token_id
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
     named = [given.bos_token_id, given.pad_token_id, *ends]
-    tokens = range(model.get_input_embeddings().num_embeddings)
+    tokens = range(len(model.get_input_embeddings().weight))  # PEFT may have wrapped the layer
     wrong = [t for t in named if t is not None and not (isinstance(t, int) and t in tokens)]
     if wrong:
         raise BaseModelError(

@@ -1,7 +1,11 @@
 """Answers of a trained Mllama are those of plain transformers and PEFT."""
 
+import json
+import shutil
+
 import pytest
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -56,6 +60,23 @@ def test_answers_on_a_gpu_are_those_on_the_cpu(runs, images):
         made.model.to("cpu")
         assert answers == made.generate(asked)
     assert all(answer.text for answer in answers)
+
+
+def test_an_adapter_on_single_tokens_answers(runs, bases, images, tmp_path):
+    adapter = shutil.copytree(runs / "decoder" / "adapter", tmp_path / "adapter")
+    base = AutoModelForImageTextToText.from_pretrained(bases / "decoder")
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5])
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    adapted.save_pretrained(adapter)
+    notes = json.loads((adapter / "medft.json").read_text())
+    (adapter / "medft.json").write_text(json.dumps({**notes, "weights": None}))
+    generator = talkative(Generator.load(adapter))
+    [answer] = generator.generate([request(images[0])])
+    with generator.without_adapter():
+        assert generator.generate([request(images[0])]) != [answer]
 
 
 def test_neighbours_do_not_change_an_answer_and_the_order_is_kept(generator, images):
