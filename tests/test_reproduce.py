@@ -380,6 +380,20 @@ def test_means_over_a_stop_are_not_compared_and_all_else_is():
     assert first_different_step(compare_histories(then, now, [6])) == 8
 
 
+def test_a_run_resumed_with_another_interval_of_its_log_is_compared_where_both_have_entries():
+    then = [{"step": s, "loss": 1.0 + s, "grad_norm": 1.0} for s in (1, 2, 3, 4, 6, 8)]
+    now = [entry | {"loss": entry["loss"] + (entry["step"] == 2)} for entry in then]
+    now = [entry for entry in now if entry["step"] % 2 == 0]
+    assert first_different_step(compare_histories(then, now, [])) == 1
+    assert compare_histories(then, now, [4]) == []  # the mean of steps 1 and 2 is none of step 2
+    now[3]["loss"] = 0.5
+    assert first_different_step(compare_histories(then, now, [4])) == 8
+    now[0]["grad_norm"] = 2.0
+    assert first_different_step(compare_histories(then, now, [4])) == 2
+    evaluated = [{"step": 3, "eval_loss": 1.0}]
+    assert first_different_step(compare_histories([*then, *evaluated], now[1:], [4])) == 3
+
+
 @pytest.mark.parametrize(
     ("value", "largest"), [(0.5, 0.25), (float("nan"), None), (float("inf"), None)]
 )

@@ -138,23 +138,30 @@ def compare_histories(
         then: log_history.json.
         now: log_history.json.
         resumed_at: steps from which the first run went on after a stop. What counts from the begin
-            of a process is not compared, nor a mean that would reach back beyond such a step.
+            of a process is not compared, nor a mean over other steps, as after such a step or
+            where the interval of the log was changed there.
     """
     first, second = _by_step(then), _by_step(now)
     for step in sorted(first.keys() | second.keys()):
         was, is_now = first.get(step, {}), second.get(step, {})
+        if resumed_at and ("loss" in was) != ("loss" in is_now):
+            was, is_now = map(_evaluated, (was, is_now))
         left_out = [*_SINCE_START] if resumed_at else []
-        if any(_comes_next(step, start, first) for start in resumed_at):
+        if _counted_since(step, first, resumed_at) != _counted_since(step, second, []):
             left_out += _MEANS
         if found := _compared("log_history", was, is_now, left_out):
             return [{"step": step, **entry} for entry in found]
     return []
 
 
-def _comes_next(step: int, start: int, history: dict[int, dict[str, Any]]) -> bool:
-    """Whether `step` is the first after `start` that has a mean, and `start` has none."""
+def _evaluated(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name.startswith("eval_")}
+
+
+def _counted_since(step: int, history: dict[int, dict[str, Any]], resumed_at: list[int]) -> int:
+    """The step after which the means of an entry count, of a log or where its process began."""
     logged = [known for known, entry in history.items() if "loss" in entry]
-    return start not in logged and step == min((s for s in logged if s > start), default=None)
+    return max((start for start in [*logged, *resumed_at] if start < step), default=0)
 
 
 def _by_step(history: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
