@@ -10,7 +10,8 @@ from medft.config.recipe import DecoderDataSection, DecoderModelSection
 from medft.decoder.families.base import Family
 from medft.errors import BaseModelError, DataError, RecipeError
 from medft.files import check_folder_for_output
-from medft.models.lora import plan_adapter, target_modules
+from medft.models.effects import ends_in
+from medft.models.lora import adapted_names, plan_adapter, target_modules
 from medft.models.saved import RECORD_FILE, SavedModel, SavedRecord
 
 
@@ -181,16 +182,28 @@ def check_cached_tower(folder: str, config: PreTrainedConfig) -> None:
 def check_layers_run(
     lora: LoraSection, family: Family, config: PreTrainedConfig, empty: nn.Module
 ) -> None:
-    """Refuse targets on layers that rows without images do not run.
+    """Refuse adapters and trained copies of layers that rows without images do not run.
+
+    Args:
+        lora: the recipe's section.
+        family: the base's.
+        config: the base's.
+        empty: the base on the meta device; the adapter is attached to it.
 
     Raises:
-        BaseModelError: there is such a target.
+        BaseModelError: there is such a layer.
     """
-    names = target_modules(empty, lora.targets, family.presets)
-    idle = [name for name in names if not family.runs_without_images(name, config)]
+    copied = [
+        name
+        for name, _ in empty.named_modules()
+        if any(ends_in(name, ending) for ending in lora.modules_to_save or [])
+    ]
+    plan_adapter(empty, lora, family.presets, family.parts)
+    names = [*adapted_names(empty), *copied]
+    idle = [name for name in names if not family.runs_without_images(f"{name}.", config)]
     if idle:
         raise BaseModelError(
-            f"expected lora.targets on layers that data.train runs, it has no image and "
+            f"expected lora on layers that data.train runs, it has no image and "
             f"{len(idle)} of {len(names)} layers need one, first {idle[0]}: leave these out"
         )
 

@@ -164,8 +164,8 @@ def cast_trainable_to_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def adapted_names(adapted: PeftModel) -> list[str]:
-    """Names in the base of the layers that have an adapter."""
+def adapted_names(adapted: nn.Module) -> list[str]:
+    """Names in the base of the layers that have an adapter; of a PeftModel or its base."""
     layers = [name for name, module in adapted.named_modules() if is_lora_layer(module)]
     return [name.removeprefix("base_model.model.") for name in layers]
 

@@ -23,6 +23,9 @@ from medft.training.process import wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
+_OF_ADAPTER = ("lora_", "modules_to_save.")
+"""Parts of the names of an adapter's tensors."""
+
 SHOWN_ROWS = 8
 """Maximum number of row ids in the error."""
 
@@ -110,7 +113,7 @@ class UntrainedParameterCallback(TrainerCallback):
     ) -> None:
         """Register a gradient hook on each adapter tensor."""
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_" in name:
+            if parameter.requires_grad and any(part in name for part in _OF_ADAPTER):
                 self._without.add(name)
                 seen = functools.partial(self._seen, name)
                 self._handles.append(parameter.register_hook(seen))
@@ -142,7 +145,7 @@ class UntrainedParameterCallback(TrainerCallback):
             raise RunError(
                 f"expected a gradient for every tensor of the adapter, {len(self._without)} got "
                 f"none in an epoch, first {first}: no row runs its layer, leave it out of "
-                f"lora.targets"
+                f"lora.targets and lora.modules_to_save"
             )
 
 

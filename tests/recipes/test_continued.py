@@ -200,14 +200,31 @@ def test_layers_that_only_images_run_are_refused_for_rows_without(train, text_ro
     layers = r"lora.targets=model\.language_model\.layers\.(0|2)\..*_proj"
     run = train("fine", changes=[*text_rows, layers], max_steps=2)
     assert (run / "adapter").is_dir()
+    for idle in ("multi_modal_projector", "language_model.layers.1.mlp"):
+        with pytest.raises(MedftError, match=rf"1 of 15 layers need one, first model\.\S*{idle}:"):
+            train("copies", changes=[*text_rows, layers, f"lora.modules_to_save=[{idle}]"])
+    assert not (tmp_path / "copies").exists()
+
+
+@pytest.mark.parametrize(
+    "excluded",
+    [
+        ["lora.targets=[q_proj]", "lora.exclude_modules=.*(cross_attn|vision).*"],
+        ["lora.targets=[mlp.up_proj]", "lora.layers_to_transform=[0, 2]"],
+    ],
+)
+def test_layers_that_are_left_out_already_are_no_reason_to_refuse(train, text_rows, excluded):
+    run = train("fine", changes=[*text_rows, *excluded], max_steps=2)
+    assert (run / "adapter").is_dir()
 
 
 class Half(torch.nn.Module):
     """Two adapters, of which a forward runs one."""
 
-    def __init__(self):
+    def __init__(self, idle="lora_idle"):
         super().__init__()
-        self.lora_used, self.lora_idle = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        self.lora_used = torch.nn.Linear(2, 1)
+        self.add_module(idle, torch.nn.ModuleDict({"default": torch.nn.Linear(2, 1)}))
 
     def forward(self, x):
         return {"loss": self.lora_used(x).square().mean()}
@@ -220,19 +237,23 @@ def test_a_tensor_without_gradient_stops_the_run_after_a_whole_epoch(tmp_path, s
         str(tmp_path), max_steps=steps, per_device_train_batch_size=2, use_cpu=True,
         report_to="none", save_steps=2,
     )  # fmt: skip
-    callbacks = [UntrainedParameterCallback()]
-    trainer = Trainer(Half(), arguments, train_dataset=rows, callbacks=callbacks)
+
+    def trainer_of(idle="lora_idle"):
+        callbacks = [UntrainedParameterCallback()]
+        return Trainer(Half(idle), arguments, train_dataset=rows, callbacks=callbacks)
+
     if not stops:
-        trainer.train()
-        again = Trainer(
-            Half(), arguments, train_dataset=rows, callbacks=[UntrainedParameterCallback()]
-        )
+        trainer_of().train()
+        again = trainer_of()
         again.args.max_steps = 4  # the rest of an epoch tells nothing either
         again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
         return
-    with pytest.raises(RunError, match=r"2 got none in an epoch, first lora_idle\.bias"):
-        trainer.train()
-    assert trainer.state.global_step == 4
+    for idle in ("lora_idle", "modules_to_save"):
+        trainer = trainer_of(idle)
+        message = rf"2 got none in an epoch, first {idle}\.default\.bias"
+        with pytest.raises(RunError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 4
 
 
 def test_an_adapter_that_did_not_move_is_not_saved(train, tmp_path):
