@@ -145,14 +145,14 @@ class TokenScores(NamedTuple):
 
 
 def score_labels(model: nn.Module, inputs: Mapping[str, Any]) -> TokenScores:
-    """Scores of the labels without the logits of a whole batch, by TRL's fused head.
-
-    Args:
-        model: as an SFTTrainer has changed it.
-        inputs: of the model, labels included.
-    """
+    """Scores of the labels in a batch, by the fused head of a model that an SFTTrainer changed."""
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     return TokenScores(outputs.log_probs, outputs.is_top1, outputs.label_mask)
+
+
+def gather_last_batch_whole(loader: Any) -> None:
+    """Stop Accelerate from cutting what processes gather of an epoch's last batch by its rows."""
+    loader._drop_last = True
 
 
 def reporting_integrations() -> list[str]:

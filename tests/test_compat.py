@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -49,6 +50,17 @@ def owner(name, value):
     if name.startswith("_") or inspect.ismodule(value):
         return None
     return getattr(value, "__module__", compat.__name__ if name.isupper() else None)
+
+
+def test_gather_last_batch_whole_leaves_no_remainder_to_cut():
+    batches = torch.utils.data.BatchSampler(range(7), batch_size=2, drop_last=False)
+    for is_whole, remainder in ((False, 1), (True, -1)):
+        accelerator = Accelerator(cpu=True)
+        loader = accelerator.prepare(DataLoader(torch.arange(7), batch_sampler=batches))
+        if is_whole:
+            compat.gather_last_batch_whole(loader)
+        assert [accelerator.gradient_state.remainder for _ in loader] == [remainder] * 4
+        assert sum(map(len, loader)) == 7
 
 
 def test_the_tested_minors_hold_the_pinned_versions():

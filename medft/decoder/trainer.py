@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from medft.compat import score_labels
+from medft.compat import gather_last_batch_whole, score_labels
 from medft.config.train_keys import TrainSection
 from medft.decoder.prepared import PreparedDecoderData
 from medft.models.saved import SavedRecord
@@ -77,8 +77,11 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
         self._sampler = prepared.sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """The batches of the sampler; Trainer would cut rows by count, past a short batch."""
-        return self.accelerator.prepare(
+        """The batches of the sampler; Trainer would cut rows by count, past a short batch.
+
+        Each process logs one sum of tokens, of which none is cut from the last batch of an epoch.
+        """
+        loader = self.accelerator.prepare(
             DataLoader(
                 self.train_dataset,
                 batch_sampler=self._sampler,
@@ -89,6 +92,8 @@ class DecoderTrainer(RowTrackingTrainer, SFTTrainer):
                 prefetch_factor=self.args.dataloader_prefetch_factor,
             )
         )
+        gather_last_batch_whole(loader)
+        return loader
 
     def prediction_step(
         self,
