@@ -133,10 +133,11 @@ def _started_processes(environment: Mapping[str, str]) -> int:
             f"{', '.join(missing)} and each could train alone into one folder: start with "
             f"torchrun, accelerate launch or medft train, or unset {', '.join(found)}"
         )
-    if "RANK" in environment and not int(environment["RANK"]) < int(count):
+    rank = environment.get("RANK", "0")
+    if not rank.isdecimal() or int(rank) >= int(count):
         raise RecipeError(
-            f"expected a RANK below WORLD_SIZE, got {environment['RANK']} and {count}: unset both, "
-            f"or start with torchrun"
+            f"expected a RANK below WORLD_SIZE, got {rank!r} and {count}: unset both, or start "
+            f"with torchrun"
         )
     return int(count)
 

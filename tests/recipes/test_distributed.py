@@ -175,7 +175,7 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_its_second_epoch(recipe, kin
     # 31 rows: 11 or 6 rounds an epoch of the decoder, 5 or 2 exact batches of SigLIP
     middle, end = {
         ("decoder", 1): (15, 19),
-        ("decoder", 2): (8, 12),  # the end of an epoch, where 5 of 6 rows fill the round
+        ("decoder", 2): (8, 12),  # an epoch's end: 5 of 6 rows repeat
         ("siglip", 1): (7, 9),
         ("siglip", 2): (3, 5),
     }[kind, processes]
