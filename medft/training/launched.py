@@ -84,7 +84,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
             find each other.
     """
     for name, strategy in _UNTESTED.items():
-        if str_to_bool(environment.get(name, "false")):
+        if str_to_bool(environment.get(name) or "false"):
             raise RecipeError(_untested(strategy))
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if backend.upper() != "NO":
@@ -92,7 +92,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
             f"expected accelerate's dynamo_backend to be absent, it is {backend} and would compile "
             f"the model, which was never tested: remove it from accelerate's configuration"
         )
-    if str_to_bool(environment.get("ACCELERATE_USE_DEEPSPEED", "false")):
+    if str_to_bool(environment.get("ACCELERATE_USE_DEEPSPEED") or "false"):
         check_deepspeed(environment)
     started = _started_processes(environment)
     launcher, asked = _asked(environment)
@@ -122,7 +122,7 @@ def _started_processes(environment: Mapping[str, str]) -> int:
     count = environment[name] if name else "1"
     if not count.isdecimal() or int(count) < 1:
         raise RecipeError(f"expected a number of processes in {name}, got {count!r}: correct it")
-    ranks = [known for known in ("RANK", "LOCAL_RANK") if known in environment]
+    ranks = [known for known in ("RANK", "LOCAL_RANK") if environment.get(known, "-1") != "-1"]
     wanted = ["RANK", "LOCAL_RANK", "WORLD_SIZE"] if int(count) > 1 else ["WORLD_SIZE"]
     missing = [known for known in wanted if known not in environment]
     if (int(count) > 1 or ranks) and missing:

@@ -72,6 +72,8 @@ def test_other_launches_than_tested_ones_are_refused_before_anything_is_written(
         {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
         {**TWO, "SLURM_STEP_NUM_TASKS": "1", "PMI_SIZE": "1"},
         {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_DYNAMO_BACKEND": "NO"},
+        {"LOCAL_RANK": "-1"},  # as older tools say that nothing is distributed
+        {"ACCELERATE_USE_FSDP": ""},
     ],
 )
 def test_consistent_launches_are_let_through(environment):
