@@ -265,9 +265,8 @@ class Variant:
             return random_model(config, dtype=weights, is_4bit=is_real, device=device)
 
         if name[0] == "a":
-            model = attach_adapter(
-                load(), recipe.lora, MLLAMA.presets, task_type="CAUSAL_LM", seed=5
-            )
+            options = {"task_type": "CAUSAL_LM", "seed": arguments.seed}
+            model = attach_adapter(load(), recipe.lora, MLLAMA.presets, **options)
             self.trainer = self._stock(model, prepared, arguments)
         else:
             sections = recipe.model, recipe.data, recipe.quantization, recipe.lora
