@@ -80,6 +80,7 @@ def test_the_tower_keeps_nothing_for_a_backward_pass_where_stock_code_does(bases
 
 @pytest.mark.parametrize("quantization", ["null", "{bits: 4}"])
 @FAMILY
+@pytest.mark.slow
 def test_reentrant_checkpointing_trains_what_the_other_kind_trains(trainer, family, quantization):
     changes = [f"quantization={quantization}"]
     logs = []

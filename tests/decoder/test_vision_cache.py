@@ -70,6 +70,7 @@ def test_two_epochs_with_the_cache_are_two_without_bit_for_bit(trainer, tmp_path
     assert not same(without, outcome(trainer(family, [*cached, "train.seed=18"])))
 
 
+@pytest.mark.slow
 def test_what_is_lost_truncated_or_changed_is_computed_again(trainer, tmp_path):
     cached = [f"model.vision_cache={tmp_path / 'cache'}"]
     first = outcome(trainer(changes=cached))

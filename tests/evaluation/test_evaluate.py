@@ -38,6 +38,7 @@ def test_a_decoder_run_is_evaluated_on_its_own_validation_rows(evaluated, data):
     assert "run.json" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "siglip"])
 def test_rows_that_training_has_seen_are_counted_and_every_score_is_given_without_them(
     runs, data, tmp_path, medft, capsys, kind

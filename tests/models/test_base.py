@@ -77,6 +77,7 @@ def test_a_folder_has_a_hash_and_no_commit(bases):
     assert len(known["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_a_run_records_the_commit_and_is_loaded_at_it(
     hub, sections, write_recipe, run_script, medft, capsys
 ):

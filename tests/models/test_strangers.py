@@ -365,7 +365,9 @@ TEMPLATES = {
 def test_a_chat_template_that_means_harm_is_one_sentence(
     bases, sections, write_recipe, refused, medft, capsys, tmp_path, monkeypatch, name
 ):
-    monkeypatch.setattr("medft.decoder.conversation._RENDER_SECONDS", 0.5)
+    # time enough to reach the end of a recursion on a busy machine; the others have none
+    seconds = 5 if name == "recursion" else 0.5
+    monkeypatch.setattr("medft.decoder.conversation._RENDER_SECONDS", seconds)
     base = shutil.copytree(bases / "decoder", tmp_path / "base")
     (base / "chat_template.jinja").write_text(TEMPLATES[name])
     words = ["check", write_recipe(sections("decoder")), f"model.base={base}"]

@@ -47,6 +47,7 @@ def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_run_whose_metric_gets_worse(train):
     stopping = {"early_stopping_patience": 2, "early_stopping_threshold": 100.0}
     run = train("early", **stopping, max_steps=9, eval_strategy="steps", eval_steps=1)
@@ -59,6 +60,7 @@ def test_early_stopping_ends_a_run_whose_metric_gets_worse(train):
     assert all(entry["peak_memory_gib"] > 0 for entry in history(run) if "loss" in entry)
 
 
+@pytest.mark.slow
 def test_patience_is_counted_on_over_a_resumed_run(train):
     options = {"early_stopping_patience": 3, "early_stopping_threshold": 100.0, "max_steps": 9}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
@@ -111,6 +113,7 @@ def test_a_run_continues_from_an_adapter(train, runs):
     assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_siglip_continues_with_its_scale_and_bias_read_once(train, runs, monkeypatch):
     first, found = runs / "siglip", []
 
@@ -156,6 +159,7 @@ def test_an_adapter_of_another_base_is_refused(sections, write_recipe, runs, bas
         check(file, [f"model.base={tmp_path / 'merged'}"])
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_a_base_like_any_other(train, runs, tmp_path):
     first = runs / "decoder"
     merge(first, tmp_path / "merged")
@@ -314,6 +318,7 @@ def test_a_resumed_run_needs_its_source_no_more_and_keeps_its_record(train, runs
     assert all(torch.equal(w, last[name]) for name, w in weights(run / "adapter").items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "steps"),
     [({}, 4), ({"early_stopping_patience": 1, "early_stopping_threshold": 100.0}, 2)],
@@ -326,6 +331,7 @@ def test_a_run_that_is_at_its_end_is_not_trained_further(train, options, steps):
     assert json.loads((run / "run.json").read_text())["steps_done"] == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "siglip"])
 def test_a_result_that_was_not_written_is_written_without_training_further(train, kind):
     run = train("run", kind)
