@@ -227,18 +227,8 @@ def open_run(
     launch = find_launch(arguments)
     wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
     writes = arguments.process_index == 0
-    untested = untested_versions()
     entries = {
-        "status": "running",
-        "medft": medft_version(),
-        "argv": masked_words(argv),
-        "started": now(),
-        "started_in": str(Path.cwd()),
-        "recipe": recipe.model_dump(),
-        "seed": recipe.train.seed,
-        "packages": package_versions(),
-        "untested_packages": untested,
-        "hardware": hardware(),
+        **_circumstances(recipe, argv),
         "launch": asdict(launch),
         "batch": batch | prepared.batch_record,
         **identity,
@@ -254,23 +244,16 @@ def open_run(
         early_stopping=recipe.train.early_stopping(),
         writes=writes,
     )
-    if untested:
-        named = ", ".join(f"{name} {version}" for name, version in untested.items())
-        logger.warning("not among the versions that medft was tested with: %s", named)
+    earlier = {}
     if writes:
         layout.directory.mkdir(parents=True, exist_ok=True)
         if checkpoint:
-            earlier = layout.read_record()
-            entries |= {k: earlier[k] for k in ("started", "init_from") if k in earlier}
-            entries["resumed"] = [*earlier.get("resumed", []), now()]
-            steps = earlier.get("resumed_from_steps", [])
-            entries["resumed_from_steps"] = [*steps, step_of(checkpoint)]
-            _compare_threads(earlier, launch)
+            earlier = _entries_before(layout, checkpoint, launch)
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
         with replaced_file(layout.recipe) as file:
             file.write(dump_sections(sections))
-    run.update()
+    run.update(**earlier)
     try:
         yield run
     except BaseException as error:
@@ -279,6 +262,36 @@ def open_run(
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             run.update(status="interrupted" if stopped else "failed", error=reason, ended=now())
         raise
+
+
+def _circumstances(recipe: Recipe, argv: list[str]) -> dict[str, Any]:
+    """The entries of run.json that say what was started where; warns of untested versions."""
+    if untested := untested_versions():
+        named = ", ".join(f"{name} {version}" for name, version in untested.items())
+        logger.warning("not among the versions that medft was tested with: %s", named)
+    return {
+        "status": "running",
+        "medft": medft_version(),
+        "argv": masked_words(argv),
+        "started": now(),
+        "started_in": str(Path.cwd()),
+        "recipe": recipe.model_dump(),
+        "seed": recipe.train.seed,
+        "packages": package_versions(),
+        "untested_packages": untested,
+        "hardware": hardware(),
+    }
+
+
+def _entries_before(layout: RunLayout, checkpoint: Path, launch: Launch) -> dict[str, Any]:
+    """The entries of run.json that a resumed run takes over, or adds to."""
+    earlier = layout.read_record()
+    _compare_threads(earlier, launch)
+    return {
+        **{key: earlier[key] for key in ("started", "init_from") if key in earlier},
+        "resumed": [*earlier.get("resumed", []), now()],
+        "resumed_from_steps": [*earlier.get("resumed_from_steps", []), step_of(checkpoint)],
+    }
 
 
 def _compare_threads(earlier: dict[str, Any], launch: Launch) -> None:
