@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -65,19 +66,25 @@ def test_decoder_adapted_merged_and_reloaded_agree(runs, bases, tmp_path):
     assert json.loads((tmp_path / "merged" / "medft.json").read_text())["merged_onto"] == "original"
 
 
-def validation_loss(model, bases, data):
-    """Token-weighted loss over the validation rows by plain transformers, one row at a time."""
+def validation_batches(bases, data):
+    """Each validation row with its batch, tokens by plain transformers."""
     processor = AutoProcessor.from_pretrained(bases / "decoder", backend="pil")
-    end, total, tokens = processor.tokenizer.eos_token, 0.0, 0
     for line in (data / "chat" / "validation.jsonl").read_text().splitlines():
         row = json.loads(line)
-        answer = row["messages"][-1]["content"][0]["text"] + end
-        length = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
         with Image.open(data / "chat" / row["images"][0]) as image:
-            batch = processor(
+            yield row, processor(
                 images=[[image.convert("RGB")]], return_tensors="pt", add_special_tokens=False,
                 text=[processor.apply_chat_template(row["messages"])],
             )  # fmt: skip
+
+
+def validation_loss(model, bases, data):
+    """Token-weighted loss over the validation rows by plain transformers, one row at a time."""
+    tokenizer = AutoProcessor.from_pretrained(bases / "decoder", backend="pil").tokenizer
+    total, tokens = 0.0, 0
+    for row, batch in validation_batches(bases, data):
+        answer = row["messages"][-1]["content"][0]["text"] + tokenizer.eos_token
+        length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
         with torch.no_grad():
             logits = model.eval()(**batch).logits[0, -length - 1 : -1]
         target = batch["input_ids"][0, -length:]
@@ -179,15 +186,8 @@ def with_fix(runs, tmp_path):
 
 def logits_of_rows(model, data, bases, count):
     """[S, V] logits of the first validation rows, one at a time, tokens by plain transformers."""
-    processor = AutoProcessor.from_pretrained(bases / "decoder", backend="pil")
     found = []
-    for line in (data / "chat" / "validation.jsonl").read_text().splitlines()[:count]:
-        row = json.loads(line)
-        with Image.open(data / "chat" / row["images"][0]) as image:
-            batch = processor(
-                images=[[image.convert("RGB")]], return_tensors="pt", add_special_tokens=False,
-                text=[processor.apply_chat_template(row["messages"])],
-            )  # fmt: skip
+    for _, batch in islice(validation_batches(bases, data), count):
         with torch.no_grad():
             found.append(model.eval()(**batch).logits[0])
     return found
