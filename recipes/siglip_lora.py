@@ -7,19 +7,21 @@ Without RECIPE.yaml: recipes/siglip/siglip_base_448.yaml.
 
 import sys
 
-from medft.config.command_line import read_recipe
-from medft.config.recipe import SiglipRecipe
 from medft.errors import run_command
-from medft.models.resolved import take_recorded
-from medft.siglip.build import build_trainer
-from medft.siglip.prepared import prepare_siglip_data
-from medft.siglip.trainer import siglip_arguments
-from medft.training.process import process_setup
-from medft.training.resume import check_output_dir
-from medft.training.run import open_run
 
 
 def main(argv: list[str]) -> None:
+    # the libraries are imported here, so that Ctrl-C meanwhile ends without a traceback
+    from medft.config.command_line import read_recipe
+    from medft.config.recipe import SiglipRecipe
+    from medft.models.resolved import take_recorded
+    from medft.siglip.build import build_trainer
+    from medft.siglip.prepared import prepare_siglip_data
+    from medft.siglip.trainer import siglip_arguments
+    from medft.training.process import process_setup
+    from medft.training.resume import check_output_dir
+    from medft.training.run import open_run
+
     words, recorded = take_recorded(argv)
     recipe = read_recipe(SiglipRecipe, words)
     with process_setup(seed=recipe.train.seed):
