@@ -4,9 +4,9 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
-import medft
+from medft.command_parser import MACHINE_OPTIONS, parse
 from medft.errors import EXIT_NO, run_command
 from medft.masking import log_handler
 
@@ -17,167 +17,10 @@ def main() -> int:
 
     def run(argv: list[str]) -> None:
         nonlocal code
-        arguments = parser().parse_args(argv)
-        code = arguments.command(arguments) or 0
+        arguments = parse(argv)
+        code = COMMANDS[arguments.command](arguments) or 0
 
     return run_command(run, sys.argv[1:]) or code
-
-
-def parser() -> argparse.ArgumentParser:
-    """The argument parser of `medft`."""
-    medft_parser = argparse.ArgumentParser(
-        prog="medft",
-        description="Fine-tune medical image-text models without silent failures. "
-        "For research use.",
-        epilog="--debug after any command shows the traceback of an error.",
-    )
-    medft_parser.add_argument("--version", action="version", version=medft.__version__)
-    commands = medft_parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="the whole pipeline on drawn images and tiny models")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    demo.set_defaults(command=_demo)
-
-    _add_data_commands(commands.add_parser("data", help="prepare data"))
-
-    check = commands.add_parser("check", help="all that can be known of a recipe without weights")
-    _add_recipe(check)
-    check.add_argument(
-        "--images", action="store_true", help="decode every image of the data as well"
-    )
-    check.set_defaults(command=_check)
-
-    train = commands.add_parser("train", help="check a recipe, then train it under accelerate")
-    _add_recipe(train)
-    train.add_argument(
-        "--config-file",
-        "--config_file",
-        type=Path,
-        metavar="FILE",
-        help="of accelerate; default: a single device, or DDP for several processes",
-    )
-    train.add_argument(
-        "--num-processes",
-        "--num_processes",
-        type=_at_least_one,
-        metavar="N",
-        help="processes, one for each GPU or several on the CPU; default: the configuration's",
-    )
-    train.set_defaults(command=_train)
-
-    reproduce = commands.add_parser("reproduce", help="train a run again and compare, bit for bit")
-    reproduce.add_argument("source", type=Path, metavar="RUN")
-    reproduce.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: RUN-reproduced, beside the run"
-    )
-    reproduce.set_defaults(command=_reproduce)
-
-    evaluate = commands.add_parser(
-        "evaluate", help="predictions of a model on held-out rows, their scores, and a page of both"
-    )
-    _add_evaluate_arguments(evaluate)
-
-    predict = commands.add_parser("predict", help="reports, embeddings and nearest training cases")
-    _add_predict_arguments(predict)
-
-    merge = commands.add_parser("merge", help="fold an adapter into its base")
-    merge.add_argument("source", type=Path, metavar="RUN|ADAPTER")
-    merge.add_argument("--out", type=Path, required=True, metavar="DIR")
-    merge.add_argument(
-        "--onto", choices=["original"], default="original", help="which weights of the base"
-    )
-    merge.add_argument(
-        "--force",
-        action="store_true",
-        help="write a model that plain transformers computes otherwise than it was trained",
-    )
-    merge.set_defaults(command=_merge)
-    return medft_parser
-
-
-def _add_data_commands(data: argparse.ArgumentParser) -> None:
-    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
-    prepare = data_commands.add_parser("prepare", help="tables and images -> pairs.parquet")
-    prepare.add_argument("sources", type=Path, metavar="SOURCES.yaml")
-    prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
-    prepare.add_argument(
-        "--max-rejects",
-        type=_share,
-        default=0.2,
-        metavar="SHARE",
-        help="share of a source's rows that may be rejected (default 0.2)",
-    )
-    prepare.set_defaults(command=_prepare)
-    chat = data_commands.add_parser("chat", help="pairs.parquet -> conversations to train on")
-    chat.add_argument("pairs", type=Path, metavar="pairs.parquet")
-    chat.add_argument("--out", type=Path, required=True, metavar="DIR")
-    chat.add_argument("--format", choices=["trl", "sharegpt"], default="trl")
-    chat.add_argument(
-        "--join-questions",
-        action="store_true",
-        help="all questions about the same images become one conversation",
-    )
-    chat.set_defaults(command=_chat)
-
-
-def _add_evaluate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, metavar="RUN|MODEL")
-    command.add_argument(
-        "--data", type=Path, metavar="FILE", help="chat JSONL or pairs.parquet; default: the run's"
-    )
-    command.add_argument(
-        "--split",
-        choices=["train", "validation", "test"],
-        help="of the run or of pairs.parquet; default: test, or validation where it has none",
-    )
-    command.add_argument("--against", choices=["base"], help="score the adapter's base as well")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR")
-    command.set_defaults(command=_evaluate)
-
-
-def _add_predict_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, metavar="RUN|MODEL")
-    command.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE|FOLDER|TABLE")
-    command.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help="for images without a question; default: one that the training rows declared",
-    )
-    command.add_argument(
-        "--max-new-tokens",
-        type=_at_least_one,
-        metavar="N",
-        help="of an answer; default: 1.5 times the longest trained answer",
-    )
-    command.add_argument(
-        "--siglip", type=Path, metavar="RUN", help="adds embeddings and nearest training cases"
-    )
-    command.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=".jsonl or .csv, continued if there",
-    )
-    command.set_defaults(command=_predict)
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
-    return share
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
-    return int(text)
-
-
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", type=Path, metavar="RECIPE")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -240,11 +83,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
     with process_setup(quiet=True):
         check(arguments.recipe, arguments.overrides)
+    options = vars(arguments)
+    machine = {option: options[option.replace("-", "_")] for option in MACHINE_OPTIONS}
     return train(
         arguments.recipe,
         arguments.overrides,
         arguments.config_file,
         num_processes=arguments.num_processes,
+        machine={option: value for option, value in machine.items() if value is not None},
     )
 
 
@@ -322,6 +168,20 @@ def _say(line: str) -> None:
         sys.stdout.flush()
     except OSError:  # its reader is gone, or its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "demo": _demo,
+    "prepare": _prepare,
+    "chat": _chat,
+    "check": _check,
+    "train": _train,
+    "reproduce": _reproduce,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "merge": _merge,
+}
+"""What each command does; None for exit code 0."""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Every message is one sentence: what was expected, what came, what to do.
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ EXIT_NO = 1
 """The command ran, and the answer is no."""
 
 EXIT_BAD_INPUT = 2
-EXIT_TERMINATED = 143
-EXIT_KEYBOARD_INTERRUPT = 130
+EXIT_SIGNAL = 128
+"""Added to the number of the signal that ended a command."""
 
 _PANIC = (
     "expected files of a model that its libraries can read, one of them gave up ({}): take the "
@@ -30,6 +31,9 @@ _PANIC = (
 
 class MedftError(Exception):
     """User input cannot be used: one sentence for each problem."""
+
+    is_shown_elsewhere: bool | None = None
+    """Whether another process of the run shows a sentence; None if processes cannot agree."""
 
     @property
     def problems(self) -> list[str]:
@@ -61,8 +65,14 @@ class RunError(MedftError):
     """A run directory or a checkpoint cannot be used."""
 
 
-class Terminated(Exception):
-    """The run was stopped by SIGTERM after it had saved."""
+class Stopped(BaseException):
+    """A signal ends the command; like KeyboardInterrupt, no library shall catch it."""
+
+    def __init__(self, number: signal.Signals, *, at_once: bool = False) -> None:
+        """Of a signal; `at_once` where nothing more shall be saved."""
+        super().__init__(number.name)
+        self.number = number
+        self.at_once = at_once
 
 
 class ErrorCollector:
@@ -90,11 +100,11 @@ class ErrorCollector:
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """The exit code: 0 done, 2 bad input, 130 interrupted, 143 stopped by SIGTERM after saving.
+    """The exit code: 0 done, 2 bad input, 128 and its number where a signal ended the command.
 
-    A MedftError is shown as its sentences, once, by rank 0; with `--debug` in argv it
-    is raised with its traceback instead. Any other exception is a bug of ours and is raised, but
-    for a panic of the tokenizer's library, which only its files can cause.
+    A MedftError is shown as its sentences, once, by rank 0 or the process that raised it first;
+    with `--debug` in argv it is raised with its traceback instead. Any other exception is a bug of
+    ours and is raised, but for a panic of the tokenizer's library, which only its files can cause.
 
     Folders and files that the command makes, itself or through a library, are its user's alone
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
@@ -109,14 +119,15 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except MedftError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+        if is_first if error.is_shown_elsewhere is None else not error.is_shown_elsewhere:
             for problem in error.problems:
                 _show(problem)
         return EXIT_BAD_INPUT
-    except Terminated:
-        return EXIT_TERMINATED
+    except Stopped as stop:
+        return EXIT_SIGNAL + stop.number
     except KeyboardInterrupt:
-        return EXIT_KEYBOARD_INTERRUPT
+        return EXIT_SIGNAL + signal.SIGINT
     except BaseException as error:
         if debug or type(error).__name__ != "PanicException":
             raise

@@ -4,11 +4,11 @@ The recorded values of the libraries' configurations are applied, not today's de
 """
 
 import logging
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
-from medft.errors import EXIT_TERMINATED, RunError, Terminated
+from medft.errors import EXIT_SIGNAL, RunError, Stopped
 from medft.files import packaged_file, write_json
 from medft.masking import printable
 from medft.models.resolved import OPTION, environment_of
@@ -19,6 +19,7 @@ from medft.training.compare_runs import compare_runs, first_different_step
 from medft.training.launch import supervised
 from medft.training.launched import ASKED
 from medft.training.process import THREADS
+from medft.training.signals import STOPPING
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def reproduce(plan: Plan) -> dict[str, Any]:
 
     Raises:
         RunError: the repeated run did not end, or a result cannot be read.
-        Terminated: SIGTERM arrived.
+        Stopped: a signal arrived.
     """
     again = run_again(plan)
     differs = compare_runs(plan.run, again)
@@ -73,24 +74,20 @@ def run_again(plan: Plan) -> RunLayout:
 
     Raises:
         RunError: it did not end as completed.
-        Terminated: SIGTERM arrived.
+        Stopped: a signal arrived.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     again = RunLayout(plan.out / "run")
     script = packaged_file(f"recipes/{plan.recipe.script}")
     words = [str(plan.run.recipe), *plan.overrides, OPTION, str(plan.run.record)]
-    command = [sys.executable, "-m", *_launcher(plan), str(script), *words]
+    module, *options = _launcher(plan)
     recorded = plan.recorded.resolved.determinism
     environment = {**environment_of(recorded), THREADS: str(plan.threads)}
     environment.pop(ASKED, None)  # of a launcher above
-    try:
-        code = supervised(command, environment)
-    except KeyboardInterrupt:
+    code = supervised(module, [*options, str(script), *words], environment)
+    if code - EXIT_SIGNAL in STOPPING:
         logger.warning("%s", _left(plan.out))
-        raise
-    if code == EXIT_TERMINATED:
-        logger.warning("%s", _left(plan.out))
-        raise Terminated
+        raise Stopped(signal.Signals(code - EXIT_SIGNAL))
     status = again.read_record()["status"] if again.record.is_file() else "not begun"
     if code or status != "completed":
         raise RunError(

@@ -18,20 +18,20 @@ def main(argv: list[str]) -> None:
     from medft.decoder.prepared import prepare_decoder_data
     from medft.decoder.trainer import decoder_arguments
     from medft.models.resolved import take_recorded
-    from medft.training.process import process_setup
+    from medft.training.process import training_setup
     from medft.training.resume import check_output_dir
     from medft.training.run import open_run
 
     words, recorded = take_recorded(argv)
     recipe = read_recipe(DecoderRecipe, words)
-    with process_setup(seed=recipe.train.seed):
+    with training_setup(recipe.train.seed) as signals:
         dtype = recipe.model.dtype
         arguments = decoder_arguments(recipe.train, dtype=dtype, recorded=recorded)
         checkpoint = check_output_dir(recipe.train)
         lora = recipe.initial_lora(resumes=checkpoint is not None)
         prepared = prepare_decoder_data(recipe.model, recipe.data, lora, arguments)
         common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
-        with open_run(recipe, argv, checkpoint=checkpoint, **common) as run:
+        with open_run(recipe, argv, checkpoint=checkpoint, signals=signals, **common) as run:
             sections = recipe.model, recipe.data, recipe.quantization, lora
             run.train(build_trainer(*sections, base=run.base, **common), checkpoint)
 

@@ -18,13 +18,13 @@ def main(argv: list[str]) -> None:
     from medft.siglip.build import build_trainer
     from medft.siglip.prepared import prepare_siglip_data
     from medft.siglip.trainer import siglip_arguments
-    from medft.training.process import process_setup
+    from medft.training.process import training_setup
     from medft.training.resume import check_output_dir
     from medft.training.run import open_run
 
     words, recorded = take_recorded(argv)
     recipe = read_recipe(SiglipRecipe, words)
-    with process_setup(seed=recipe.train.seed):
+    with training_setup(recipe.train.seed) as signals:
         dtype = recipe.model.dtype
         arguments = siglip_arguments(recipe.train, dtype=dtype, recorded=recorded)
         checkpoint = check_output_dir(recipe.train)
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         sections = recipe.model, recipe.data, lora, recipe.contrastive
         prepared = prepare_siglip_data(*sections, arguments)
         common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
-        with open_run(recipe, argv, checkpoint=checkpoint, **common) as run:
+        with open_run(recipe, argv, checkpoint=checkpoint, signals=signals, **common) as run:
             run.train(build_trainer(*sections, base=run.base, **common), checkpoint)
 
 

@@ -1,5 +1,6 @@
 """The command answers at once and says what went wrong by its exit code."""
 
+import signal
 import subprocess
 import sys
 
@@ -8,12 +9,13 @@ import torch
 from PIL import Image
 
 from medft import cli
-from medft.errors import DataError, MedftError, Terminated, run_command
+from medft.command_parser import parse
+from medft.errors import DataError, MedftError, Stopped, run_command
 
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, medft.cli; medft.cli.parser().format_help();"
+        "import sys, medft.cli; medft.command_parser.parser().format_help();"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'pydantic', 'numpy', 'PIL'};"
         "sys.stdout.write(' '.join(heavy & sys.modules.keys()))"
     )
@@ -24,7 +26,7 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize("words", [["--help"], ["data", "--help"], ["train", "--help"]])
 def test_help_exits_with_0(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.parser().parse_args(words)
+        parse(words)
     assert caught.value.code == 0
     assert "usage: medft" in capsys.readouterr().out
 
@@ -32,9 +34,20 @@ def test_help_exits_with_0(words, capsys):
 @pytest.mark.parametrize("words", [[], ["tarin"], ["merge", "x"], ["train"]])
 def test_wrong_words_exit_with_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.parser().parse_args(words)
+        parse(words)
     assert caught.value.code == 2
     assert "usage: medft" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_options(medft, capsys, tmp_path):
+    for words in (["--images", "lora.r=0"], ["lora.r=0", "--images"]):
+        assert medft("check", tmp_path / "none.yaml", *words) == 2
+        assert "could not read it" in capsys.readouterr().err
+    for words in (["check", "x.yaml", "--image"], ["merge", "x", "--out", "y", "lora.r=0"]):
+        with pytest.raises(SystemExit) as caught:
+            medft(*words, "--nonsense")
+        assert caught.value.code == 2
+        assert "unrecognized arguments: " in capsys.readouterr().err
 
 
 def test_exit_codes_and_sentences(capsys, monkeypatch):
@@ -42,7 +55,7 @@ def test_exit_codes_and_sentences(capsys, monkeypatch):
         raise MedftError("expected a, got b", "expected c, got d")
 
     def stop(argv):
-        raise Terminated
+        raise Stopped(signal.SIGTERM)
 
     def interrupt(argv):
         raise KeyboardInterrupt

@@ -23,8 +23,10 @@ HOUSE = """
     data/ charts statistics sentences image_sentences report prepare
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
-    training/ process deepspeed launched arguments checkpoints broken_data mixed_precision
-    training/ trainer callbacks overflow curves resume run compare_runs launch
+    training/ signals random_states process deepspeed launched arguments checkpoints
+    training/ broken_data mixed_precision trainer results callbacks overflow curves
+    training/ resume run
+    training/ compare_runs quiet_launcher launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build
@@ -36,7 +38,7 @@ HOUSE = """
     export/ unfixed merge
     demo/ bases phantoms exports pretrain report chain
     since_then reproducible reproduce
-    cli
+    command_parser cli
 """
 STRANGERS = ("medft.decoder", "medft.siglip")
 """Parts that never import each other."""

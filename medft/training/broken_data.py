@@ -4,18 +4,17 @@ A process that stopped alone would leave the others waiting for it, and no check
 saved, which takes all of them.
 """
 
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medft.errors import DataError
+from medft.training.random_states import RandomStates
 
 
 class BrokenBatchError(DataError):
@@ -49,11 +48,11 @@ def fetch_together(batches: Iterator[Any], count: int, device: torch.device) -> 
 
 
 class WatchedLoader:
-    """A dataloader whose batches are fetched by `fetch_together`."""
+    """A dataloader whose batches are fetched one by one by a function of the trainer."""
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Any, fetch: Callable[[Iterator[Any], int], list[Any]]) -> None:
         self._loader = loader
-        self._device = device
+        self._fetch = fetch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -63,7 +62,7 @@ class WatchedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self._loader)
-        while found := fetch_together(batches, 1, self._device):
+        while found := self._fetch(batches, 1):
             yield from found
 
 
@@ -76,22 +75,15 @@ class EpochStartCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._step = -1
-        self._states: tuple[Any, ...] = ()
+        self._states: RandomStates | None = None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep them."""
-        self._step = state.global_step
-        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+        self._step, self._states = state.global_step, RandomStates()
 
     def put_back(self, step: int) -> None:
         """Put them back if no step of the epoch was done at `step`."""
-        if step == self._step:
-            of_python, of_numpy, of_torch, on_gpu = self._states
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
-            torch.set_rng_state(of_torch)
-            if on_gpu:
-                torch.cuda.set_rng_state_all(on_gpu)
+        if step == self._step and self._states:
+            self._states.put_back()

@@ -1,15 +1,14 @@
 """Callbacks that medft adds to Trainer: what stops a run, and what is written during it.
 
-One class each for non-finite values, parameters without gradient, signals, the epoch of samplers,
-intervals, the log history, checkpoint manifests and best_model/.
+One class each for non-finite values, parameters without gradient, the epoch of samplers, intervals,
+the log history, checkpoint manifests and best_model/.
 """
 
 import functools
 import logging
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,56 +205,6 @@ class LogHistoryCallback(TrainerCallback):
         self.write(state)
 
 
-class SignalCallback(TrainerCallback):
-    """Saves a checkpoint and ends training after the step in which SIGTERM arrived."""
-
-    def __init__(self) -> None:
-        self.terminated = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle SIGTERM while the block runs."""
-        previous = signal.signal(signal.SIGTERM, self._on_signal)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.terminated = True
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Save and stop, on every process after the same step."""
-        if args.world_size > 1:
-            flag = torch.tensor(int(self.terminated), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.terminated = bool(flag)
-        if self.terminated and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Skip the evaluation of an epoch that was cut short."""
-        # Trainer also calls this in the middle of an epoch, where no evaluation is due; at a real
-        # end the checkpoint is saved again, so that it includes the evaluation
-        if self.terminated and state.global_step < state.max_steps:
-            is_real_end = float(state.epoch).is_integer()
-            control.should_evaluate = control.should_evaluate and is_real_end
-            control.should_save = is_real_end
-
-
 class CheckpointManifestCallback(TrainerCallback):
     """Writes a checkpoint's manifest once every process has saved, then deletes old checkpoints.
 
@@ -264,6 +213,15 @@ class CheckpointManifestCallback(TrainerCallback):
 
     def __init__(self, save_total_limit: int | None) -> None:
         self.save_total_limit = save_total_limit
+        self._since = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note when a save may begin: after a step, or the evaluation that follows it."""
+        self._since = time.monotonic()
+
+    on_evaluate = on_step_end
 
     def on_save(
         self,
@@ -277,7 +235,9 @@ class CheckpointManifestCallback(TrainerCallback):
         if not args.should_save:
             return
         run = Path(args.output_dir)
-        write_manifest(run / f"checkpoint-{state.global_step}", world_size=args.world_size)
+        checkpoint = run / f"checkpoint-{state.global_step}"
+        seconds = time.monotonic() - self._since
+        write_manifest(checkpoint, world_size=args.world_size, seconds=seconds)
         if self.save_total_limit:
             for old in checkpoints_of(run)[self.save_total_limit :]:
                 shutil.rmtree(old)

@@ -34,21 +34,29 @@ _MOST_STEPS = 10**9
 logger = logging.getLogger(__name__)
 
 
-def write_manifest(checkpoint: Path, *, world_size: int) -> None:
-    """Write the manifest of a complete checkpoint; call it when every process has saved."""
+def write_manifest(checkpoint: Path, *, world_size: int, seconds: float = 0) -> None:
+    """Write the manifest of a complete checkpoint; call it when every process has saved.
+
+    Args:
+        checkpoint: its folder.
+        world_size: number of processes that saved it.
+        seconds: that saving took until now.
+    """
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     entries = {
         path.relative_to(checkpoint).as_posix(): [path.stat().st_size, file_sha256(path)]
         for path in files
         if path.name != MANIFEST
     }
-    write_json(checkpoint / MANIFEST, {"world_size": world_size, "files": entries})
+    content = {"world_size": world_size, "seconds": round(seconds, 1), "files": entries}
+    write_json(checkpoint / MANIFEST, content)
 
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     world_size: int
+    seconds: float = Field(0, ge=0, allow_inf_nan=False)
     files: dict[PathText, Annotated[tuple[int, str], Field(strict=False)]]
 
 
@@ -244,6 +252,17 @@ def checkpoint_to_resume(run: Path, resume: bool | str | None) -> Path | None:
         f"expected a complete checkpoint in {run} to resume from, found none: "
         f"remove train.resume_from_checkpoint and the folder to start afresh"
     )
+
+
+def seconds_to_save(checkpoint: Path) -> float:
+    """Seconds that it took to save a complete checkpoint; 0 if that was not recorded."""
+    return _manifest(checkpoint).seconds
+
+
+def evaluation_is_missing(checkpoint: Path) -> bool:
+    """Whether the run was stopped in the evaluation that was due at a checkpoint's step."""
+    control = state_of(checkpoint).stateful_callbacks["TrainerControl"]
+    return bool(control["args"].get("should_evaluate"))
 
 
 def world_size_of(checkpoint: Path) -> int:

@@ -1,29 +1,45 @@
 """Training launched under accelerate, as `medft train` does."""
 
+import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType, MappingProxyType
 from typing import Any
+
+import psutil
 
 from medft.config.command_line import recipe_class
 from medft.config.strict_yaml import StrictYaml
-from medft.errors import EXIT_TERMINATED, RecipeError
+from medft.errors import EXIT_BAD_INPUT, EXIT_NO, EXIT_SIGNAL, RecipeError
 from medft.files import packaged_file
 from medft.training.launched import ASKED
+from medft.training.signals import STOPPING, listened_to
+
+_SECONDS_TO_START = 1.0
+"""Of a process, in which Python would show a traceback for Ctrl-C."""
+
+_SECONDS_TO_END = 5.0
+"""After a second Ctrl-C, until the processes are killed."""
 
 
 def train(
-    file: Path, overrides: list[str], config_file: Path | None, num_processes: int | None = None
+    file: Path,
+    overrides: list[str],
+    config_file: Path | None,
+    *,
+    num_processes: int | None = None,
+    machine: Mapping[str, int | str] = MappingProxyType({}),
 ) -> int:
     """Launch the recipe's script under accelerate; returns its exit code.
 
     Without a configuration file it uses the one for a single device, or for several processes DDP,
-    never the user's own default, which may set a precision or hyperparameters. SIGTERM is handled
+    never the user's own default, which may set a precision or hyperparameters. Signals are handled
     as by `supervised`.
 
     Args:
@@ -31,7 +47,8 @@ def train(
         overrides: `section.key=value`, as given.
         config_file: accelerate's; None for DDP if there are several processes, else for one GPU if
             there is one, else the CPU.
-        num_processes: instead of the configuration's.
+        num_processes: on all machines, instead of the configuration's.
+        machine: options of accelerate by which several machines find each other, as passed on.
 
     Raises:
         RecipeError: accelerate would start other processes than these.
@@ -40,10 +57,11 @@ def train(
         config_file = packaged_file(f"accelerate_configs/{_shipped_name(num_processes or 1)}.yaml")
     config = StrictYaml.read(config_file).raw
     processes = num_processes or config.get("num_processes", 1)
-    _check_configuration(config, config_file, processes)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(config_file), "--num_processes", str(processes)]
+    machines = machine.get("num-machines", config.get("num_machines", 1))
+    _check_configuration(config, config_file, processes=processes, machines=machines)
+    command = ["--config_file", str(config_file), "--num_processes", str(processes)]
     command += ["--num_cpu_threads_per_process", "1"]  # each process sets its own number
+    command += [word for name, value in machine.items() for word in (f"--{name}", str(value))]
     deepspeed = config.get("deepspeed_config") or {}
     if "deepspeed_config_file" in deepspeed:
         path = Path(deepspeed["deepspeed_config_file"])
@@ -53,42 +71,99 @@ def train(
         ]
     script = packaged_file(f"recipes/{recipe_class(file, overrides).script}")
     environment = {**os.environ, ASKED: str(processes)}
-    return supervised([*command, str(script), str(file), *overrides], environment)
+    words = [*command, str(script), str(file), *overrides]
+    return supervised("accelerate.commands.launch", words, environment)
 
 
-def supervised(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run a launcher; returns its exit code.
+def supervised(module: str, words: list[str], environment: Mapping[str, str]) -> int:
+    """Run a launcher; returns the exit code of its processes.
 
-    SIGTERM is forwarded to the training processes, which save a checkpoint first; the exit code is
-    then 143.
+    It runs in a process group of its own, where no signal of the terminal reaches it. Stopping
+    signals are passed on to the processes that train, each of which saves first, however long that
+    takes; the exit code is then 128 and the number of the first. A second Ctrl-C ends them.
 
     Args:
-        command: of a launcher, whose children train.
-        environment: of the command.
+        module: of the launcher.
+        words: its options, script and arguments.
+        environment: of the launcher.
     """
-    import psutil
+    command = [sys.executable, "-m", "medft.training.quiet_launcher", module, *words]
+    with _Forwarded() as forwarded:
+        forwarded.launcher = subprocess.Popen(command, env=environment, process_group=0)
+        code = forwarded.wait()
+    if code > EXIT_SIGNAL and code - EXIT_SIGNAL not in STOPPING:
+        _show_end(signal.Signals(code - EXIT_SIGNAL))
+    first = next(iter(forwarded.received), None)
+    return code if first is None or code in (0, EXIT_NO, EXIT_BAD_INPUT) else EXIT_SIGNAL + first
 
-    process = subprocess.Popen(command, env=environment)
-    terminated = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
-    passed_on: set[int] = set()
-    try:
-        while process.poll() is None:
-            if terminated.is_set():
-                # on SIGTERM the launcher leaves a single training process running
-                for child in psutil.Process(process.pid).children():
-                    if child.pid not in passed_on:
-                        child.terminate()
-                        passed_on.add(child.pid)
+
+class _Forwarded:
+    """Signals of this process that the children of a launcher get."""
+
+    def __init__(self) -> None:
+        self.launcher: subprocess.Popen[bytes]
+        self.received: list[int] = []
+        self._passed: dict[int, int] = {}
+        """By process: how many signals it has got."""
+
+        self._killed_at = math.inf
+
+    def __enter__(self) -> "_Forwarded":
+        handlers = {number: self._note for number in listened_to()}
+        handlers |= {signal.SIGQUIT: self._quit, signal.SIGTSTP: self._suspend}
+        self._before = {n: signal.signal(n, handler) for n, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait(self) -> int:
+        """Pass signals on until the launcher ends; returns its exit code."""
+        while (code := self.launcher.poll()) is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(self.launcher.pid).children():
+                    self._pass_on(child)
+            if time.monotonic() > self._killed_at:
+                self._signal_group(signal.SIGKILL)
             time.sleep(0.1)
-    except psutil.NoSuchProcess:
-        process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # the terminal has sent Ctrl-C to the training processes too
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return EXIT_TERMINATED if terminated.is_set() and process.returncode else process.returncode
+        return code
+
+    def _pass_on(self, child: psutil.Process) -> None:
+        """Send a child what it has not got yet, once it is old enough to handle it."""
+        if time.time() - child.create_time() < _SECONDS_TO_START:
+            return
+        for number in self.received[self._passed.get(child.pid, 0) :]:
+            child.send_signal(number)
+        self._passed[child.pid] = len(self.received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if number == signal.SIGINT and len(self.received) > 1:
+            self._killed_at = time.monotonic() + _SECONDS_TO_END
+
+    def _quit(self, number: int, frame: FrameType | None) -> None:
+        """Let all processes end at once."""
+        self._signal_group(number)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z stops the processes, too, until this one goes on."""
+        self._signal_group(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_group(signal.SIGCONT)
+
+    def _signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.launcher.pid, number)
+
+
+def _show_end(number: signal.Signals) -> None:
+    """Say which signal ended a process, which could not do so itself."""
+    memory = ", as the kernel does where memory runs out" if number == signal.SIGKILL else ""
+    sys.stderr.write(
+        f"medft: error: expected every process to train to the end, one was ended by "
+        f"{number.name}{memory}: go on with train.resume_from_checkpoint=auto\n"
+    )
 
 
 def _shipped_name(num_processes: int) -> str:
@@ -100,7 +175,9 @@ def _shipped_name(num_processes: int) -> str:
     return "single_gpu" if torch.cuda.is_available() else "cpu"
 
 
-def _check_configuration(config: dict[str, Any], file: Path, processes: Any) -> None:
+def _check_configuration(
+    config: dict[str, Any], file: Path, *, processes: Any, machines: Any
+) -> None:
     """Refuse a configuration by which accelerate starts something else, or one process of several.
 
     Raises:
@@ -112,6 +189,11 @@ def _check_configuration(config: dict[str, Any], file: Path, processes: Any) -> 
     if not isinstance(processes, int) or processes < 1:
         raise RecipeError(
             f"expected num_processes from 1 on in {file}, got {processes!r}: correct it"
+        )
+    if not isinstance(machines, int) or machines < 1 or processes % machines:
+        raise RecipeError(
+            f"expected num_processes of all machines together, as many on each of {machines!r}, "
+            f"got {processes}: correct num_processes or num_machines"
         )
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED"):
         raise RecipeError(
@@ -126,10 +208,11 @@ def _check_configuration(config: dict[str, Any], file: Path, processes: Any) -> 
             f"too"
         )
     gpus = 0 if config.get("use_cpu") else torch.cuda.device_count()
-    if config.get("num_machines", 1) == 1 and processes > gpus > 0:
+    if processes // machines > gpus > 0:
         raise RecipeError(
-            f"expected at most {gpus} processes, one for each GPU, got {processes}: lower "
-            f"num_processes, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"expected at most {gpus} processes, one for each GPU, got {processes}"
+            f"{f' on {machines} machines' if machines > 1 else ''}: lower num_processes, or set "
+            f"CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     if processes == 1 and kind == "MULTI_GPU":
         raise RecipeError(

@@ -6,29 +6,29 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
-from medft.errors import RunError
+from medft.errors import MedftError, RunError
 from medft.masking import log_handler
+from medft.training.signals import StopSignals
 
 THREADS = "MEDFT_THREADS"
 """Environment variable: threads of torch on each process that trains."""
+
+_WAIT_FOR_STORE = timedelta(seconds=5)
+"""For the store in which processes agree who shows an error."""
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of CPU time and of the period they are for, in a container; else `max`."""
 
 
 @contextmanager
-def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[None]:
-    """Set up logging, seeds and threads for the block, and destroy the process group after it.
+def process_setup(*, quiet: bool = False) -> Iterator[None]:
+    """Set up logging for the block, and destroy the process group after it.
 
     Args:
-        seed: of a training, for all random number generators of the process, whose threads are
-            set too; None leaves both unchanged.
         quiet: show warnings only.
-
-    Raises:
-        RunError: MEDFT_THREADS is no number of threads.
     """
     import datasets
     import torch
@@ -43,16 +43,55 @@ def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[N
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    if seed is not None:
+    try:
+        yield
+    except MedftError as error:
+        error.is_shown_elsewhere = _is_shown_elsewhere()
+        raise
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def training_setup(seed: int) -> Iterator[StopSignals]:
+    """Set up the process of a training for the block: `process_setup`, seeds, threads and signals.
+
+    Args:
+        seed: for all random number generators of the process.
+
+    Returns:
+        The signals that are listened to while the block runs.
+
+    Raises:
+        RunError: MEDFT_THREADS is no number of threads.
+        Stopped: a signal ended the training.
+    """
+    import torch
+    import transformers
+
+    signals = StopSignals()
+    with process_setup(), signals.listening():
         transformers.set_seed(seed)
         torch.set_num_threads(num_threads())
         # else Accelerate sets its own number where no launcher has set one
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        yield signals
+
+
+def _is_shown_elsewhere() -> bool | None:
+    """Whether another process has ended by an error before; None if that cannot be known."""
+    from torch import distributed
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        yield
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        store = TCPStore(*address, is_master=False, timeout=_WAIT_FOR_STORE)
+        return store.add("medft/errors", 1) > 1
+    except RuntimeError:  # the process that holds it is gone
+        return None
 
 
 def num_threads() -> int:

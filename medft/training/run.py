@@ -10,16 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
 from medft.compat import num_weights, untested_versions
 from medft.config.recipe import Recipe, dump_sections
-from medft.errors import Terminated
-from medft.files import complete_folder, replaced_file, write_json
-from medft.models.adapter import refuse_inert
+from medft.errors import Stopped
+from medft.files import replaced_file, write_json
 from medft.models.resolved import (
     Recorded,
     apply_determinism,
@@ -29,7 +27,7 @@ from medft.models.resolved import (
     resolved_deepspeed,
     resolved_model,
 )
-from medft.models.saved import WEIGHTS_FILE, RunLayout
+from medft.models.saved import RunLayout
 from medft.provenance import (
     hardware,
     masked,
@@ -46,20 +44,21 @@ from medft.training.callbacks import (
     IntervalCallback,
     LogHistoryCallback,
     NonFiniteCallback,
-    SignalCallback,
     UntrainedParameterCallback,
 )
-from medft.training.checkpoints import state_of, step_of
+from medft.training.checkpoints import evaluation_is_missing, state_of, step_of
 from medft.training.curves import draw_curves
 from medft.training.launched import Launch, find_launch
 from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
+from medft.training.results import final_metrics, save_result
 from medft.training.resume import (
     PreparedData,
     check_as_recorded,
     check_state,
     identify_run,
 )
+from medft.training.signals import StopSignals
 from medft.training.trainer import RowTrackingTrainer
 
 logger = logging.getLogger(__name__)
@@ -76,13 +75,18 @@ class Run:
         resolved: dict[str, Any],
         recorded: Recorded | None,
         early_stopping: dict[str, Any],
+        signals: StopSignals,
         writes: bool,
     ) -> None:
         self.layout = layout
         self.record = record
+        self.stopped = "before the first step: start again with train.resume_from_checkpoint=auto"
+        """Where a signal has stopped the run, and how it goes on."""
+
         self._resolved = resolved
         self._recorded = recorded
         self._early_stopping = early_stopping
+        self._signals = signals
         self._writes = writes
 
     @property
@@ -96,6 +100,11 @@ class Run:
         if self._writes:
             write_json(self.layout.record, masked(self.record))
 
+    def end(self, status: Literal["interrupted", "failed"], reason: str) -> None:
+        """Record why the run has ended, unless it is completed."""
+        if self.record["status"] == "running":
+            self.update(status=status, error=reason, ended=now())
+
     def train(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
         """Train, keep complete checkpoints and the best model, and write adapter/ or model/.
 
@@ -104,7 +113,7 @@ class Run:
             checkpoint: a complete checkpoint to continue from.
 
         Raises:
-            Terminated: SIGTERM arrived; a checkpoint to resume from was saved.
+            Stopped: a signal arrived; a checkpoint to resume from was saved.
             RunError: the loss, a gradient or a weight is NaN or infinite, or an adapter tensor had
                 no gradient in an epoch; or what a record holds could not be applied.
         """
@@ -115,8 +124,8 @@ class Run:
         )
         if self._recorded:
             check_applied(resolved, self._recorded)
-        signals = SignalCallback()
-        self._add_callbacks(trainer, signals)
+        trainer.signals = self._signals
+        self._add_callbacks(trainer)
         parameters = list(trainer.model.parameters())
         self.update(
             trainable_parameters=sum(num_weights(p) for p in parameters if p.requires_grad),
@@ -129,13 +138,9 @@ class Run:
             trainer.state = saved
         else:
             if checkpoint:
-                trainer.args.eval_on_start = False  # it was, before the first step
-            with signals.listening():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.args.eval_on_start = evaluation_is_missing(checkpoint)
+            self._train_until_stopped(trainer, checkpoint)
         self.write_history(trainer.state)
-        if signals.terminated and trainer.state.global_step < trainer.state.max_steps:
-            self.update(status="interrupted", steps_done=trainer.state.global_step)
-            raise Terminated
         is_adapter = hasattr(trainer.model, "peft_config")
         save_result(trainer, self.layout.adapter if is_adapter else self.layout.model)
         self.update(
@@ -148,7 +153,22 @@ class Run:
         )
         wait_for_everyone()  # a launcher ends the others where one process fails as it exits
 
-    def _add_callbacks(self, trainer: RowTrackingTrainer, signals: SignalCallback) -> None:
+    def _train_until_stopped(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
+        try:
+            with self._signals.deferred():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Stopped as stop:
+            state = trainer.state
+            if state.max_steps:
+                kept = trainer.kept or "at once, go on with train.resume_from_checkpoint=auto"
+                self.stopped = f"after step {state.global_step} of {state.max_steps}: {kept}"
+                self.update(steps_done=state.global_step)
+            if not stop.at_once:
+                trainer.end_early()
+                self.write_history(state)
+            raise
+
+    def _add_callbacks(self, trainer: RowTrackingTrainer) -> None:
         manifests = CheckpointManifestCallback(trainer.args.save_total_limit)
         trainer.args.save_total_limit = None  # `manifests` deletes, once the new one is complete
         trainer.add_callback(IntervalCallback())
@@ -158,7 +178,6 @@ class Run:
             trainer.add_callback(OverflowCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))
         trainer.add_callback(manifests)
-        trainer.add_callback(signals)
         if self._early_stopping:
             trainer.add_callback(EarlyStoppingCallback(**self._early_stopping))
         if trainer.eval_dataset is not None:
@@ -196,13 +215,14 @@ def open_run(
     arguments: TrainingArguments,
     prepared: PreparedData,
     checkpoint: Path | None,
+    signals: StopSignals,
     recorded: Recorded | None = None,
 ) -> Iterator[Run]:
     """The run of a recipe, with its directory created and its record begun.
 
     Everything must have been checked before, but what identifies the run, which is checked here:
     after that writing begins. An exception inside the block sets `status` in run.json to failed
-    (interrupted for Ctrl-C).
+    (interrupted for a signal).
 
     Args:
         recipe: the resolved recipe.
@@ -210,6 +230,7 @@ def open_run(
         arguments: the trainer's.
         prepared: the data, and the adapter of `lora.init_from`.
         checkpoint: to continue from; None for a new run.
+        signals: of this process, listened to.
         recorded: the record of the run that is repeated.
 
     Raises:
@@ -242,6 +263,7 @@ def open_run(
         },
         recorded=recorded,
         early_stopping=recipe.train.early_stopping(),
+        signals=signals,
         writes=writes,
     )
     earlier = {}
@@ -256,11 +278,12 @@ def open_run(
     run.update(**earlier)
     try:
         yield run
+    except Stopped as stop:
+        run.end("interrupted", f"stopped by {stop}")
+        logger.warning("stopped by %s %s", stop, run.stopped)
+        raise
     except BaseException as error:
-        if run.record["status"] == "running":
-            stopped = isinstance(error, KeyboardInterrupt)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            run.update(status="interrupted" if stopped else "failed", error=reason, ended=now())
+        run.end("failed", f"{type(error).__name__}: {error}".splitlines()[0])
         raise
 
 
@@ -305,26 +328,3 @@ def _compare_threads(earlier: dict[str, Any], launch: Launch) -> None:
             launch.threads,
             before,
         )
-
-
-def save_result(trainer: RowTrackingTrainer, folder: Path) -> None:
-    """Write the trained weights, the processor and medft.json as one complete folder."""
-    wait_for_everyone()
-    if not trainer.args.should_save:
-        trainer.write_model(folder)
-        return
-    with complete_folder(folder) as draft:
-        trainer.write_model(draft)
-        adapter = draft / WEIGHTS_FILE
-        if adapter.is_file():
-            refuse_inert(load_file(adapter))
-
-
-def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
-    """The last logged training loss and the metrics of the last evaluation."""
-    losses = [entry["loss"] for entry in log_history if "loss" in entry]
-    evaluations = [entry for entry in log_history if "eval_loss" in entry]
-    metrics = {"loss": losses[-1]} if losses else {}
-    if evaluations:
-        metrics |= {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
-    return metrics

@@ -1,6 +1,6 @@
 """A Trainer that tracks the row ids of each step, its throughput and its wait for data.
 
-Where a row cannot be read, it saves a checkpoint first and says how to go on.
+Where a row cannot be read or a signal asks it to stop, it saves a checkpoint first.
 """
 
 import time
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from medft.compat import HookedTrainer
-from medft.errors import DataError
+from medft.errors import DataError, Stopped
 from medft.provenance import peak_memory
 from medft.training.broken_data import (
     BrokenBatchError,
@@ -25,6 +25,8 @@ from medft.training.broken_data import (
 )
 from medft.training.checkpoints import what_is_missing
 from medft.training.mixed_precision import Float32Callback, autocast_under_deepspeed
+from medft.training.random_states import same_numbers_after
+from medft.training.signals import StopSignals
 
 ROW_IDS = "row_ids"
 """Batch key of the row ids, which are never passed to the model."""
@@ -37,6 +39,12 @@ class RowTrackingTrainer(HookedTrainer):
         autocast_under_deepspeed(model, args)
         super().__init__(model, args, **kwargs)
         self.row_ids: list[str] = []
+        self.signals = StopSignals()
+        """What is looked at before each step and each batch of an evaluation."""
+
+        self.kept = ""
+        """What a stopped training has kept and how it goes on, as a part of a sentence."""
+
         self._since: float | None = None  # training has not begun
         self._epoch_start = EpochStartCallback()
         self.add_callback(self._epoch_start)
@@ -54,11 +62,12 @@ class RowTrackingTrainer(HookedTrainer):
 
         Raises:
             DataError: a row cannot be read, on any process; a checkpoint was saved.
+            Stopped: a signal arrived, on any process; a checkpoint was saved.
         """
         started = time.perf_counter()
         self._since = self._since or started
         with self._saving_what_is_done():
-            fetched = fetch_together(epoch_iterator, num_batches, device)
+            fetched = self._fetch(epoch_iterator, num_batches)
         batches, items = super().get_batch_samples(iter(fetched), num_batches, device)
         self._seconds_waited += time.perf_counter() - started
         self.row_ids = [name for batch in batches for name in batch.pop(ROW_IDS)]
@@ -67,14 +76,16 @@ class RowTrackingTrainer(HookedTrainer):
         return batches, items
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The metrics of an evaluation, whose time is not counted as training time.
+        """The metrics of an evaluation, which changes nothing of what is trained or timed.
 
         Raises:
             DataError: a row cannot be read, on any process; a checkpoint was saved.
+            Stopped: a signal arrived, on any process; a checkpoint was saved.
         """
         started = time.perf_counter()
+        left_out = "without its evaluation, which a resumed run begins with, "
         try:
-            with self._saving_what_is_done(left_out="without its evaluation "):
+            with self._saving_what_is_done(left_out), same_numbers_after():
                 return super().evaluate(*args, **kwargs)
         finally:
             if self._since is not None:
@@ -82,24 +93,34 @@ class RowTrackingTrainer(HookedTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, whose batches every process can read or none goes on."""
-        watched: Any = WatchedLoader(dataloader, self.args.device)
+        watched: Any = WatchedLoader(dataloader, self._fetch)
         return super().evaluation_loop(watched, *args, **kwargs)
 
+    def _fetch(self, batches: Iterator[Any], count: int) -> list[Any]:
+        """The next batches, where every process can read its own and none is asked to stop."""
+        if self.is_in_train and self.state.global_step < self.state.max_steps:
+            self.signals.raise_agreed(self.args.device)
+        return fetch_together(batches, count, self.args.device)
+
     @contextmanager
-    def _saving_what_is_done(self, *, left_out: str = "") -> Iterator[None]:
-        """Save a checkpoint if a row in the block cannot be read; its error says how to go on."""
+    def _saving_what_is_done(self, left_out: str = "") -> Iterator[None]:
+        """Save a checkpoint if a row in the block cannot be read or a signal ends the training."""
         try:
             yield
         except BrokenBatchError as error:
             if not self.is_in_train:
                 raise
-            advice = self._save_what_is_done(left_out)
-            raise DataError(*(f"{problem}; {advice}" for problem in error.problems)) from error
+            self.kept = self._save_what_is_done(left_out)
+            raise DataError(*(f"{problem}; {self.kept}" for problem in error.problems)) from error
+        except Stopped as stop:
+            if not stop.at_once:
+                self.kept = self._save_what_is_done(left_out)
+            raise
 
     def _save_what_is_done(self, left_out: str) -> str:
         step = self.state.global_step
         if step == 0:
-            return "no step was done yet, start again"
+            return "no step was done yet, start again with train.resume_from_checkpoint=auto"
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if what_is_missing(folder) is not None:
             self._epoch_start.put_back(step)
@@ -108,9 +129,13 @@ class RowTrackingTrainer(HookedTrainer):
             except OSError as error:
                 return f"step {step} could not be saved ({error}), resume from an earlier one"
         return (
-            f"{folder.name} is saved {left_out}and the run goes on from it with "
+            f"{folder} is saved {left_out}and the run goes on from it with "
             f"train.resume_from_checkpoint=true"
         )
+
+    def end_early(self) -> None:
+        """Let callbacks end as after training: progress bars, and services that get the log."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this process's rows and supervised tokens per second, data wait and peak memory."""

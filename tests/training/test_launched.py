@@ -20,7 +20,7 @@ from medft.training.launched import (
     find_launch,
     options_of_launch,
 )
-from medft.training.process import num_threads, process_setup
+from medft.training.process import num_threads, process_setup, training_setup
 
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -187,13 +187,21 @@ def test_medft_train_refuses_what_accelerate_would_start_otherwise(
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config))
     with pytest.raises(RecipeError, match=sentence):
-        train(Path("recipe.yaml"), [], file, processes)
+        train(Path("recipe.yaml"), [], file, num_processes=processes)
 
 
 def test_medft_train_refuses_more_processes_than_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    zero2 = packaged_file("accelerate_configs/zero2.yaml")
     with pytest.raises(RecipeError, match="expected at most 2 processes, one for each GPU, got 3"):
-        train(Path("recipe.yaml"), [], packaged_file("accelerate_configs/zero2.yaml"), 3)
+        train(
+            Path("recipe.yaml"), [], packaged_file("accelerate_configs/zero2.yaml"), num_processes=3
+        )
+    on_two = {"num-machines": 2, "machine-rank": 0}
+    zero2 = packaged_file("accelerate_configs/zero2.yaml")
+    for processes, sentence in ((6, "at most 2 .* got 6 on 2 machines"), (3, "as many on each of")):
+        with pytest.raises(RecipeError, match=sentence):
+            train(Path("recipe.yaml"), [], zero2, num_processes=processes, machine=on_two)
 
 
 def test_threads_are_the_users_or_the_cores_shared_by_processes(tmp_path, monkeypatch):
@@ -225,7 +233,7 @@ def test_a_training_has_its_threads_and_sums_depend_on_them(monkeypatch):
     try:
         for threads in ("1", "2", "3"):
             monkeypatch.setenv("MEDFT_THREADS", threads)
-            with process_setup(seed=5):
+            with training_setup(5):
                 assert torch.get_num_threads() == int(threads)
                 sums.add(values.sum().item())
         monkeypatch.setenv("MEDFT_THREADS", "1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medft.training.checkpoints import write_manifest
-from medft.training.run import final_metrics
+from medft.training.results import final_metrics
 
 
 def test_final_metrics_are_the_last_ones():
