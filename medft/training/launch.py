@@ -87,9 +87,9 @@ def supervised(module: str, words: list[str], environment: Mapping[str, str]) ->
         words: its options, script and arguments.
         environment: of the launcher.
     """
-    command = [sys.executable, "-m", "medft.training.quiet_launcher", module, *words]
+    launcher = [sys.executable, "-m", "medft.training.quiet_launcher", str(os.getpid()), module]
     with _Forwarded() as forwarded:
-        forwarded.launcher = subprocess.Popen(command, env=environment, process_group=0)
+        forwarded.launcher = subprocess.Popen([*launcher, *words], env=environment, process_group=0)
         code = forwarded.wait()
     if code > EXIT_SIGNAL and code - EXIT_SIGNAL not in STOPPING:
         _show_end(signal.Signals(code - EXIT_SIGNAL))

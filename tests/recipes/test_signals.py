@@ -1,13 +1,13 @@
 """Signals end a training with a complete checkpoint, from which it goes on as if undisturbed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -191,23 +191,39 @@ def test_an_error_of_the_training_is_the_exit_code_of_medft_train(recipe_of):
     assert failed.stderr.count("medft: error: expected every ") == 1
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_is_named_by_medft_train(recipe_of):
+@pytest.fixture
+def training(recipe_of):
+    """`medft train` of a long run that has saved once; gives its process and run."""
     file = recipe_of("siglip", max_steps=2000)
     run = file.parent / "run"
-    words = ["-m", "medft.cli", "train", str(file)]
     process = subprocess.Popen(
-        [sys.executable, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        cwd=ROOT,
+        [sys.executable, "-m", "medft.cli", "train", str(file)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT,
     )  # fmt: skip
     while process.poll() is None and not complete(run):
         time.sleep(0.05)
-    import psutil
+    return process, run
 
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_by_medft_train(training):
+    process, _ = training
     [launcher] = psutil.Process(process.pid).children()
     for trains in launcher.children():
-        os.kill(trains.pid, signal.SIGKILL)
+        trains.kill()
     _, errors = process.communicate()
     assert process.returncode == 137
     assert "Traceback" not in errors
     assert errors.count("medft: error: expected every process to train to the end, one was ") == 1
+
+
+@pytest.mark.slow
+def test_nobody_trains_on_unseen_where_medft_train_is_killed(training):
+    process, run = training
+    [launcher] = psutil.Process(process.pid).children()
+    trains = launcher.children()
+    process.kill()
+    process.communicate()
+    psutil.wait_procs([launcher, *trains])
+    assert record_of(run)["status"] == "interrupted"
+    assert record_of(run)["steps_done"] == complete(run)[-1]
