@@ -28,6 +28,9 @@ from medft.training.deepspeed import check_deepspeed
 ASKED = "MEDFT_ASKED_PROCESSES"
 """Environment variable by which `medft train` says how many processes it was asked for."""
 
+_SAFE_SECONDS_TO_SAVE = 20
+"""Of the 30 that torch's agent leaves its processes, which have a step to finish as well."""
+
 Launcher = Literal["python", "accelerate", "torchrun", "medft train"]
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 
@@ -228,3 +231,20 @@ def find_launch(arguments: TrainingArguments) -> Launch:
         processes=started,
         threads=torch.get_num_threads(),
     )
+
+
+def how_to_stop(launch: Launch, seconds_to_save: float) -> str:
+    """What stops this training after it has saved, as a part of a sentence.
+
+    Args:
+        launch: of this process.
+        seconds_to_save: of the last checkpoint; 0 if there was none.
+    """
+    has_agent = launch.processes > 1 and launch.launcher in ("accelerate", "torchrun")
+    if has_agent and seconds_to_save > _SAFE_SECONDS_TO_SAVE:
+        return (
+            f"Ctrl-C may not save, since the last checkpoint took {seconds_to_save:.0f} s and the "
+            f"launcher ends its processes 30 s after it: kill -USR1 {os.getpid()} saves, as does "
+            f"Ctrl-C under medft train"
+        )
+    return "Ctrl-C saves a checkpoint and stops"

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,22 @@ def test_medft_train_starts_as_many_processes_as_it_is_asked_for(recipe):
     alone = started([SCRIPT, recipe, "train.resume_from_checkpoint=true"])
     assert alone.returncode == 2
     assert "expected 2 processes as in the interrupted run" in alone.stderr
+
+
+def test_two_machines_train_one_run(recipe):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "medft.cli", "train", recipe, "--num_machines", 2, "--num-processes", 2]
+    words += ["--main-process-ip", "127.0.0.1", "--main-process-port", port, "--machine-rank"]
+    with ThreadPoolExecutor() as machines:
+        first, second = machines.map(
+            lambda rank: started([*words, rank], MEDFT_THREADS="1"), (0, 1)
+        )
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    record = json.loads((recipe.parent / "run" / "run.json").read_text())
+    assert (record["status"], record["batch"]["world"]) == ("completed", 2)
+    assert record["launch"]["asked_processes"] == 2
 
 
 MULTI_CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}

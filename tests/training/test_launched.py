@@ -15,9 +15,11 @@ from medft.training import process
 from medft.training.launch import train
 from medft.training.launched import (
     ASKED,
+    Launch,
     asked_of_accelerate,
     check_environment,
     find_launch,
+    how_to_stop,
     options_of_launch,
 )
 from medft.training.process import num_threads, process_setup, training_setup
@@ -202,6 +204,28 @@ def test_medft_train_refuses_more_processes_than_gpus(tmp_path, monkeypatch):
     for processes, sentence in ((6, "at most 2 .* got 6 on 2 machines"), (3, "as many on each of")):
         with pytest.raises(RecipeError, match=sentence):
             train(Path("recipe.yaml"), [], zero2, num_processes=processes, machine=on_two)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "seconds", "saves"),
+    [
+        ("torchrun", 2, 21, False),
+        ("accelerate", 2, 21, False),
+        ("torchrun", 2, 19, True),
+        ("torchrun", 1, 21, True),
+        ("medft train", 2, 21, True),
+        ("python", 1, 21, True),
+    ],
+)
+def test_where_a_launcher_would_end_a_save_another_way_to_stop_is_named(
+    launcher, processes, seconds, saves
+):
+    launch = Launch(
+        launcher=launcher, strategy="ddp", asked_processes=None, processes=processes, threads=1
+    )
+    sentence = how_to_stop(launch, seconds)
+    assert sentence.startswith("Ctrl-C saves" if saves else "Ctrl-C may not save")
+    assert (f"kill -USR1 {os.getpid()} saves" in sentence) != saves
 
 
 def test_threads_are_the_users_or_the_cores_shared_by_processes(tmp_path, monkeypatch):
