@@ -7,8 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from medft.full_disk import is_disk_full, named_file
 from medft.masking import printable
 
 SHARED = "MEDFT_SHARED"
@@ -61,6 +62,15 @@ class RunError(MedftError):
     """A run directory or a checkpoint cannot be used."""
 
 
+class ProcessError(RunError):
+    """One of several processes cannot go on, of which the others know nothing."""
+
+    def __init__(self, problem: str, *, is_first: bool) -> None:
+        """Make the error; `is_first` says whether no other process ended before, which is shown."""
+        super().__init__(problem)
+        self.is_first = is_first
+
+
 class Terminated(Exception):
     """The run was stopped by SIGTERM after it had saved."""
 
@@ -92,9 +102,10 @@ class ErrorCollector:
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """The exit code: 0 done, 2 bad input, 130 interrupted, 143 stopped by SIGTERM after saving.
 
-    A MedftError is shown as its sentences, once, by rank 0; with `--debug` in argv it
-    is raised with its traceback instead. Any other exception is a bug of ours and is raised, but
-    for a panic of the tokenizer's library, which only its files can cause.
+    A MedftError is shown as its sentences, once, by rank 0, and a ProcessError by its process; with
+    `--debug` in argv it is raised with its traceback instead. Any other exception is a bug of ours
+    and is raised, but for a disk that is full, and a panic of the tokenizer's library, which only
+    its files can cause.
 
     Folders and files that the command makes, itself or through a library, are its user's alone
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
@@ -109,7 +120,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except MedftError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        if _is_shown(error):
             for problem in error.problems:
                 _show(problem)
         return EXIT_BAD_INPUT
@@ -118,11 +129,29 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_KEYBOARD_INTERRUPT
     except BaseException as error:
-        if debug or type(error).__name__ != "PanicException":
+        sentence = _no_bug_of_ours(error)
+        if debug or sentence is None:
             raise
-        _show(_PANIC.format(str(error)))
+        _show(sentence)
         return EXIT_BAD_INPUT
     return 0
+
+
+def _is_shown(error: MedftError) -> bool:
+    """Whether this process shows an error: rank 0 what all have, one process what it has alone."""
+    if isinstance(error, ProcessError):
+        return error.is_first
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def _no_bug_of_ours(error: BaseException) -> str | None:
+    """The sentence of an exception that only the user's files or disk can cause, else None."""
+    if type(error).__name__ == "PanicException":
+        return _PANIC.format(str(error))
+    if is_disk_full(error):
+        file = named_file(error) or "all that this command writes"
+        return f"expected room to write {file}, its disk is full: make room, and start again"
+    return None
 
 
 @contextmanager
@@ -140,4 +169,5 @@ def _private() -> Iterator[None]:
 
 
 def _show(problem: str) -> None:
-    sys.stderr.write(f"medft: error: {printable(problem)}\n")
+    with suppress(OSError):  # it is a file on a full disk
+        sys.stderr.write(f"medft: error: {printable(problem)}\n")
