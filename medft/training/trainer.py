@@ -58,7 +58,7 @@ class RowTrackingTrainer(HookedTrainer):
         started = time.perf_counter()
         self._since = self._since or started
         with self._saving_what_is_done():
-            fetched = fetch_together(epoch_iterator, num_batches, device)
+            fetched = fetch_together(epoch_iterator, num_batches, self.args)
         batches, items = super().get_batch_samples(iter(fetched), num_batches, device)
         self._seconds_waited += time.perf_counter() - started
         self.row_ids = [name for batch in batches for name in batch.pop(ROW_IDS)]
@@ -82,7 +82,7 @@ class RowTrackingTrainer(HookedTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, whose batches every process can read or none goes on."""
-        watched: Any = WatchedLoader(dataloader, self.args.device)
+        watched: Any = WatchedLoader(dataloader, self.args)
         return super().evaluation_loop(watched, *args, **kwargs)
 
     @contextmanager
