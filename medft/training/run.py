@@ -7,7 +7,7 @@
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from medft.training.callbacks import (
 )
 from medft.training.checkpoints import state_of, step_of
 from medft.training.curves import draw_curves
+from medft.training.failures import cleared, named_failures
 from medft.training.launched import Launch, find_launch
 from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
@@ -255,12 +256,17 @@ def open_run(
             file.write(dump_sections(sections))
     run.update(**earlier)
     try:
-        yield run
+        with (
+            cleared(layout.directory) if writes else nullcontext(),
+            named_failures(recipe, arguments, prepared.record),
+        ):
+            yield run
     except BaseException as error:
         if run.record["status"] == "running":
             stopped = isinstance(error, KeyboardInterrupt)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            run.update(status="interrupted" if stopped else "failed", error=reason, ended=now())
+            with suppress(OSError):  # others have filled the disk, which `error` says
+                run.update(status="interrupted" if stopped else "failed", error=reason, ended=now())
         raise
 
 
