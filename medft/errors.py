@@ -8,8 +8,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from medft.full_disk import is_disk_full, named_file
 from medft.masking import printable
 
 SHARED = "MEDFT_SHARED"
@@ -104,7 +105,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
     A MedftError is shown as its sentences, once, by rank 0 or the process that raised it first;
     with `--debug` in argv it is raised with its traceback instead. Any other exception is a bug of
-    ours and is raised, but for a panic of the tokenizer's library, which only its files can cause.
+    ours and is raised, but for a disk that is full, and a panic of the tokenizer's library, which
+    only its files can cause.
 
     Folders and files that the command makes, itself or through a library, are its user's alone
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
@@ -119,8 +121,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except MedftError as error:
         if debug:
             raise
-        is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-        if is_first if error.is_shown_elsewhere is None else not error.is_shown_elsewhere:
+        if _is_shown(error):
             for problem in error.problems:
                 _show(problem)
         return EXIT_BAD_INPUT
@@ -129,11 +130,29 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_SIGNAL + signal.SIGINT
     except BaseException as error:
-        if debug or type(error).__name__ != "PanicException":
+        sentence = _no_bug_of_ours(error)
+        if debug or sentence is None:
             raise
-        _show(_PANIC.format(str(error)))
+        _show(sentence)
         return EXIT_BAD_INPUT
     return 0
+
+
+def _is_shown(error: MedftError) -> bool:
+    """Whether this process shows an error: the first that had one, or rank 0 what all have."""
+    if error.is_shown_elsewhere is not None:
+        return not error.is_shown_elsewhere
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def _no_bug_of_ours(error: BaseException) -> str | None:
+    """The sentence of an exception that only the user's files or disk can cause, else None."""
+    if type(error).__name__ == "PanicException":
+        return _PANIC.format(str(error))
+    if is_disk_full(error):
+        file = named_file(error) or "all that this command writes"
+        return f"expected room to write {file}, its disk is full: make room, and start again"
+    return None
 
 
 @contextmanager
@@ -151,4 +170,5 @@ def _private() -> Iterator[None]:
 
 
 def _show(problem: str) -> None:
-    sys.stderr.write(f"medft: error: {printable(problem)}\n")
+    with suppress(OSError):  # it is a file on a full disk
+        sys.stderr.write(f"medft: error: {printable(problem)}\n")

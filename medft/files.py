@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal, TextIO
 
 import medft
 from medft.errors import RecipeError, RunError
+from medft.full_disk import is_disk_full
 
 _COMPLETE = ".complete"
 """Folder of files that are complete and not yet moved to their places."""
@@ -42,16 +43,30 @@ def replaced_bytes(path: Path) -> Iterator[BinaryIO]:
 
     If the block fails, the old file stays. Neither a symbolic link that somebody put in its place
     nor another name of the old file (a hard link) is written through.
+
+    Raises:
+        OSError: it cannot be written; where the disk is full, the error names `path`.
     """
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)
     try:
-        with draft.open("xb") as file:
+        with named_if_full(path), draft.open("xb") as file:
             _keep_mode(path, draft)
             yield file
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def named_if_full(path: Path) -> Iterator[None]:
+    """A block that writes a file, which the error of a full disk names."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -184,9 +199,10 @@ def _draft(draft: Path, *, shown: Path) -> Iterator[Path]:
                 shutil.rmtree(path) if is_folder else path.unlink()
             yield draft
         except BaseException as error:
+            is_full = isinstance(error, Exception) and is_disk_full(error, draft)
             if _is_at(held, draft):
                 shutil.rmtree(draft, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full:
                 raise RunError(
                     f"expected room to write {shown}, its disk is full: make room, and start again"
                 ) from error

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "medft"
 
 # A new file is added where everything that it imports stands above it.
 HOUSE = """
-    foreign masking errors
+    foreign masking full_disk errors
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval lexicon pieces sides assertions findings predictions scores
@@ -25,7 +25,7 @@ HOUSE = """
     models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
     training/ signals random_states process deepspeed launched arguments checkpoints
     training/ broken_data mixed_precision trainer results callbacks overflow curves
-    training/ resume run
+    training/ memory failures resume run
     training/ compare_runs quiet_launcher launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator

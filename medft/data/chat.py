@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,14 @@ def write_chat(
     open_pairs(pairs)
     check_folder_for_output(out, allow_content=_is_ours(out))
     counts = dict.fromkeys(SPLITS, 0)
-    with complete_folder(out) as draft:
+    with complete_folder(out) as draft, ExitStack() as opened_files:
         (draft / "images").mkdir()
-        files = {split: (draft / f"{split}.jsonl").open("w", encoding="utf-8") for split in SPLITS}
+        files = {
+            split: opened_files.enter_context(
+                (draft / f"{split}.jsonl").open("w", encoding="utf-8")
+            )
+            for split in SPLITS
+        }
         for row, messages in _conversations(pairs, join_questions):
             names = [f"images/{digest}.png" for digest in row["sha256"]]
             for name, image in zip(names, row["images"], strict=True):
@@ -50,8 +56,6 @@ def write_chat(
                 line = _sharegpt_row(row, names, messages)
             files[row["split"]].write(json.dumps(line, ensure_ascii=False) + "\n")
             counts[row["split"]] += 1
-        for file in files.values():
-            file.close()
         write_json(draft / PROMPTS_FILE, {"prompts": declared_by_source(pairs)})
     return counts
 

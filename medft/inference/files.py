@@ -15,6 +15,7 @@ from tqdm import tqdm
 from medft.data.pairs import batched
 from medft.data.template import text_of
 from medft.errors import DataError, RunError
+from medft.files import named_if_full
 from medft.inference.inputs import Entry, entries_of, writable
 from medft.inference.predictor import (
     ImagePrediction,
@@ -86,7 +87,11 @@ def predict_files(
     out.parent.mkdir(parents=True, exist_ok=True)
     rewrite(out, kept)
     progress = tqdm(total=len(left), desc="images", disable=not sys.stderr.isatty())
-    with out.open("a", encoding="utf-8", newline="") as file, closing(progress):
+    with (
+        named_if_full(out),
+        out.open("a", encoding="utf-8", newline="") as file,
+        closing(progress),
+    ):
         write = record_writer(out, file)
         for chunk in batched(left, CHUNK):
             for row in _predicted(predictor, chunk):

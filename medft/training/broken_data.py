@@ -1,9 +1,12 @@
-"""What becomes of a run whose data breaks meanwhile: all processes stop together, at one batch.
+"""What becomes of a run whose data breaks meanwhile, or a process that reads it.
 
-A process that stopped alone would leave the others waiting for it, and no checkpoint could be
-saved, which takes all of them.
+All processes stop together, at one batch. One that stopped alone would leave the others waiting for
+it, and no checkpoint could be saved, which takes all of them.
 """
 
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -14,23 +17,45 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medft.errors import DataError
+from medft.full_disk import causes
 from medft.training.random_states import RandomStates
+
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (exited|is killed)")
 
 
 class BrokenBatchError(DataError):
     """A batch could not be read, on this process or on another."""
 
 
-def fetch_together(batches: Iterator[Any], count: int, device: torch.device) -> list[Any]:
+def lost_worker(error: BaseException, arguments: TrainingArguments) -> str | None:
+    """A sentence, if an error says that a worker process of the dataloader is gone; else None.
+
+    Args:
+        error: as the dataloader raised it.
+        arguments: the trainer's.
+    """
+    workers = arguments.dataloader_num_workers
+    is_cut_off = isinstance(error, ConnectionError | EOFError) and workers
+    if not is_cut_off and not any(_LOST_WORKER.match(str(cause)) for cause in causes(error)):
+        return None
+    return (
+        f"expected the {workers} worker processes that prepare batches to go on, one ended, as "
+        f"where the system or its /dev/shm runs out of memory: write "
+        f"train.dataloader_num_workers={workers // 2}"
+    )
+
+
+def fetch_together(batches: Iterator[Any], count: int, arguments: TrainingArguments) -> list[Any]:
     """The next batches; every process calls this, and takes part in one reduction of a number.
 
     Args:
         batches: of this process.
         count: how many; fewer come out where they end.
-        device: of this process.
+        arguments: the trainer's.
 
     Raises:
-        BrokenBatchError: on every process, with the sentences of those that could not read.
+        BrokenBatchError: on every process, with the sentences of those that could not read, or
+            whose worker processes were killed.
     """
     found: list[Any] = []
     problems: list[str] = []
@@ -38,8 +63,17 @@ def fetch_together(batches: Iterator[Any], count: int, device: torch.device) -> 
         found.extend(islice(batches, count))
     except DataError as error:
         problems = error.problems
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if (problem := lost_worker(error, arguments)) is None:
+            raise
+        problems = [problem]
+    finally:
+        # torch's handler raises wherever the process is when a worker ends, in a save for one;
+        # without it the dataloader finds out itself
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
-        is_broken = torch.tensor(len(problems), device=device)
+        is_broken = torch.tensor(len(problems), device=arguments.device)
         distributed.all_reduce(is_broken)
         problems = gather_object(problems) if is_broken else []
     if problems:

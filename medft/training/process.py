@@ -1,5 +1,6 @@
 """Setup of a command's process: logging, seeds, threads and a clean shutdown."""
 
+import functools
 import logging
 import os
 import sys
@@ -46,7 +47,7 @@ def process_setup(*, quiet: bool = False) -> Iterator[None]:
     try:
         yield
     except MedftError as error:
-        error.is_shown_elsewhere = _is_shown_elsewhere()
+        error.is_shown_elsewhere = another_ended_first()
         raise
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -79,8 +80,9 @@ def training_setup(seed: int) -> Iterator[StopSignals]:
         yield signals
 
 
-def _is_shown_elsewhere() -> bool | None:
-    """Whether another process has ended by an error before; None if that cannot be known."""
+@functools.cache
+def another_ended_first() -> bool | None:
+    """Whether another process of the run has called this before; None if that cannot be known."""
     from torch import distributed
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -89,7 +91,7 @@ def _is_shown_elsewhere() -> bool | None:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = TCPStore(*address, is_master=False, timeout=_WAIT_FOR_STORE)
-        return store.add("medft/errors", 1) > 1
+        return store.add("medft/ended", 1) > 1
     except RuntimeError:  # the process that holds it is gone
         return None
 

@@ -7,7 +7,7 @@
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,7 @@ from medft.training.callbacks import (
 )
 from medft.training.checkpoints import evaluation_is_missing, state_of, step_of
 from medft.training.curves import draw_curves
+from medft.training.failures import cleared, named_failures
 from medft.training.launched import Launch, find_launch
 from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
@@ -103,7 +104,8 @@ class Run:
     def end(self, status: Literal["interrupted", "failed"], reason: str) -> None:
         """Record why the run has ended, unless it is completed."""
         if self.record["status"] == "running":
-            self.update(status=status, error=reason, ended=now())
+            with suppress(OSError):  # others have filled the disk, which the error says
+                self.update(status=status, error=reason, ended=now())
 
     def train(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
         """Train, keep complete checkpoints and the best model, and write adapter/ or model/.
@@ -277,7 +279,11 @@ def open_run(
             file.write(dump_sections(sections))
     run.update(**earlier)
     try:
-        yield run
+        with (
+            cleared(layout.directory) if writes else nullcontext(),
+            named_failures(recipe, arguments, prepared.record),
+        ):
+            yield run
     except Stopped as stop:
         run.end("interrupted", f"stopped by {stop}")
         logger.warning("stopped by %s %s", stop, run.stopped)

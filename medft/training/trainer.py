@@ -100,7 +100,7 @@ class RowTrackingTrainer(HookedTrainer):
         """The next batches, where every process can read its own and none is asked to stop."""
         if self.is_in_train and self.state.global_step < self.state.max_steps:
             self.signals.raise_agreed(self.args.device)
-        return fetch_together(batches, count, self.args.device)
+        return fetch_together(batches, count, self.args)
 
     @contextmanager
     def _saving_what_is_done(self, left_out: str = "") -> Iterator[None]:

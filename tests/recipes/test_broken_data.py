@@ -1,7 +1,10 @@
 """An image that breaks while a run trains: what was done is saved, and the run goes on from it."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +186,35 @@ def test_a_row_that_is_broken_from_the_first_step_on_saves_nothing(
         caught.value
     )
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_is_killed_ends_the_run_after_it_has_saved(
+    recipe, ids_of_steps, run_script, tmp_path, by
+):
+    train = {"num_train_epochs": 2, "dataloader_num_workers": 2, "dataloader_prefetch_factor": 1}
+    ids_of_steps("siglip", recipe("siglip", "whole", **train))
+    file = recipe("siglip", "run", **train)
+    real = RowTrackingTrainer.get_batch_samples
+
+    def killing(self, *args):
+        if self.state.global_step == 3:
+            os.kill(multiprocessing.active_children()[0].pid, by)
+        return real(self, *args)
+
+    with (
+        mock.patch.object(RowTrackingTrainer, "get_batch_samples", killing),
+        pytest.raises(DataError) as caught,
+    ):
+        run_script("siglip", file)
+    [sentence] = caught.value.problems
+    assert "expected the 2 worker processes that prepare batches to go on" in sentence
+    assert "write train.dataloader_num_workers=1; " in sentence
+    [checkpoint] = (tmp_path / "run").glob("checkpoint-*")  # what was prepared ahead was trained
+    assert f"{checkpoint.name} is saved and the run goes on from it with" in sentence
+    run_script("siglip", file, "train.resume_from_checkpoint=true")
+    assert same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow
