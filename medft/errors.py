@@ -61,6 +61,10 @@ class RunError(MedftError):
     """A run directory or a checkpoint cannot be used."""
 
 
+class NothingToDo(Exception):
+    """What was asked for is done already; its text says where the result is."""
+
+
 class Terminated(Exception):
     """The run was stopped by SIGTERM after it had saved."""
 
@@ -92,9 +96,10 @@ class ErrorCollector:
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """The exit code: 0 done, 2 bad input, 130 interrupted, 143 stopped by SIGTERM after saving.
 
-    A MedftError is shown as its sentences, once, by rank 0; with `--debug` in argv it
-    is raised with its traceback instead. Any other exception is a bug of ours and is raised, but
-    for a panic of the tokenizer's library, which only its files can cause.
+    NothingToDo is shown as its sentence, with exit code 0, and a MedftError as its sentences, once,
+    by rank 0; with `--debug` in argv the error is raised with its traceback instead. Any other
+    exception is a bug of ours and is raised, but for a panic of the tokenizer's library, which only
+    its files can cause.
 
     Folders and files that the command makes, itself or through a library, are its user's alone
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
@@ -109,10 +114,13 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except MedftError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        if _is_first():
             for problem in error.problems:
-                _show(problem)
+                _show(f"error: {problem}")
         return EXIT_BAD_INPUT
+    except NothingToDo as done:
+        if _is_first():
+            _show(str(done))
     except Terminated:
         return EXIT_TERMINATED
     except KeyboardInterrupt:
@@ -120,7 +128,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except BaseException as error:
         if debug or type(error).__name__ != "PanicException":
             raise
-        _show(_PANIC.format(str(error)))
+        _show(f"error: {_PANIC.format(error)}")
         return EXIT_BAD_INPUT
     return 0
 
@@ -139,5 +147,10 @@ def _private() -> Iterator[None]:
         os.umask(before)
 
 
-def _show(problem: str) -> None:
-    sys.stderr.write(f"medft: error: {printable(problem)}\n")
+def _is_first() -> bool:
+    """Whether this process is rank 0 of its launch, or alone."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def _show(sentence: str) -> None:
+    sys.stderr.write(f"medft: {printable(sentence)}\n")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from medft.errors import RunError
 from medft.foreign import read_json
-from medft.models.run_record import read_log_history
+from medft.models.run_record import read_log_history, resumed_steps
 from medft.models.saved import RECORD_FILE, RunLayout
 
 _MEASURES = re.compile(r".*(_runtime|_per_second|_wait)|peak_memory_gib")
@@ -42,7 +42,7 @@ def compare_runs(then: RunLayout, now: RunLayout) -> list[Difference]:
         differences += compare_weights(folder.name, folder, now.directory / folder.name)
     if then.best_model.is_dir() and now.best_model.is_dir():
         differences += compare_weights("best_model", then.best_model, now.best_model)
-    resumed_at = record.get("resumed_from_steps", [])
+    resumed_at = resumed_steps(record)
     differences += compare_histories(
         read_log_history(then.history), read_log_history(now.history), resumed_at
     )

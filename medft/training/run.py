@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from medft.compat import num_weights, untested_versions
+from medft.compat import num_weights
 from medft.config.recipe import Recipe, dump_sections
 from medft.errors import Terminated
 from medft.files import complete_folder, replaced_file, write_json
@@ -30,15 +30,7 @@ from medft.models.resolved import (
     resolved_model,
 )
 from medft.models.saved import WEIGHTS_FILE, RunLayout
-from medft.provenance import (
-    hardware,
-    masked,
-    masked_words,
-    medft_version,
-    now,
-    package_versions,
-    peak_memory,
-)
+from medft.provenance import masked, now, peak_memory
 from medft.training.arguments import batch_arithmetic
 from medft.training.callbacks import (
     BestModelCallback,
@@ -49,12 +41,14 @@ from medft.training.callbacks import (
     SignalCallback,
     UntrainedParameterCallback,
 )
-from medft.training.checkpoints import state_of, step_of
+from medft.training.checkpoints import state_of
 from medft.training.curves import draw_curves
-from medft.training.launched import Launch, find_launch
+from medft.training.launched import find_launch
 from medft.training.overflow import OverflowCallback
+from medft.training.parts import SavedStepCallback, first_entries, go_on, update_part
 from medft.training.process import wait_for_everyone
-from medft.training.resume import (
+from medft.training.resume import clear_output_dir
+from medft.training.same_run import (
     PreparedData,
     check_as_recorded,
     check_state,
@@ -93,6 +87,7 @@ class Run:
     def update(self, **entries: Any) -> None:
         """Add entries to run.json."""
         self.record.update(entries)
+        update_part(self.record)
         if self._writes:
             write_json(self.layout.record, masked(self.record))
 
@@ -124,7 +119,8 @@ class Run:
             resumed_from=checkpoint.name if checkpoint else None,
             resolved=resolved,
         )
-        if checkpoint and (saved := state_of(checkpoint)).global_step >= saved.max_steps:
+        steps = self.record["batch"]["steps"]
+        if checkpoint and (saved := state_of(checkpoint)).global_step >= steps:
             trainer.load_checkpoint(checkpoint)  # only the result was not written
             trainer.state = saved
         else:
@@ -158,6 +154,7 @@ class Run:
             trainer.add_callback(OverflowCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))
         trainer.add_callback(manifests)
+        trainer.add_callback(SavedStepCallback(lambda step: self.update(saved_step=step)))
         trainer.add_callback(signals)
         if self._early_stopping:
             trainer.add_callback(EarlyStoppingCallback(**self._early_stopping))
@@ -224,15 +221,18 @@ def open_run(
     if checkpoint:
         check_state(recipe.train, checkpoint, steps=batch["steps"])
     layout = RunLayout(Path(recipe.train.output_dir))
-    launch = find_launch(arguments)
-    wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
+    wait_for_everyone()  # every process has seen the folder as it is before rank 0 writes
     writes = arguments.process_index == 0
     entries = {
-        **_circumstances(recipe, argv),
-        "launch": asdict(launch),
+        **first_entries(recipe, argv, asdict(find_launch(arguments))),
         "batch": batch | prepared.batch_record,
         **identity,
     }
+    if writes:
+        layout.directory.mkdir(parents=True, exist_ok=True)
+        go_on(layout, entries, checkpoint)
+        if checkpoint is None:
+            clear_output_dir(layout)
     run = Run(
         layout,
         entries,
@@ -244,16 +244,12 @@ def open_run(
         early_stopping=recipe.train.early_stopping(),
         writes=writes,
     )
-    earlier = {}
+    run.update()
     if writes:
-        layout.directory.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
-            earlier = _entries_before(layout, checkpoint, launch)
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
         with replaced_file(layout.recipe) as file:
             file.write(dump_sections(sections))
-    run.update(**earlier)
     try:
         yield run
     except BaseException as error:
@@ -262,49 +258,6 @@ def open_run(
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             run.update(status="interrupted" if stopped else "failed", error=reason, ended=now())
         raise
-
-
-def _circumstances(recipe: Recipe, argv: list[str]) -> dict[str, Any]:
-    """The entries of run.json that say what was started where; warns of untested versions."""
-    if untested := untested_versions():
-        named = ", ".join(f"{name} {version}" for name, version in untested.items())
-        logger.warning("not among the versions that medft was tested with: %s", named)
-    return {
-        "status": "running",
-        "medft": medft_version(),
-        "argv": masked_words(argv),
-        "started": now(),
-        "started_in": str(Path.cwd()),
-        "recipe": recipe.model_dump(),
-        "seed": recipe.train.seed,
-        "packages": package_versions(),
-        "untested_packages": untested,
-        "hardware": hardware(),
-    }
-
-
-def _entries_before(layout: RunLayout, checkpoint: Path, launch: Launch) -> dict[str, Any]:
-    """The entries of run.json that a resumed run takes over, or adds to."""
-    earlier = layout.read_record()
-    _compare_threads(earlier, launch)
-    return {
-        **{key: earlier[key] for key in ("started", "init_from") if key in earlier},
-        "resumed": [*earlier.get("resumed", []), now()],
-        "resumed_from_steps": [*earlier.get("resumed_from_steps", []), step_of(checkpoint)],
-    }
-
-
-def _compare_threads(earlier: dict[str, Any], launch: Launch) -> None:
-    """Warn where a resumed run sums in another order than before."""
-    before = (earlier.get("launch") or {}).get("threads", launch.threads)
-    if before != launch.threads:
-        logger.warning(
-            "the interrupted run had %s threads, this one has %s: numbers differ in their last "
-            "bits from those of an undisturbed run; MEDFT_THREADS=%s restores them",
-            before,
-            launch.threads,
-            before,
-        )
 
 
 def save_result(trainer: RowTrackingTrainer, folder: Path) -> None:
