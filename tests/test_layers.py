@@ -24,7 +24,7 @@ HOUSE = """
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
     training/ process deepspeed launched arguments checkpoints broken_data mixed_precision
-    training/ trainer callbacks overflow curves parts same_run run_lock resume run
+    training/ trainer callbacks overflow curves best_model parts same_run run_lock resume run
     training/ compare_runs launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator

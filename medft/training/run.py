@@ -32,6 +32,12 @@ from medft.models.resolved import (
 from medft.models.saved import WEIGHTS_FILE, RunLayout
 from medft.provenance import masked, now, peak_memory
 from medft.training.arguments import batch_arithmetic
+from medft.training.best_model import (
+    BestEvaluation,
+    KnownBestCallback,
+    SaveAfterEvaluationCallback,
+    metric_name,
+)
 from medft.training.callbacks import (
     BestModelCallback,
     CheckpointManifestCallback,
@@ -156,15 +162,19 @@ class Run:
         trainer.add_callback(manifests)
         trainer.add_callback(SavedStepCallback(lambda step: self.update(saved_step=step)))
         trainer.add_callback(signals)
+        trainer.add_callback(SaveAfterEvaluationCallback())
         if self._early_stopping:
             trainer.add_callback(EarlyStoppingCallback(**self._early_stopping))
+        else:
+            trainer.add_callback(KnownBestCallback(self.layout.best_model))
         if trainer.eval_dataset is not None:
-            trainer.add_callback(BestModelCallback(lambda folder: save_result(trainer, folder)))
+            trainer.add_callback(BestModelCallback(lambda folder: save_best(trainer, folder)))
 
     def _best_metric(self, state: TrainerState) -> float | None:
         """The metric of best_model/; None if there is none, as when the untrained base was best."""
         if self.layout.best_model.is_dir():
-            return state.best_metric
+            best = BestEvaluation.read(self.layout.best_model)
+            return best.value if best else state.best_metric
         if state.best_metric is not None:
             logger.warning(
                 "no best_model/: the best evaluation, %s at step %s, was of a model with untrained "
@@ -260,14 +270,30 @@ def open_run(
         raise
 
 
-def save_result(trainer: RowTrackingTrainer, folder: Path) -> None:
-    """Write the trained weights, the processor and medft.json as one complete folder."""
+def save_best(trainer: RowTrackingTrainer, folder: Path) -> None:
+    """Write what `save_result` does with the evaluation that has just been made beside it."""
+    best = BestEvaluation.last(trainer.state, metric_name(trainer.args))
+    save_result(trainer, folder, best)
+
+
+def save_result(
+    trainer: RowTrackingTrainer, folder: Path, evaluation: BestEvaluation | None = None
+) -> None:
+    """Write the trained weights, the processor and medft.json as one complete folder.
+
+    Args:
+        trainer: with the trained model.
+        folder: that is replaced.
+        evaluation: of these weights, to be written beside them.
+    """
     wait_for_everyone()
     if not trainer.args.should_save:
         trainer.write_model(folder)
         return
     with complete_folder(folder) as draft:
         trainer.write_model(draft)
+        if evaluation:
+            evaluation.write(draft)
         adapter = draft / WEIGHTS_FILE
         if adapter.is_file():
             refuse_inert(load_file(adapter))

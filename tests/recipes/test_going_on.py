@@ -309,6 +309,43 @@ def test_one_command_line_starts_a_run_and_goes_on_with_it(train, tmp_path):
     assert record(run)["started"] == parts[0]["started"]
 
 
+@pytest.mark.slow
+def test_best_model_and_its_metric_agree_whatever_is_evaluated_after_a_stop(train):
+    when = {"max_steps": 8, "save_steps": 4, "eval_strategy": "steps"}
+    run = train("run", "siglip", **when, eval_steps=2)
+    evaluation = json.loads((run / "best_model" / "evaluation.json").read_text())
+    losses = history(run, "eval_loss")
+    best = min(losses, key=losses.__getitem__)
+    assert evaluation == {"step": best, "metric": "eval_loss", "value": losses[best]}
+    assert record(run)["best_metric"] == losses[best]
+    lose_checkpoints(run, after=4)
+    evaluation |= {"step": 6, "value": losses[best] / 9}  # as if no later model were as good
+    (run / "best_model" / "evaluation.json").write_text(json.dumps(evaluation))
+    (run / "best_model" / "mark").touch()
+    train("run", "siglip", RESUME, **when, eval_steps=5)
+    assert list(history(run, "eval_loss")) == [2, 4, 5, 8]
+    assert (run / "best_model" / "mark").exists()
+    assert record(run)["best_metric"] == evaluation["value"]
+    lose_checkpoints(run, after=4)
+    (run / "best_model" / "evaluation.json").write_text(json.dumps(evaluation | {"step": 3}))
+    train("run", "siglip", RESUME, **when, eval_steps=5)
+    assert not (run / "best_model" / "mark").exists()
+    assert record(run)["best_metric"] == min(history(run, "eval_loss").values())
+
+
+@pytest.mark.slow
+def test_the_evaluation_at_an_epochs_end_is_in_the_checkpoint_of_its_last_step(train):
+    run = train("run", "siglip", max_steps=7, save_steps=5)
+    losses = history(run, "eval_loss")
+    assert list(losses) == [5, 7]
+    for step in (5, 7):
+        state = json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["log_history"][-1]["eval_loss"] == losses[step]
+    lose_checkpoints(run, after=5)
+    train("run", "siglip", RESUME, max_steps=7, save_steps=5)
+    assert history(run, "eval_loss") == losses
+
+
 def script(*words):
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
