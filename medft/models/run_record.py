@@ -103,6 +103,8 @@ class RunPart(_Recorded):
     """0 for a start afresh; None where an older medft did not write it."""
 
     launch: RecordedLaunch | None = None
+    changed: dict[str, Any] = {}
+    """Recipe keys that differ from the part before, with both values."""
 
 
 class RunRecord(_Recorded):
