@@ -282,6 +282,36 @@ def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(run, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_another_start_took_while_it_was_judged_is_not_taken(run, dead, monkeypatch):
+    write(run, dead)
+    judge, other = run_lock._check_stale, Holder.this_process()
+
+    def slow(path, seen):
+        judge(path, seen)
+        write(run, other)
+
+    monkeypatch.setattr(run_lock, "_check_stale", slow)
+    with pytest.raises(RunError, match=f"process {os.getpid()} on"):
+        RunLock(run).take()
+    assert Holder.named_in((run / LOCK_FILE).read_bytes()) == other
+
+
+def test_of_two_that_wrote_a_lock_where_files_cannot_be_locked_the_last_has_it(
+    run, dead, monkeypatch
+):
+    write(run, dead)
+    other, pause = Holder.this_process(), time.sleep
+
+    def written_over(seconds):
+        write(run, other)
+        pause(seconds)
+
+    monkeypatch.setattr(time, "sleep", written_over)
+    with pytest.raises(RunError, match=f"process {os.getpid()} on"):
+        RunLock(run).take()
+    assert Holder.named_in((run / LOCK_FILE).read_bytes()) == other
+
+
 def start(run, barrier, results, enough):
     lock = RunLock(run)
     barrier.wait()
