@@ -104,7 +104,8 @@ def test_a_process_that_ended_and_whose_parent_took_no_note_holds_nothing(run):
     code = "import os; print(open('/proc/self/stat').read().rpartition(')')[2].split()[19])"
     ended = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     begun = ended.stdout.read().strip()
-    while run_lock._begun(ended.pid) != "":
+    deadline = time.monotonic() + 5
+    while run_lock._begun(ended.pid) != "" and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(ended.pid, 0)  # it has its number still
     write(run, Holder.this_process(), pid=ended.pid, begun=begun)
@@ -150,16 +151,18 @@ def test_no_clock_is_asked_how_old_a_lock_is(run):
     """A host whose clock is a day ahead, and one whose clock is a year behind."""
     for shift in (86_400, -31_536_000):
         write(run, Holder.this_process(), host="node7")
-        stopped = threading.Event()
+        stopped, renewed = threading.Event(), threading.Event()
 
-        def renew(shift=shift, stopped=stopped):
+        def renew(shift=shift, stopped=stopped, renewed=renewed):
             beat = 0
             while not stopped.wait(0.05):
                 beat += 1
                 os.utime(run / LOCK_FILE, (0, time.time() + shift + beat))
+                renewed.set()
 
         thread = threading.Thread(target=renew)
         thread.start()
+        renewed.wait()
         with pytest.raises(RunError, match="on node7 has trained"):
             RunLock(run).take()
         stopped.set()
