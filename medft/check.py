@@ -18,7 +18,9 @@ from medft.siglip.collator import PairDataset
 from medft.siglip.prepared import PreparedSiglipData, prepare_siglip_data
 from medft.siglip.trainer import siglip_arguments
 from medft.training.arguments import batch_arithmetic
-from medft.training.resume import check_output_dir, identify_run
+from medft.training.resume import check_output_dir, check_outside_base
+from medft.training.run_lock import refuse_visible_run
+from medft.training.same_run import identify_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +44,20 @@ def check(file: Path, overrides: list[str]) -> Checked:
 
     Raises:
         MedftError: with everything that is wrong; of images, their headers alone are read.
+        NothingToDo: the run is completed, and was to be continued only if it was not.
     """
     recipe = recipe_class(file, overrides).load(file, overrides)
     collector = ErrorCollector()
     checkpoint = None
     with collector.gather():
+        check_outside_base(recipe)
+        refuse_visible_run(Path(recipe.train.output_dir))
         checkpoint = check_output_dir(recipe.train)
     lora = recipe.initial_lora(resumes=checkpoint is not None)
     with collector.gather():
         prepared, arguments = _prepare(recipe, lora)
     collector.raise_any()
-    if checkpoint or prepared.initial:
+    if recipe.train.resume_from_checkpoint or prepared.initial:
         identify_run(recipe, prepared, checkpoint, world_size=None)
     return Checked(recipe, prepared, batch_arithmetic(prepared.batches_per_epoch, arguments))
 

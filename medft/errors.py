@@ -76,6 +76,10 @@ class Stopped(BaseException):
         self.at_once = at_once
 
 
+class NothingToDo(Exception):
+    """What was asked for is done already; its text says where the result is."""
+
+
 class ErrorCollector:
     """Collects the errors of independent checks, so that the user sees all of them at once."""
 
@@ -103,10 +107,10 @@ class ErrorCollector:
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """The exit code: 0 done, 2 bad input, 128 and its number where a signal ended the command.
 
-    A MedftError is shown as its sentences, once, by rank 0 or the process that raised it first;
-    with `--debug` in argv it is raised with its traceback instead. Any other exception is a bug of
-    ours and is raised, but for a disk that is full, and a panic of the tokenizer's library, which
-    only its files can cause.
+    NothingToDo is shown as its sentence, with exit code 0, and a MedftError as its sentences, once,
+    by rank 0 or the process that raised it first; with `--debug` in argv the error is raised with
+    its traceback instead. Any other exception is a bug of ours and is raised, but for a disk that
+    is full, and a panic of the tokenizer's library, which only its files can cause.
 
     Folders and files that the command makes, itself or through a library, are its user's alone
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
@@ -123,17 +127,20 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
             raise
         if _is_shown(error):
             for problem in error.problems:
-                _show(problem)
+                _show(f"error: {problem}")
         return EXIT_BAD_INPUT
     except Stopped as stop:
         return EXIT_SIGNAL + stop.number
+    except NothingToDo as done:
+        if _is_first():
+            _show(str(done))
     except KeyboardInterrupt:
         return EXIT_SIGNAL + signal.SIGINT
     except BaseException as error:
         sentence = _no_bug_of_ours(error)
         if debug or sentence is None:
             raise
-        _show(sentence)
+        _show(f"error: {sentence}")
         return EXIT_BAD_INPUT
     return 0
 
@@ -142,7 +149,7 @@ def _is_shown(error: MedftError) -> bool:
     """Whether this process shows an error: the first that had one, or rank 0 what all have."""
     if error.is_shown_elsewhere is not None:
         return not error.is_shown_elsewhere
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    return _is_first()
 
 
 def _no_bug_of_ours(error: BaseException) -> str | None:
@@ -169,6 +176,11 @@ def _private() -> Iterator[None]:
         os.umask(before)
 
 
-def _show(problem: str) -> None:
+def _is_first() -> bool:
+    """Whether this process is rank 0 of its launch, or alone."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def _show(sentence: str) -> None:
     with suppress(OSError):  # it is a file on a full disk
-        sys.stderr.write(f"medft: error: {printable(problem)}\n")
+        sys.stderr.write(f"medft: {printable(sentence)}\n")

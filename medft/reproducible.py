@@ -21,12 +21,13 @@ from medft.foreign import at_home
 from medft.masking import MASK, printable
 from medft.models.base import identify_base
 from medft.models.resolved import Recorded, read_recorded
-from medft.models.run_record import RecordedLaunch
+from medft.models.run_record import RecordedLaunch, leaves
 from medft.models.saved import RunLayout
 from medft.provenance import masked
-from medft.since_then import default_changes, first_change, leaves, machine_changes
+from medft.since_then import default_changes, first_change
+from medft.training.parts import changes_between_parts, machine_changes, machine_now, machine_of
 from medft.training.process import THREADS, num_threads
-from medft.training.resume import check_as_recorded, identify_run
+from medft.training.same_run import check_as_recorded, identify_run
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -121,7 +122,11 @@ def plan_reproduction(source: Path, out: Path | None) -> Plan:
         recorded=recorded,
         threads=threads,
         on_cpu=on_cpu,
-        differs_now=[*machine_changes(record, launch, threads), *added],
+        differs_now=[
+            *machine_changes(machine_of(record), machine_now(threads)),
+            *changes_between_parts(record),
+            *added,
+        ],
         applied=applied,
     )
 

@@ -1,4 +1,4 @@
-"""What differs between a recorded run and the present: versions, machine, defaults of libraries."""
+"""What differs between a recorded run and the present: defaults of libraries."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -18,34 +18,8 @@ from medft.models.resolved import (
     recorded_fields,
     resolved_arguments,
 )
-from medft.models.run_record import RecordedLaunch
-from medft.provenance import hardware, masked, medft_version, package_versions
+from medft.models.run_record import leaves
 from medft.siglip.trainer import siglip_arguments
-
-
-def machine_changes(record: dict[str, Any], launch: RecordedLaunch, threads: int) -> list[str]:
-    """Sentences on what differs between then and now, and may change the last bits of a result."""
-    then = {
-        "medft": record.get("medft"),
-        "packages": record.get("packages"),
-        "hardware": record.get("hardware"),
-        "threads": launch.threads,
-    }
-    now = {
-        "medft": medft_version(),
-        "packages": package_versions(),
-        "hardware": hardware(),
-        "threads": threads,
-    }
-    first, second = dict(leaves(then)), dict(leaves(masked(now)))
-    sentences = [
-        f"{name} was {first.get(name)} and is {second.get(name)}"
-        for name in {**first, **second}
-        if first.get(name) != second.get(name) and name != "hardware.cpu_count"
-    ]
-    if first.get("medft.dirty") and second.get("medft.dirty"):
-        sentences.append("medft had and has uncommitted changes, which are not compared")
-    return sentences
 
 
 def default_changes(recipe: Recipe, recorded: Recorded) -> tuple[list[str], list[str]]:
@@ -100,14 +74,3 @@ def first_change(then: Any, now: Any) -> str:
     first, second = dict(leaves(then)), dict(leaves(now))
     name = next(key for key in {**first, **second} if first.get(key) != second.get(key))
     return f"{name or 'it'} was {first.get(name)} and is {second.get(name)}"
-
-
-def leaves(content: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """The values of nested dicts with their keys, joined by dots."""
-    if not isinstance(content, dict):
-        return [(prefix, content)]
-    return [
-        leaf
-        for key, inner in content.items()
-        for leaf in leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    ]

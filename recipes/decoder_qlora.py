@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     from medft.decoder.trainer import decoder_arguments
     from medft.models.resolved import take_recorded
     from medft.training.process import training_setup
-    from medft.training.resume import check_output_dir
+    from medft.training.resume import open_output_dir
     from medft.training.run import open_run
 
     words, recorded = take_recorded(argv)
@@ -27,13 +27,13 @@ def main(argv: list[str]) -> None:
     with training_setup(recipe.train.seed) as signals:
         dtype = recipe.model.dtype
         arguments = decoder_arguments(recipe.train, dtype=dtype, recorded=recorded)
-        checkpoint = check_output_dir(recipe.train)
-        lora = recipe.initial_lora(resumes=checkpoint is not None)
-        prepared = prepare_decoder_data(recipe.model, recipe.data, lora, arguments)
-        common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
-        with open_run(recipe, argv, checkpoint=checkpoint, signals=signals, **common) as run:
-            sections = recipe.model, recipe.data, recipe.quantization, lora
-            run.train(build_trainer(*sections, base=run.base, **common), checkpoint)
+        with open_output_dir(recipe, arguments) as folder:
+            lora = recipe.initial_lora(resumes=folder.checkpoint is not None)
+            prepared = prepare_decoder_data(recipe.model, recipe.data, lora, arguments)
+            common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
+            with open_run(recipe, argv, folder=folder, signals=signals, **common) as run:
+                sections = recipe.model, recipe.data, recipe.quantization, lora
+                run.train(build_trainer(*sections, base=run.base, **common), folder.checkpoint)
 
 
 if __name__ == "__main__":

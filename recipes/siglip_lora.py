@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     from medft.siglip.prepared import prepare_siglip_data
     from medft.siglip.trainer import siglip_arguments
     from medft.training.process import training_setup
-    from medft.training.resume import check_output_dir
+    from medft.training.resume import open_output_dir
     from medft.training.run import open_run
 
     words, recorded = take_recorded(argv)
@@ -27,13 +27,13 @@ def main(argv: list[str]) -> None:
     with training_setup(recipe.train.seed) as signals:
         dtype = recipe.model.dtype
         arguments = siglip_arguments(recipe.train, dtype=dtype, recorded=recorded)
-        checkpoint = check_output_dir(recipe.train)
-        lora = recipe.initial_lora(resumes=checkpoint is not None)
-        sections = recipe.model, recipe.data, lora, recipe.contrastive
-        prepared = prepare_siglip_data(*sections, arguments)
-        common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
-        with open_run(recipe, argv, checkpoint=checkpoint, signals=signals, **common) as run:
-            run.train(build_trainer(*sections, base=run.base, **common), checkpoint)
+        with open_output_dir(recipe, arguments) as folder:
+            lora = recipe.initial_lora(resumes=folder.checkpoint is not None)
+            sections = recipe.model, recipe.data, lora, recipe.contrastive
+            prepared = prepare_siglip_data(*sections, arguments)
+            common = {"arguments": arguments, "prepared": prepared, "recorded": recorded}
+            with open_run(recipe, argv, folder=folder, signals=signals, **common) as run:
+                run.train(build_trainer(*sections, base=run.base, **common), folder.checkpoint)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ HOUSE = """
     data/ charts statistics sentences image_sentences report prepare
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
-    training/ signals random_states process deepspeed launched arguments checkpoints
-    training/ broken_data mixed_precision trainer results callbacks overflow curves
-    training/ memory failures resume run
+    training/ signals random_states process run_lock deepspeed launched arguments checkpoints
+    training/ broken_data mixed_precision trainer best_model results callbacks overflow curves
+    training/ parts same_run memory failures resume run
     training/ compare_runs quiet_launcher launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator

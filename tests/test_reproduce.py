@@ -394,6 +394,22 @@ def test_a_run_resumed_with_another_interval_of_its_log_is_compared_where_both_h
     assert first_different_step(compare_histories([*then, *evaluated], now[1:], [4])) == 3
 
 
+@pytest.mark.parametrize("key", ["train.eval_steps", "train.save_steps"])
+def test_evaluations_are_compared_unless_a_run_went_on_with_others(run, tmp_path, key):
+    again = shutil.copytree(run, tmp_path / "again")
+    part = {"started": "x", "from_step": 4, "changed": {key: [1, 2]}}
+    change(run / "run.json", parts=[{"started": "x", "from_step": 0}, part], best_metric=0.5)
+    history = json.loads((run / "log_history.json").read_text())
+    (run / "log_history.json").write_text(
+        json.dumps([entry for entry in history if "eval_loss" not in entry])
+    )
+    found = compare_runs(RunLayout(run), RunLayout(again))
+    assert bool(found) == (key == "train.save_steps")
+    history[0]["loss"] += 1
+    (again / "log_history.json").write_text(json.dumps(history))
+    assert compare_runs(RunLayout(run), RunLayout(again))
+
+
 @pytest.mark.parametrize(
     ("value", "largest"), [(0.5, 0.25), (float("nan"), None), (float("inf"), None)]
 )

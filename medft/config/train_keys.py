@@ -178,7 +178,8 @@ class TrainSection(Section):
     """Checkpoints that are kept; null: all."""
 
     resume_from_checkpoint: bool | PathText | None = None
-    """true: resume from the newest complete checkpoint of output_dir; or the path of one."""
+    """true: resume from the newest complete checkpoint of output_dir; auto: the same, or a fresh
+    start if no run has saved there; or the path of one."""
 
     dataloader_num_workers: Annotated[_Workers | None, _NotNull()] = None
     """Worker processes that prepare batches; 0: the training process does."""

@@ -46,6 +46,7 @@ class _RecordedBase(_Recorded):
 class _RecordedBatch(_Recorded):
     steps: int
     effective: int
+    steps_per_epoch: int | None = None
 
 
 class Determinism(_Recorded):
@@ -94,6 +95,18 @@ class RecordedLaunch(_Recorded):
     """Of torch, in each process."""
 
 
+class RunPart(_Recorded):
+    """A start of a run, and how far it came; the newest one's entries stand in run.json as well."""
+
+    started: str
+    from_step: int | None
+    """0 for a start afresh; None where an older medft did not write it."""
+
+    launch: RecordedLaunch | None = None
+    changed: dict[str, Any] = {}
+    """Recipe keys that differ from the part before, with both values."""
+
+
 class RunRecord(_Recorded):
     """What medft reads of run.json."""
 
@@ -105,13 +118,64 @@ class RunRecord(_Recorded):
     started: str
     init_from: _RecordedFiles | None = None
     steps_done: int = 0
+    parts: list[RunPart] = []
     resumed: list[str] = []
+    """Of an older medft, instead of parts: when the run went on."""
+
     trainable_parameters: int = 0
     total_parameters: int = 0
     metrics: dict[str, _Number] = {}
     launch: RecordedLaunch | None = None
     resolved: Resolved | None = None
     resumed_from_steps: list[int] = []
+    """Of an older medft: after which steps it went on, at the last of these times."""
+
+
+PART_KEYS = (
+    "status",
+    "medft",
+    "argv",
+    "started_in",
+    "packages",
+    "hardware",
+    "launch",
+    "saved_step",
+    "steps_done",
+    "error",
+    "ended",
+)
+"""Entries of run.json that concern its newest part alone."""
+
+
+def parts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The starts of a run in their order, of an older medft's record as far as it knew them.
+
+    Args:
+        record: as from `RunLayout.read_record`.
+    """
+    if "parts" in record:
+        return record["parts"]
+    starts = [record["started"], *record.get("resumed", [])]
+    steps = record.get("resumed_from_steps", [])
+    known = [0, *[None] * (len(starts) - 1 - len(steps)), *steps]
+    parts = [{"started": s, "from_step": step} for s, step in zip(starts, known, strict=False)]
+    return [*parts[:-1], parts[-1] | {key: record[key] for key in PART_KEYS if key in record}]
+
+
+def resumed_steps(record: dict[str, Any]) -> list[int]:
+    """The steps after which a run went on from a checkpoint."""
+    return [part["from_step"] for part in parts_of(record) if part["from_step"]]
+
+
+def leaves(content: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """The values of nested dicts with their keys, joined by dots."""
+    if not isinstance(content, dict):
+        return [(prefix, content)]
+    return [
+        leaf
+        for key, inner in content.items()
+        for leaf in leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    ]
 
 
 _HISTORY: TypeAdapter[list[dict[str, int | float | None]]] = TypeAdapter(

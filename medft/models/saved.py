@@ -276,12 +276,7 @@ def _adapter_folder(source: Path) -> Path:
         )
     run = RunLayout(source)
     if run.record.is_file():
-        status = run.read_record().get("status")
-        if status != "completed":
-            raise RunError(
-                f"expected a completed run in {source}, its status is {status}: resume it, or "
-                f"give its best_model/ or a checkpoint"
-            )
+        _check_completed(run)
         source = run.adapter
     if not (source / "adapter_config.json").is_file():
         raise RunError(
@@ -289,6 +284,16 @@ def _adapter_folder(source: Path) -> Path:
             f"give the output_dir of a run with lora"
         )
     return source
+
+
+def _check_completed(run: RunLayout) -> None:
+    """Refuse the result of a run that has not ended, or has gone on since it was written."""
+    status = run.read_record()["status"]
+    if status != "completed":
+        raise RunError(
+            f"expected a completed run in {run.directory}, its status is {status}: resume it, or "
+            f"give its best_model/ or a checkpoint"
+        )
 
 
 def _check_path(source: Path) -> None:
@@ -314,7 +319,7 @@ def find_saved_model(source: Path) -> SavedModel:
     """The model that a run, an adapter folder or a model folder holds.
 
     Raises:
-        RunError: the run of an adapter is not completed, or the path is none of the three.
+        RunError: the run is not completed, or the path is none of the three.
         BaseModelError: the record or the configuration cannot be read.
     """
     _check_path(source)
@@ -322,6 +327,7 @@ def find_saved_model(source: Path) -> SavedModel:
     if (source / "config.json").is_file():
         folder = source
     elif run.record.is_file() and run.model.is_dir():
+        _check_completed(run)
         folder = run.model
     else:
         return find_saved_adapter(source)

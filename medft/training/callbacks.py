@@ -1,7 +1,7 @@
 """Callbacks that medft adds to Trainer: what stops a run, and what is written during it.
 
 One class each for non-finite values, parameters without gradient, the epoch of samplers, intervals,
-the log history, checkpoint manifests and best_model/.
+the log history, a lost lock, checkpoint manifests and best_model/.
 """
 
 import functools
@@ -19,6 +19,7 @@ from medft.errors import BaseModelError, RunError
 from medft.models.saved import RunLayout
 from medft.training.checkpoints import checkpoints_of, write_manifest
 from medft.training.process import wait_for_everyone
+from medft.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,28 @@ class LogHistoryCallback(TrainerCallback):
     ) -> None:
         """Write the log history beside the checkpoint."""
         self.write(state)
+
+
+class LostLockCallback(TrainerCallback):
+    """Raises before anything is written into a run directory that another run has taken."""
+
+    def __init__(self, lock: RunLock) -> None:
+        self._lock = lock
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Look before a save or an evaluation, which may write best_model/."""
+        if (control.should_save or control.should_evaluate) and self._lock.lost:
+            raise RunError(
+                f"expected {self._lock.path} to be this run's, another run has taken it, as after "
+                f"minutes in which this process stood still: its checkpoints count, start this "
+                f"run again in another folder"
+            )
 
 
 class CheckpointManifestCallback(TrainerCallback):

@@ -227,14 +227,15 @@ def checkpoint_to_resume(run: Path, resume: bool | str | None) -> Path | None:
 
     Args:
         run: the run directory.
-        resume: true for the newest complete checkpoint of the run, or the path of one.
+        resume: true for the newest complete checkpoint of the run, or the path of one; "auto" for
+            the newest if there is one.
 
     Raises:
         RunError: there is no complete checkpoint, or the given one is not complete.
     """
     if not resume:
         return None
-    if isinstance(resume, str):
+    if isinstance(resume, str) and resume != "auto":
         checkpoint = Path(resume)
         missing = what_is_missing(checkpoint)
         if missing:
@@ -248,7 +249,14 @@ def checkpoint_to_resume(run: Path, resume: bool | str | None) -> Path | None:
         if missing is None:
             return checkpoint
         logger.warning("skipped %s: %s", checkpoint.name, missing)
-    raise RunError(
+    if resume == "auto":
+        return None
+    raise no_checkpoint(run)
+
+
+def no_checkpoint(run: Path) -> RunError:
+    """The error for a run directory without a complete checkpoint."""
+    return RunError(
         f"expected a complete checkpoint in {run} to resume from, found none: "
         f"remove train.resume_from_checkpoint and the folder to start afresh"
     )

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from medft.errors import RunError
 from medft.foreign import read_json
-from medft.models.run_record import read_log_history
+from medft.models.run_record import parts_of, read_log_history, resumed_steps
 from medft.models.saved import RECORD_FILE, RunLayout
 
 _MEASURES = re.compile(r".*(_runtime|_per_second|_wait)|peak_memory_gib")
@@ -31,7 +31,8 @@ Difference = dict[str, Any]
 def compare_runs(then: RunLayout, now: RunLayout) -> list[Difference]:
     """Everything in which a run differs from the one that it repeats, a difference an entry.
 
-    Of the log history it holds the entries of the first step that differs.
+    Of the log history it holds the entries of the first step that differs. Where the first run went
+    on with other evaluations, they are left out, and the best model that they chose.
 
     Raises:
         RunError: a result is missing or cannot be read.
@@ -40,20 +41,29 @@ def compare_runs(then: RunLayout, now: RunLayout) -> list[Difference]:
     differences = []
     for folder in then.results:
         differences += compare_weights(folder.name, folder, now.directory / folder.name)
-    if then.best_model.is_dir() and now.best_model.is_dir():
+    same_evaluations = not _changed_evaluations(record)
+    if same_evaluations and then.best_model.is_dir() and now.best_model.is_dir():
         differences += compare_weights("best_model", then.best_model, now.best_model)
-    resumed_at = record.get("resumed_from_steps", [])
-    differences += compare_histories(
-        read_log_history(then.history), read_log_history(now.history), resumed_at
+    resumed_at = resumed_steps(record)
+    first, second = (
+        [entry for entry in read_log_history(run) if same_evaluations or "eval_loss" not in entry]
+        for run in (then.history, now.history)
     )
+    differences += compare_histories(first, second, resumed_at)
     for part in ("base", "data", "init_from", "batch", "metrics"):
         # the last training loss stands in the history, which knows where it was resumed
         left_out = ["loss"] if part == "metrics" and resumed_at else []
         differences += _compared(part, record.get(part) or {}, again.get(part) or {}, left_out)
-    if record.get("best_metric") != again.get("best_metric"):
+    if same_evaluations and record.get("best_metric") != again.get("best_metric"):
         both = record.get("best_metric"), again.get("best_metric")
         differences.append(_difference("best_metric", *both))
     return differences
+
+
+def _changed_evaluations(record: dict[str, Any]) -> bool:
+    """Whether a run went on with evaluations at other steps than it began with."""
+    changed = [part.get("changed", {}) for part in parts_of(record) if part["from_step"]]
+    return any(key.startswith("train.eval_") for keys in changed for key in keys)
 
 
 def first_different_step(differences: list[Difference]) -> int | None:

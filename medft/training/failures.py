@@ -18,6 +18,7 @@ from medft.full_disk import causes, is_disk_full, named_file
 from medft.training.checkpoints import MANIFEST, checkpoints_of, what_is_missing
 from medft.training.memory import Where, changes_that_help, memory_that_ran_out
 from medft.training.process import another_ended_first
+from medft.training.run_lock import RunLock
 
 _RESERVED_BYTES = 2**16
 
@@ -126,11 +127,11 @@ def _how_to_go_on(run: Path) -> str:
 
 
 @contextmanager
-def cleared(run: Path) -> Iterator[None]:
+def cleared(run: Path, lock: RunLock) -> Iterator[None]:
     """A block in which a run is written; drafts and checkpoints without manifest go when it ends.
 
     With them goes a file that takes some room, so that a full disk has room for the run's record.
-    The process that writes calls this, and no other.
+    The process that writes calls this, and no other; where it has lost the lock, nothing goes.
     """
     reserve = run / ".reserve.draft"
     try:
@@ -138,8 +139,13 @@ def cleared(run: Path) -> Iterator[None]:
             reserve.write_bytes(os.urandom(_RESERVED_BYTES))
         yield
     finally:
-        for checkpoint in checkpoints_of(run):
-            if not (checkpoint / MANIFEST).exists():
-                shutil.rmtree(checkpoint, ignore_errors=True)
-        for draft in run.glob(".*.draft"):
-            shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
+        if not lock.lost:
+            _clear(run)
+
+
+def _clear(run: Path) -> None:
+    for checkpoint in checkpoints_of(run):
+        if not (checkpoint / MANIFEST).exists():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    for draft in run.glob(".*.draft"):
+        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()

@@ -1,38 +1,96 @@
-"""Checks before a run starts in its folder or resumes from a checkpoint."""
+"""The folder of a run before it starts: taken by one run at a time, empty, or to go on from."""
 
-import math
-import re
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-from transformers import EarlyStoppingCallback
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
 
-from medft.config.recipe import Recipe
+from medft.config.recipe import DecoderRecipe, Recipe
 from medft.config.train_keys import TrainSection
-from medft.errors import RunError
+from medft.errors import MedftError, RunError
 from medft.files import check_folder_for_output, check_place
-from medft.models.adapter import check_initial
-from medft.models.base import identify_base
-from medft.models.resolved import OPTION, Recorded
-from medft.models.saved import RunLayout, SavedModel
-from medft.provenance import masked
+from medft.models.run_record import parts_of
+from medft.models.saved import RunLayout
 from medft.training.checkpoints import (
+    MANIFEST,
     checkpoint_to_resume,
     checkpoints_of,
-    state_of,
+    no_checkpoint,
     step_of,
-    world_size_of,
 )
+from medft.training.run_lock import LOCK_FILE, RunLock
+from medft.training.same_run import is_completed
 
-FREE_ON_RESUME = re.compile(
-    r"train\.(resume_from_checkpoint|output_dir|report_to|run_name|disable_tqdm|logging_.*|save_.*)"
-    r"|model\.vision_cache(_gb)?|data\.allow_overlap"
-)
-"""Recipe keys that may differ on resume, since they do not change what is trained."""
+_NOT_BEGUN = {LOCK_FILE, ".run.json.draft"}
+"""What a start may leave that ends before run.json is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDir:
+    """A run directory that this run alone has."""
+
+    checkpoint: Path | None
+    """To continue from; None for a fresh start."""
+
+    lock: RunLock
+    """Held by the main process; `lock.lost` says whether another run took it meanwhile."""
+
+
+@contextmanager
+def open_output_dir(recipe: Recipe, arguments: TrainingArguments) -> Iterator[OutputDir]:
+    """Take the run directory of a recipe for the block, and find where its run goes on.
+
+    The main process does so, the others learn the outcome. If the block writes nothing, folders
+    that were made for the lock are removed again.
+
+    Args:
+        recipe: as resolved.
+        arguments: the trainer's, by which processes were joined.
+
+    Raises:
+        RunError: another run has the folder, or it cannot be used, as from `check_output_dir`.
+    """
+    lock = RunLock(Path(recipe.train.output_dir))
+    with closing(lock):
+        found: list[Path | MedftError | None] = [None]
+        if arguments.process_index == 0:
+            try:
+                check_outside_base(recipe)
+                check_folder_for_output(Path(recipe.train.output_dir), allow_content=True)
+                lock.take()
+                found = [check_output_dir(recipe.train)]
+            except MedftError as error:
+                found = [error]
+        [outcome] = broadcast_object_list(found)
+        if isinstance(outcome, MedftError):
+            raise outcome
+        yield OutputDir(outcome, lock)
+
+
+def check_outside_base(recipe: Recipe) -> None:
+    """Refuse to write into the folder of a base, whose files identify it.
+
+    Raises:
+        RunError: train.output_dir or model.vision_cache is model.base, or lies in it.
+    """
+    base = Path(recipe.model.base)
+    written = {"train.output_dir": recipe.train.output_dir}
+    if isinstance(recipe, DecoderRecipe) and recipe.model.vision_cache:
+        written["model.vision_cache"] = recipe.model.vision_cache
+    for key, folder in written.items():
+        if base.is_dir() and Path(folder).resolve().is_relative_to(base.resolve()):
+            raise RunError(
+                f"expected {key} outside of model.base {base}, which would be another base with "
+                f"more files, got {folder}: choose another folder"
+            )
 
 
 def check_output_dir(train: TrainSection) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh start into an empty folder.
+    """The checkpoint to resume from; None for a fresh start, or a completed run without any.
 
     Args:
         train: the recipe's section.
@@ -43,22 +101,54 @@ def check_output_dir(train: TrainSection) -> Path | None:
     """
     output_dir, resume = Path(train.output_dir), train.resume_from_checkpoint
     check_folder_for_output(output_dir, allow_content=True)
-    if not resume and output_dir.exists() and any(output_dir.iterdir()):
+    run = RunLayout(output_dir)
+    is_empty = not output_dir.exists() or {p.name for p in output_dir.iterdir()} <= _NOT_BEGUN
+    is_foreign = not is_empty and resume == "auto" and not run.record.is_file()
+    if is_foreign or (not is_empty and not resume):
         raise RunError(
-            f"expected train.output_dir to be empty, {output_dir} is not: choose another "
-            f"folder, or resume with train.resume_from_checkpoint=true"
+            f"expected train.output_dir to be empty, {output_dir} is not"
+            f"{' and holds no run.json' * is_foreign}: choose another folder"
+            f"{', or resume with train.resume_from_checkpoint=true' * (not is_foreign)}"
         )
     if resume:
         _check_entries(output_dir)
     checkpoint = checkpoint_to_resume(output_dir, resume)
-    if checkpoint and checkpoint.absolute().parent != output_dir.absolute():
+    if checkpoint is None:
+        if resume == "auto" and not is_empty and _has_saved(run) and not is_completed(run):
+            raise no_checkpoint(output_dir)
+        return None
+    if checkpoint.absolute().parent != output_dir.absolute():
         raise RunError(
             f"expected train.resume_from_checkpoint to lie in train.output_dir {output_dir}, got "
             f"{checkpoint}: a run goes on in its own folder"
         )
-    if checkpoint:
-        _check_later_checkpoints(checkpoint)
+    _check_later_checkpoints(checkpoint)
     return checkpoint
+
+
+def _has_saved(run: RunLayout) -> bool:
+    """Whether a checkpoint of a run was ever complete, though it may be corrupt or gone now.
+
+    Raises:
+        RunError: its record cannot be read.
+    """
+    saved = any((path / MANIFEST).exists() for path in checkpoints_of(run.directory))
+    parts = parts_of(run.read_record())
+    return saved or any("saved_step" in part or part["from_step"] != 0 for part in parts)
+
+
+def clear_output_dir(run: RunLayout) -> None:
+    """Remove what is left of a run that ended before it had saved, but for its record.
+
+    Args:
+        run: its fresh start has passed every check.
+    """
+    left = [*checkpoints_of(run.directory), *run.results, run.best_model, run.history, run.curves]
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_entries(run: Path) -> None:
@@ -106,164 +196,3 @@ def _check_later_checkpoints(resumed: Path) -> None:
                     f"expected files of its own in {checkpoint}, which the run from {resumed.name} "
                     f"writes again, {path.name} {problem}: move {checkpoint.name} elsewhere"
                 )
-
-
-class PreparedData(Protocol):
-    """What a run can know before weights are loaded, as both kinds of trainers prepare it."""
-
-    @property
-    def initial(self) -> SavedModel | None:
-        """The adapter of `lora.init_from`."""
-        ...
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Fingerprints and counts of the data, for run.json."""
-        ...
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Training batches of each process in an epoch."""
-        ...
-
-    @property
-    def batch_record(self) -> dict[str, Any]:
-        """What is known of batches beyond their arithmetic, for run.json."""
-        ...
-
-
-def identify_run(
-    recipe: Recipe,
-    prepared: PreparedData,
-    checkpoint: Path | None,
-    *,
-    world_size: int | None,
-) -> dict[str, Any]:
-    """The entries of run.json that say what a run starts from: base, data, init_from.
-
-    Args:
-        recipe: as resolved now.
-        prepared: the data, and the adapter of `lora.init_from`.
-        checkpoint: to continue from; None for a new run.
-        world_size: number of processes; None if not known yet.
-
-    Raises:
-        RunError: the run cannot continue from the checkpoint.
-        BaseModelError: the adapter of `lora.init_from` was trained on another base.
-    """
-    base = identify_base(recipe.model)
-    if checkpoint:
-        check_same_run(recipe, base, prepared.record, checkpoint, world_size)
-    starts_from = check_initial(prepared.initial, base) if prepared.initial else {}
-    return {"base": base, "data": prepared.record, **starts_from}
-
-
-def check_same_run(
-    recipe: Recipe,
-    base: dict[str, Any],
-    data: dict[str, Any],
-    checkpoint: Path,
-    world_size: int | None,
-) -> None:
-    """Refuse to resume a run if anything that decides what is trained has changed.
-
-    Args:
-        recipe: as resolved now.
-        base: what identifies the base now.
-        data: the record of the prepared data, as read now.
-        checkpoint: the one to continue from, in the run's directory.
-        world_size: number of processes now; None if not known yet.
-
-    Raises:
-        RunError: a recipe key, the base, the data, the plan of the checkpoint's state or the number
-            of processes differs, or the run is already finished.
-    """
-    run = checkpoint.parent
-    earlier = RunLayout(run).read_record()
-    if changed := _changed_keys(recipe, earlier["recipe"]):
-        raise RunError(
-            f"expected the recipe of the interrupted run in {run}, these keys differ: {changed}: "
-            f"restore them, or start a new run in another folder"
-        )
-    for name, content in (("base", base), ("data", data)):
-        if masked(content) != earlier[name]:
-            raise RunError(
-                f"expected the {name} of the interrupted run in {run}, its files have changed: "
-                f"restore them, or start a new run in another folder"
-            )
-    check_state(recipe.train, checkpoint, steps=earlier["batch"]["steps"])
-    results = RunLayout(run).results
-    if results and state_of(checkpoint).global_step >= earlier.get("steps_done", math.inf):
-        raise RunError(
-            f"expected an unfinished run to resume in {run}, {checkpoint.name} is its last step: "
-            f"take {results[0]}"
-        )
-    if world_size is not None and world_size_of(checkpoint) != world_size:
-        raise RunError(
-            f"expected {world_size_of(checkpoint)} processes as in the interrupted run in {run}, "
-            f"got {world_size}: the order of the rows would change"
-        )
-
-
-def check_as_recorded(recipe: Recipe, recorded: Recorded) -> None:
-    """Refuse to repeat a record with another recipe, whose keys the record would override.
-
-    Args:
-        recipe: as resolved now.
-        recorded: the record.
-
-    Raises:
-        RunError: a key that decides what is trained differs.
-    """
-    if changed := _changed_keys(recipe, recorded.recipe):
-        raise RunError(
-            f"expected the recipe of the run recorded in {recorded.path}, these keys differ: "
-            f"{changed}: restore them, or start a new run without {OPTION}"
-        )
-
-
-def _changed_keys(recipe: Recipe, recorded: dict[str, Any]) -> str:
-    """Keys that decide what is trained and differ from a record, as text with both values."""
-    current, then = _flat(masked(recipe.model_dump())), _flat(recorded)
-    return ", ".join(
-        f"{key} ({then.get(key)} -> {current.get(key)})"
-        for key in sorted(current.keys() | then.keys())
-        if current.get(key) != then.get(key) and not FREE_ON_RESUME.fullmatch(key)
-    )
-
-
-def check_state(train: TrainSection, checkpoint: Path, *, steps: int) -> None:
-    """Refuse a checkpoint whose state is of another plan: Trainer would follow it, not the recipe.
-
-    Args:
-        train: the recipe's section.
-        checkpoint: the one to continue from.
-        steps: number of optimizer steps of the whole run.
-
-    Raises:
-        RunError: its number of steps differs, it is past them, or it stops early by other rules.
-    """
-    state = state_of(checkpoint)
-    stopping = train.early_stopping()
-    expected = EarlyStoppingCallback(**stopping).state()["args"] if stopping else None
-    found = (state.stateful_callbacks.get("EarlyStoppingCallback") or {}).get("args")
-    if state.max_steps != steps or state.global_step > steps:
-        problem = f"has step {state.global_step} of {state.max_steps}, not of {steps}"
-    elif found != expected:
-        problem = f"stops early by {found}, not by {expected}"
-    else:
-        return
-    raise RunError(
-        f"expected the state of this run in {checkpoint}, its trainer_state.json {problem}: "
-        f"resume another checkpoint"
-    )
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict):
-        return {prefix: content}
-    return {
-        name: value
-        for key, inner in content.items()
-        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }

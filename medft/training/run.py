@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from medft.compat import num_weights, untested_versions
+from medft.compat import num_weights
 from medft.config.recipe import Recipe, dump_sections
 from medft.errors import Stopped
 from medft.files import replaced_file, write_json
@@ -28,32 +28,33 @@ from medft.models.resolved import (
     resolved_model,
 )
 from medft.models.saved import RunLayout
-from medft.provenance import (
-    hardware,
-    masked,
-    masked_words,
-    medft_version,
-    now,
-    package_versions,
-    peak_memory,
-)
+from medft.provenance import masked, now, peak_memory
 from medft.training.arguments import batch_arithmetic
+from medft.training.best_model import (
+    BestEvaluation,
+    KnownBestCallback,
+    SaveAfterEvaluationCallback,
+)
 from medft.training.callbacks import (
     BestModelCallback,
     CheckpointManifestCallback,
     IntervalCallback,
     LogHistoryCallback,
+    LostLockCallback,
     NonFiniteCallback,
     UntrainedParameterCallback,
 )
-from medft.training.checkpoints import evaluation_is_missing, state_of, step_of
+from medft.training.checkpoints import evaluation_is_missing, state_of
 from medft.training.curves import draw_curves
 from medft.training.failures import cleared, named_failures
-from medft.training.launched import Launch, find_launch
+from medft.training.launched import find_launch
 from medft.training.overflow import OverflowCallback
+from medft.training.parts import SavedStepCallback, first_entries, go_on, update_part
 from medft.training.process import wait_for_everyone
-from medft.training.results import final_metrics, save_result
-from medft.training.resume import (
+from medft.training.results import final_metrics, save_best, save_result
+from medft.training.resume import OutputDir, clear_output_dir
+from medft.training.run_lock import RunLock
+from medft.training.same_run import (
     PreparedData,
     check_as_recorded,
     check_state,
@@ -77,6 +78,7 @@ class Run:
         recorded: Recorded | None,
         early_stopping: dict[str, Any],
         signals: StopSignals,
+        lock: RunLock,
         writes: bool,
     ) -> None:
         self.layout = layout
@@ -88,6 +90,7 @@ class Run:
         self._recorded = recorded
         self._early_stopping = early_stopping
         self._signals = signals
+        self._lock = lock
         self._writes = writes
 
     @property
@@ -98,7 +101,8 @@ class Run:
     def update(self, **entries: Any) -> None:
         """Add entries to run.json."""
         self.record.update(entries)
-        if self._writes:
+        update_part(self.record)
+        if self._writes and not self._lock.lost:
             write_json(self.layout.record, masked(self.record))
 
     def end(self, status: Literal["interrupted", "failed"], reason: str) -> None:
@@ -135,7 +139,8 @@ class Run:
             resumed_from=checkpoint.name if checkpoint else None,
             resolved=resolved,
         )
-        if checkpoint and (saved := state_of(checkpoint)).global_step >= saved.max_steps:
+        steps = self.record["batch"]["steps"]
+        if checkpoint and (saved := state_of(checkpoint)).global_step >= steps:
             trainer.load_checkpoint(checkpoint)  # only the result was not written
             trainer.state = saved
         else:
@@ -174,21 +179,27 @@ class Run:
         manifests = CheckpointManifestCallback(trainer.args.save_total_limit)
         trainer.args.save_total_limit = None  # `manifests` deletes, once the new one is complete
         trainer.add_callback(IntervalCallback())
+        trainer.add_callback(LostLockCallback(self._lock))
         trainer.add_callback(NonFiniteCallback(lambda: trainer.row_ids))
         trainer.add_callback(UntrainedParameterCallback())
         if trainer.args.fp16:
             trainer.add_callback(OverflowCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))
         trainer.add_callback(manifests)
+        trainer.add_callback(SavedStepCallback(lambda step: self.update(saved_step=step)))
+        trainer.add_callback(SaveAfterEvaluationCallback())
         if self._early_stopping:
             trainer.add_callback(EarlyStoppingCallback(**self._early_stopping))
+        else:
+            trainer.add_callback(KnownBestCallback(self.layout.best_model))
         if trainer.eval_dataset is not None:
-            trainer.add_callback(BestModelCallback(lambda folder: save_result(trainer, folder)))
+            trainer.add_callback(BestModelCallback(lambda folder: save_best(trainer, folder)))
 
     def _best_metric(self, state: TrainerState) -> float | None:
         """The metric of best_model/; None if there is none, as when the untrained base was best."""
         if self.layout.best_model.is_dir():
-            return state.best_metric
+            best = BestEvaluation.read(self.layout.best_model)
+            return best.value if best else state.best_metric
         if state.best_metric is not None:
             logger.warning(
                 "no best_model/: the best evaluation, %s at step %s, was of a model with untrained "
@@ -216,7 +227,7 @@ def open_run(
     *,
     arguments: TrainingArguments,
     prepared: PreparedData,
-    checkpoint: Path | None,
+    folder: OutputDir,
     signals: StopSignals,
     recorded: Recorded | None = None,
 ) -> Iterator[Run]:
@@ -231,7 +242,7 @@ def open_run(
         argv: the command line.
         arguments: the trainer's.
         prepared: the data, and the adapter of `lora.init_from`.
-        checkpoint: to continue from; None for a new run.
+        folder: of the run, taken, with the checkpoint to continue from.
         signals: of this process, listened to.
         recorded: the record of the run that is repeated.
 
@@ -239,6 +250,7 @@ def open_run(
         RunError: the run cannot continue from the checkpoint, or is not that of the record.
         BaseModelError: the adapter of `lora.init_from` was trained on another base.
     """
+    checkpoint = folder.checkpoint
     identity = identify_run(recipe, prepared, checkpoint, world_size=arguments.world_size)
     batch = batch_arithmetic(prepared.batches_per_epoch, arguments)
     if recorded:
@@ -247,15 +259,18 @@ def open_run(
     if checkpoint:
         check_state(recipe.train, checkpoint, steps=batch["steps"])
     layout = RunLayout(Path(recipe.train.output_dir))
-    launch = find_launch(arguments)
-    wait_for_everyone()  # every process has seen the folder empty before rank 0 writes
+    wait_for_everyone()  # every process has seen the folder as it is before rank 0 writes
     writes = arguments.process_index == 0
     entries = {
-        **_circumstances(recipe, argv),
-        "launch": asdict(launch),
+        **first_entries(recipe, argv, asdict(find_launch(arguments))),
         "batch": batch | prepared.batch_record,
         **identity,
     }
+    if writes:
+        layout.directory.mkdir(parents=True, exist_ok=True)
+        go_on(layout, entries, checkpoint)
+        if checkpoint is None:
+            clear_output_dir(layout)
     run = Run(
         layout,
         entries,
@@ -266,21 +281,18 @@ def open_run(
         recorded=recorded,
         early_stopping=recipe.train.early_stopping(),
         signals=signals,
+        lock=folder.lock,
         writes=writes,
     )
-    earlier = {}
+    run.update()
     if writes:
-        layout.directory.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
-            earlier = _entries_before(layout, checkpoint, launch)
         sections = masked(recipe.model_dump())
         sections["train"].pop("resume_from_checkpoint", None)  # so that it can be run again
         with replaced_file(layout.recipe) as file:
             file.write(dump_sections(sections))
-    run.update(**earlier)
     try:
         with (
-            cleared(layout.directory) if writes else nullcontext(),
+            cleared(layout.directory, folder.lock) if writes else nullcontext(),
             named_failures(recipe, arguments, prepared.record),
         ):
             yield run
@@ -291,46 +303,3 @@ def open_run(
     except BaseException as error:
         run.end("failed", f"{type(error).__name__}: {error}".splitlines()[0])
         raise
-
-
-def _circumstances(recipe: Recipe, argv: list[str]) -> dict[str, Any]:
-    """The entries of run.json that say what was started where; warns of untested versions."""
-    if untested := untested_versions():
-        named = ", ".join(f"{name} {version}" for name, version in untested.items())
-        logger.warning("not among the versions that medft was tested with: %s", named)
-    return {
-        "status": "running",
-        "medft": medft_version(),
-        "argv": masked_words(argv),
-        "started": now(),
-        "started_in": str(Path.cwd()),
-        "recipe": recipe.model_dump(),
-        "seed": recipe.train.seed,
-        "packages": package_versions(),
-        "untested_packages": untested,
-        "hardware": hardware(),
-    }
-
-
-def _entries_before(layout: RunLayout, checkpoint: Path, launch: Launch) -> dict[str, Any]:
-    """The entries of run.json that a resumed run takes over, or adds to."""
-    earlier = layout.read_record()
-    _compare_threads(earlier, launch)
-    return {
-        **{key: earlier[key] for key in ("started", "init_from") if key in earlier},
-        "resumed": [*earlier.get("resumed", []), now()],
-        "resumed_from_steps": [*earlier.get("resumed_from_steps", []), step_of(checkpoint)],
-    }
-
-
-def _compare_threads(earlier: dict[str, Any], launch: Launch) -> None:
-    """Warn where a resumed run sums in another order than before."""
-    before = (earlier.get("launch") or {}).get("threads", launch.threads)
-    if before != launch.threads:
-        logger.warning(
-            "the interrupted run had %s threads, this one has %s: numbers differ in their last "
-            "bits from those of an undisturbed run; MEDFT_THREADS=%s restores them",
-            before,
-            launch.threads,
-            before,
-        )

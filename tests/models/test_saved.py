@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medft import provenance
-from medft.errors import BaseModelError
+from medft.errors import BaseModelError, RunError
 from medft.export.merge import merge
 from medft.inference.files import predict_files
 from medft.models.base import base_sha256
@@ -157,3 +157,13 @@ def test_predict_resolves_each_run_once(runs, data, tmp_path, monkeypatch):
         runs / "decoder", images, tmp_path / "o.jsonl", prompt="What?", siglip=runs / "siglip"
     )
     assert sorted(read) == ["decoder", "siglip"]
+
+
+@pytest.mark.parametrize("result", ["adapter", "model"])
+def test_the_result_of_a_run_that_goes_on_is_not_taken_for_its_last(runs, tmp_path, result):
+    run = shutil.copytree(runs / "decoder", tmp_path / "run")
+    (run / "adapter").rename(run / result)
+    content = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(content | {"status": "running"}))
+    with pytest.raises(RunError, match=r"expected a completed run in .*, its status is running"):
+        find_saved_model(run)

@@ -227,6 +227,10 @@ RUN_JSON = [
     {"recipe": 3},
     {"steps_done": None},
     {"resumed": "often"},
+    {"parts": "many"},
+    {"parts": [{}]},
+    {"parts": [{"started": "x", "from_step": "0"}]},
+    {"parts": [{"started": "x", "from_step": 0, "launch": "by hand"}]},
     {"init_from": "x"},
 ]
 

@@ -149,7 +149,7 @@ def test_a_resumed_run_is_repeated_without_its_stop(train, again, tmp_path):
     assert "its status is interrupted: resume it" in said
     run = train("decoder", "train.logging_steps=2", "train.resume_from_checkpoint=true")
     record = json.loads((run / "run.json").read_text())
-    assert record["resumed_from_steps"] == [3]
+    assert [part["from_step"] for part in record["parts"]] == [0, 3]
     code, result, said = again(run)
     assert (code, result["differs"]) == (0, []), said
     # the entry that was left out did differ

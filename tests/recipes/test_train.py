@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_bit_for_bit_past_checkpoints_that_are_not_complete
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "completed"
     assert record["resumed_from"] == "checkpoint-16"
-    assert len(record["resumed"]) == 1
+    assert [part["from_step"] for part in record["parts"]] == [0, 16]
     reference = undisturbed["nf4" if kind == "decoder" else "siglip"]
     assert equal(run, reference)
     assert losses_of(run) == losses_of(reference)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import closing
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ import yaml
 
 from medft.check import check
 from medft.config.train_keys import TrainSection
-from medft.errors import RunError
+from medft.errors import MedftError, RunError
+from medft.models.saved import RunLayout
 from medft.training.checkpoints import write_manifest
-from medft.training.resume import check_output_dir, check_state
+from medft.training.resume import check_output_dir, clear_output_dir
+from medft.training.run_lock import RunLock
+from medft.training.same_run import check_state
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1}
 
@@ -128,3 +132,104 @@ def test_a_run_resumes_that_was_begun_before_a_key_of_lora_was_listed(runs, tmp_
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match=r"lora\.use_dora \(True -> None\)"):
         check(run / "recipe.yaml", words)
+
+
+def auto(folder):
+    return TrainSection(output_dir=str(folder), resume_from_checkpoint="auto")
+
+
+def test_auto_starts_where_no_run_has_saved(tmp_path, resumed):
+    assert check_output_dir(auto(tmp_path / "new")) is None
+    (tmp_path / "empty").mkdir()
+    assert check_output_dir(auto(tmp_path / "empty")) is None
+    (tmp_path / "empty" / ".run.json.draft").write_text("{")  # of a start that was killed
+    assert check_output_dir(auto(tmp_path / "empty")) is None
+    (tmp_path / "empty" / "thesis.tex").write_text("years")
+    with pytest.raises(RunError, match=r"is not and holds no run\.json: choose another folder$"):
+        check_output_dir(auto(tmp_path / "empty"))
+    assert (tmp_path / "empty" / "thesis.tex").is_file()
+
+
+@pytest.fixture
+def begun(runs, tmp_path):
+    """A run that was killed before it had saved, with what it left."""
+    run = shutil.copytree(runs / "decoder", tmp_path / "begun")
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoint-8" / "manifest.json").unlink()
+    record = json.loads((run / "run.json").read_text())
+    for entries in (record, record["parts"][-1]):
+        entries["status"] = "running"
+        del entries["saved_step"], entries["steps_done"]
+    (run / "run.json").write_text(json.dumps(record))
+    return run
+
+
+def test_auto_starts_afresh_only_if_nothing_was_ever_saved(begun, caplog):
+    assert check_output_dir(auto(begun)) is None
+    before = sorted(begun.rglob("*"))
+    clear_output_dir(RunLayout(begun))
+    assert sorted(path.name for path in begun.iterdir()) == ["recipe.yaml", "run.json"]
+    assert len(before) > 20
+    with pytest.raises(RunError, match="found none"):
+        check_output_dir(TrainSection(output_dir=str(begun), resume_from_checkpoint=True))
+
+
+@pytest.mark.parametrize("trace", ["manifest", "saved_step", "earlier part", "older record"])
+def test_auto_never_starts_afresh_where_something_was_saved(begun, trace):
+    record = json.loads((begun / "run.json").read_text())
+    if trace == "manifest":
+        (begun / "checkpoint-8" / "manifest.json").write_text("{}")
+    elif trace == "saved_step":
+        record["parts"][0]["saved_step"] = 4
+    elif trace == "earlier part":
+        record["parts"].append({"started": "x", "from_step": 4})
+    else:
+        del record["parts"]
+        record |= {"resumed": ["then"], "resumed_from_steps": [4]}
+    (begun / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"expected a complete checkpoint in .*, found none"):
+        check_output_dir(auto(begun))
+
+
+def test_auto_goes_on_from_the_newest_complete_checkpoint(resumed, runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copyfile(runs / "decoder" / "run.json", run / "run.json")
+    (run / "checkpoint-4").mkdir()
+    assert check_output_dir(auto(run)).name == "checkpoint-2"
+
+
+def test_nothing_is_written_into_a_base(sections, write_recipe, bases, tmp_path):
+    recipe = sections("decoder")
+    recipe["model"]["base"] = str(shutil.copytree(bases / "decoder", tmp_path / "base"))
+    (tmp_path / "link").symlink_to("base")
+    file = write_recipe(recipe)
+    check(file, [])
+    for folder in ("base", "base/run", "link/run", "other/../base/run"):
+        with pytest.raises(MedftError, match=r"expected train\.output_dir outside of model\.base"):
+            check(file, [f"train.output_dir={tmp_path / folder}"])
+        with pytest.raises(
+            MedftError, match=r"expected model\.vision_cache outside of model\.base"
+        ):
+            check(file, [f"model.vision_cache={tmp_path / folder}"])
+    check(file, [f"train.output_dir={tmp_path / 'base2'}"])
+
+
+def test_a_refused_start_leaves_the_folder_as_it_was(sections, write_recipe, run_script, tmp_path):
+    file = write_recipe(sections("decoder"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years")
+    with pytest.raises(RunError, match="to be empty"):
+        run_script("decoder", file)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+    with pytest.raises(MedftError):
+        run_script("decoder", file, f"train.output_dir={tmp_path}/a/b", "data.train=missing.jsonl")
+    assert not (tmp_path / "a").exists()
+
+
+def test_check_says_that_a_run_is_going_on(sections, write_recipe, tmp_path):
+    file = write_recipe(sections("decoder"))
+    with closing(RunLock(tmp_path / "run")) as lock:
+        lock.take()
+        with pytest.raises(MedftError, match=f"process {os.getpid()} on .* has trained there"):
+            check(file, [])
+    check(file, [])

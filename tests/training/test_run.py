@@ -58,7 +58,8 @@ def test_a_resumed_run_says_that_it_has_another_number_of_threads(
         run_script("siglip", file, "train.resume_from_checkpoint=true")
     finally:
         torch.set_num_threads(1)
-    assert "the interrupted run had 1 threads, this one has 2" in caplog.text
+    assert "undisturbed run: threads was 1 and is 2" in caplog.text
+    assert "MEDFT_THREADS=1 restores the threads" in caplog.text
     assert json.loads((run / "run.json").read_text())["launch"]["threads"] == 2
 
 
