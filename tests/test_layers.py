@@ -23,8 +23,9 @@ HOUSE = """
     data/ charts statistics sentences image_sentences report prepare
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
-    training/ process deepspeed launched arguments checkpoints broken_data mixed_precision
-    training/ trainer callbacks overflow curves resume run compare_runs launch
+    training/ process deepspeed launched arguments checkpoints schedule broken_data
+    training/ mixed_precision trainer progress callbacks overflow curves resume run
+    training/ compare_runs launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator
     decoder/ measured_rows prepared model generator trainer build

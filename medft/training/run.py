@@ -54,6 +54,7 @@ from medft.training.curves import draw_curves
 from medft.training.launched import Launch, find_launch
 from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
+from medft.training.progress import last_line, show_training
 from medft.training.resume import (
     PreparedData,
     check_as_recorded,
@@ -146,9 +147,13 @@ class Run:
             peak_memory_bytes=peak_memory(),
             ended=now(),
         )
+        if self._writes:
+            has_validation = trainer.eval_dataset is not None
+            logger.info("%s", last_line(self.layout, trainer.state, evaluates=has_validation))
         wait_for_everyone()  # a launcher ends the others where one process fails as it exits
 
     def _add_callbacks(self, trainer: RowTrackingTrainer, signals: SignalCallback) -> None:
+        show_training(trainer, self.record["batch"])
         manifests = CheckpointManifestCallback(trainer.args.save_total_limit)
         trainer.args.save_total_limit = None  # `manifests` deletes, once the new one is complete
         trainer.add_callback(IntervalCallback())

@@ -4,32 +4,13 @@ import math
 
 import pytest
 import torch
+from straight_line import Line, Squares
 from transformers import Trainer, TrainingArguments
 
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
 from medft.files import packaged_file
 from medft.training.arguments import batch_arithmetic, training_arguments
-
-
-class Squares(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return self.rows
-
-    def __getitem__(self, index):
-        return {"x": torch.tensor([float(index)])}
-
-
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        return {"loss": (self.weight * x).mean()}
 
 
 @pytest.mark.parametrize(
