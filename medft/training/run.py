@@ -190,7 +190,12 @@ class Run:
                 for entry in state.log_history
             ]
             write_json(self.layout.history, history)
-            draw_curves(history, self.layout.curves)
+            draw_curves(
+                history,
+                self.layout.curves,
+                best_by=self.record["recipe"]["train"].get("metric_for_best_model") or "eval_loss",
+                best_step=state.best_global_step,
+            )
 
 
 @contextmanager
