@@ -24,7 +24,7 @@ HOUSE = """
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
     training/ process deepspeed launched arguments checkpoints schedule broken_data
-    training/ mixed_precision trainer progress callbacks overflow curves resume run
+    training/ mixed_precision trainer progress doubts callbacks overflow curves resume run
     training/ compare_runs launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator

@@ -58,6 +58,8 @@ def training_arguments(
     mixed = _mixed_precision(dtype)
     if (train.max_steps or -1) > 0 and train.num_train_epochs is not None:
         logger.info("train.max_steps ends the run, train.num_train_epochs is not used")
+    if train.learning_rate == 0:
+        logger.warning("train.learning_rate is 0, so that no weight will change")
     fields = {
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.accelerator.is_available(),

@@ -51,6 +51,7 @@ from medft.training.callbacks import (
 )
 from medft.training.checkpoints import state_of, step_of
 from medft.training.curves import draw_curves
+from medft.training.doubts import LossFallsCallback
 from medft.training.launched import Launch, find_launch
 from medft.training.overflow import OverflowCallback
 from medft.training.process import wait_for_everyone
@@ -159,6 +160,7 @@ class Run:
         trainer.add_callback(IntervalCallback())
         trainer.add_callback(NonFiniteCallback(lambda: trainer.row_ids))
         trainer.add_callback(UntrainedParameterCallback())
+        trainer.add_callback(LossFallsCallback())
         if trainer.args.fp16:
             trainer.add_callback(OverflowCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))

@@ -67,6 +67,14 @@ def test_the_key_that_does_not_count_is_said(tmp_path, caplog):
         assert (sentence in caplog.messages) == said
 
 
+def test_a_learning_rate_of_zero_is_said(tmp_path, caplog):
+    for rate, said in ((1e-9, False), (0, True)):
+        train = TrainSection(output_dir=str(tmp_path), use_cpu=True, learning_rate=rate)
+        training_arguments(TrainingArguments, train, dtype="float32", metrics={})
+        sentence = "train.learning_rate is 0, so that no weight will change"
+        assert (caplog.messages == [sentence]) == said
+
+
 def test_a_process_that_sees_several_gpus_is_refused(monkeypatch, tmp_path):
     train = TrainSection(output_dir=str(tmp_path), use_cpu=True)
 
