@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "medft"
 
 # A new file is added where everything that it imports stands above it.
 HOUSE = """
-    foreign masking errors
+    foreign masking library_lines errors
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval lexicon pieces sides assertions findings predictions scores

@@ -20,6 +20,7 @@ from medft.compat import reporting_integrations
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
 from medft.models.resolved import Recorded, recorded_fields
+from medft.training.deepspeed import start_deepspeed
 from medft.training.launched import check_environment, find_launch
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def training_arguments(
             f"or set CUDA_VISIBLE_DEVICES=0"
         )
     find_launch(arguments)
+    start_deepspeed()
     return arguments
 
 

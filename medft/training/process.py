@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from medft.errors import RunError
@@ -19,40 +19,64 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @contextmanager
-def process_setup(*, seed: int | None = None, quiet: bool = False) -> Iterator[None]:
+def process_setup(*, seed: int | None = None, level: int = logging.INFO) -> Iterator[None]:
     """Set up logging, seeds and threads for the block, and destroy the process group after it.
 
     Args:
         seed: of a training, for all random number generators of the process, whose threads are
             set too; None leaves both unchanged.
-        quiet: show warnings only.
+        level: the lowest of log lines that are shown; from ERROR on, warnings of libraries are not.
 
     Raises:
         RunError: MEDFT_THREADS is no number of threads.
     """
-    import datasets
     import torch
     import transformers
 
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(handlers=[log_handler()])
-    level = logging.WARNING if quiet else logging.INFO
-    logging.getLogger("medft").setLevel(level if is_first else logging.ERROR)
     # meant for other libraries, not for the user
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    if not torch.accelerator.is_available():
+        # else DeepSpeed says in a launcher, to standard output, that it has looked for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if seed is not None:
         transformers.set_seed(seed)
         torch.set_num_threads(num_threads())
         # else Accelerate sets its own number where no launcher has set one
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     try:
-        yield
+        with _logging_from(level if os.environ.get("RANK", "0") == "0" else logging.ERROR):
+            yield
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _logging_from(level: int) -> Iterator[None]:
+    """Show medft's log lines from a level on, and progress bars below them on a terminal alone.
+
+    From ERROR on, warnings of transformers are not shown either.
+    """
+    import datasets
+    import transformers
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logging.basicConfig(handlers=[log_handler()])
+    medft, of_transformers = logging.getLogger("medft"), transformers.utils.logging
+    before = medft.level, of_transformers.get_verbosity()
+    medft.setLevel(level)
+    if level >= logging.ERROR:
+        of_transformers.set_verbosity_error()
+    is_terminal = sys.stderr.isatty()
+    if not is_terminal:
+        of_transformers.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        with logging_redirect_tqdm() if is_terminal else nullcontext():
+            yield
+    finally:
+        medft.setLevel(before[0])
+        of_transformers.set_verbosity(before[1])
 
 
 def num_threads() -> int:
