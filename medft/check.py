@@ -18,9 +18,11 @@ from medft.siglip.collator import PairDataset
 from medft.siglip.prepared import PreparedSiglipData, prepare_siglip_data
 from medft.siglip.trainer import siglip_arguments
 from medft.training.arguments import batch_arithmetic
+from medft.training.checkpoints import state_of
 from medft.training.resume import check_output_dir, check_outside_base
 from medft.training.run_lock import refuse_visible_run
 from medft.training.same_run import identify_run
+from medft.training.schedule import Schedule, schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Checked:
     recipe: Recipe
     prepared: PreparedDecoderData | PreparedSiglipData
     batch: dict[str, int]
+    schedule: Schedule
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -59,7 +62,14 @@ def check(file: Path, overrides: list[str]) -> Checked:
     collector.raise_any()
     if recipe.train.resume_from_checkpoint or prepared.initial:
         identify_run(recipe, prepared, checkpoint, world_size=None)
-    return Checked(recipe, prepared, batch_arithmetic(prepared.batches_per_epoch, arguments))
+    batch = batch_arithmetic(prepared.batches_per_epoch, arguments)
+    plan = schedule(
+        arguments,
+        steps=batch["steps"],
+        steps_per_epoch=batch["steps_per_epoch"],
+        start=state_of(checkpoint).global_step if checkpoint else 0,
+    )
+    return Checked(recipe, prepared, batch, plan)
 
 
 def _prepare(
@@ -103,5 +113,6 @@ def describe_check(checked: Checked) -> str:
         f"{batch['world']} devices = {batch['effective']} rows a step",
         f"steps: {batch['steps']} ({batch['steps_per_epoch']} an epoch), of which "
         f"{batch['warmup_steps']} warm up",
+        *checked.schedule.sentences(),
     ]
     return "\n".join(lines)

@@ -69,7 +69,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from medft.check import check, check_images, describe_check
     from medft.training.process import process_setup
 
-    with process_setup(quiet=True):
+    with process_setup(level=logging.WARNING):
         checked = check(arguments.recipe, arguments.overrides)
         _say(describe_check(checked))
         if arguments.images:
@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from medft.training.launch import train
     from medft.training.process import process_setup
 
-    with process_setup(quiet=True):
+    with process_setup(level=logging.ERROR):  # the training itself warns
         check(arguments.recipe, arguments.overrides)
     options = vars(arguments)
     machine = {option: options[option.replace("-", "_")] for option in MACHINE_OPTIONS}
@@ -99,7 +99,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from medft.reproducible import plan_reproduction
     from medft.training.process import process_setup
 
-    with process_setup(quiet=True):
+    with process_setup(level=logging.ERROR):  # the training itself warns
         plan = plan_reproduction(arguments.source, arguments.out)
     _say(plan.describe())
     result = reproduce(plan)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from medft.full_disk import is_disk_full, named_file
+from medft.library_lines import leave_out_untrue_lines
 from medft.masking import printable
 
 SHARED = "MEDFT_SHARED"
@@ -115,6 +116,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     Folders and files that the command makes, itself or through a library, are its user's alone
     (0700 and 0600), unless MEDFT_SHARED is 1. Called from Python, functions leave the umask alone.
     """
+    leave_out_untrue_lines()
     debug = "--debug" in argv
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed

@@ -111,6 +111,8 @@ def sections(bases, data):
                 "per_device_eval_batch_size": 2,
                 "learning_rate": 1e-2,
                 "logging_steps": 1,
+                "eval_steps": 500,
+                "save_steps": 500,
             },
         }
         if kind == "decoder":

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "medft"
 
 # A new file is added where everything that it imports stands above it.
 HOUSE = """
-    foreign masking full_disk errors
+    foreign masking full_disk library_lines errors
     files pages provenance compat
     config/ strict_yaml advice lora_keys train_keys recipe command_line
     metrics/ bootstrap text retrieval lexicon pieces sides assertions findings predictions scores
@@ -24,8 +24,8 @@ HOUSE = """
     data/ messages chat_rows rows decoded overlap prompts chat tokens
     models/ model_folder base patterns effects run_record resolved saved adapter lora frozen
     training/ signals random_states process run_lock deepspeed launched arguments checkpoints
-    training/ broken_data mixed_precision trainer best_model results callbacks overflow curves
-    training/ parts same_run memory failures resume run
+    training/ schedule broken_data mixed_precision trainer best_model results progress doubts
+    training/ callbacks overflow curves parts same_run memory failures resume run
     training/ compare_runs quiet_launcher launch
     decoder/families/ base mllama gemma_names paligemma gemma3 __init__
     decoder/ vision_cache frozen_tower conversation sampler checks collator

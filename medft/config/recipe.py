@@ -217,12 +217,17 @@ RECIPE_KINDS: dict[str, type[Recipe]] = {kind.kind: kind for kind in (DecoderRec
 
 
 def _with_evaluation(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe; with validation rows, eval_strategy and metric_for_best_model get defaults."""
+    """The recipe; with validation rows, what decides when and by what is judged gets defaults."""
     if recipe.data.validation is None:
         return recipe
-    defaults = {"eval_strategy": "epoch", "metric_for_best_model": "eval_loss"}
     train = recipe.train
-    missing = {key: defaults[key] for key in defaults.keys() - train.model_fields_set}
+    defaults: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "metric_for_best_model": "eval_loss",
+    }
+    if train.eval_strategy in (None, "steps"):
+        defaults["eval_steps"] = 0.1
+    missing = {key: value for key, value in defaults.items() if getattr(train, key) is None}
     return recipe.model_copy(update={"train": train.model_copy(update=missing)})
 
 

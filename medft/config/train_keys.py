@@ -124,10 +124,10 @@ class TrainSection(Section):
     """Seed of the order of rows; default: seed."""
 
     eval_strategy: Annotated[_When | None, _NotNull()] = None
-    """When validation rows are evaluated; default: each epoch if there are any."""
+    """When validation rows are evaluated; default: after eval_steps if there are any."""
 
     eval_steps: _Interval | None = None
-    """Optimizer steps between evaluations; below 1: a fraction of all steps."""
+    """Optimizer steps between evaluations; below 1: a fraction of all steps; default: 0.1."""
 
     eval_delay: Annotated[_Steps | None, _NotNull()] = None
     """Optimizer steps or epochs before the first evaluation."""
@@ -171,7 +171,7 @@ class TrainSection(Section):
     save_strategy: Annotated[_When | None, _NotNull()] = None
     """When checkpoints are saved."""
 
-    save_steps: _Interval = 500
+    save_steps: _Interval = 0.1
     """Optimizer steps between checkpoints; below 1: a fraction of all steps."""
 
     save_total_limit: _Count | None = None

@@ -26,7 +26,8 @@ def token_keys(
     """Token ids of each text, truncated to max_length, as int32 bytes; and lengths before that."""
     keys, lengths = {}, {}
     for some in batched(texts, _AT_ONCE):
-        for text, ids in zip(some, tokenizer(some)["input_ids"], strict=True):
+        # not verbose: it warns of long texts, which are measured here and truncated below
+        for text, ids in zip(some, tokenizer(some, verbose=False)["input_ids"], strict=True):
             lengths[text] = len(ids)
             if len(ids) > max_length:
                 ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]

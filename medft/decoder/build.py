@@ -22,6 +22,7 @@ from medft.decoder.trainer import DecoderTrainer
 from medft.models.lora import attach_adapter
 from medft.models.resolved import Recorded, use_recorded_attention
 from medft.models.saved import SavedRecord
+from medft.training.doubts import warn_of_slow_device
 from medft.training.mixed_precision import shard_weights_in
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def build_trainer(
         RunError: an installed library lacks a recorded field.
         BaseModelError: the base cannot be loaded, or the adapter not attached.
     """
+    warn_of_slow_device(prepared.base_weights, arguments)
     family = prepared.family
     dtype = model.dtype if lora else "float32"
     shard_weights_in(dtype, arguments)

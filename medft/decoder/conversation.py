@@ -201,7 +201,8 @@ class ConversationEncoder:
         return self._ids(self.family.expand(rendered, self.processor))
 
     def _ids(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # not verbose: it warns of long texts, which the collator truncates, or refuses
+        return self.processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def check_texts(self, messages: list[Message], name: str) -> None:
         """Refuse texts that contain special tokens, or what other models write for an image.

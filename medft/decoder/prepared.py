@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from medft.compat import attention_implementation
+from medft.compat import attention_implementation, num_weights
 from medft.config.lora_keys import LoraSection
 from medft.config.recipe import DecoderDataSection, DecoderModelSection
 from medft.data.overlap import check_overlap
@@ -71,6 +71,9 @@ class PreparedDecoderData:
     family: Family
     processor: ProcessorMixin
     collator: DecoderCollator
+    base_weights: int
+    """Number of the base's weights."""
+
     adapter_plan: str
     """How many layers get an adapter, by part, and how many parameters are trained."""
 
@@ -218,6 +221,7 @@ def prepare_decoder_data(
             vocab_size=base.vocab_size,
             isolates_rows=isolates_rows,
         ),
+        base_weights=base.weights,
         adapter_plan=base.adapter_plan,
         initial=base.initial,
         train=measured["train"].kept,
@@ -250,6 +254,9 @@ class _CheckedBase:
     conversation: ConversationEncoder
     vocab_size: int
     """Rows of the output head."""
+
+    weights: int
+    """Number of the base's."""
 
     adapter_plan: str
     initial: SavedModel | None
@@ -288,6 +295,7 @@ def _checked_base(
         family=family,
         conversation=conversation,
         vocab_size=vocab_size,
+        weights=sum(map(num_weights, empty.parameters())),
         adapter_plan=plan,
         initial=initial,
     )

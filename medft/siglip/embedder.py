@@ -106,7 +106,7 @@ class Embedder:
 
     def count_cut(self, texts: Sequence[str]) -> int:
         """How many texts have more tokens than `embed_texts` reads."""
-        found = self.processor.tokenizer(list(texts), truncation=False)["input_ids"]
+        found = self.processor.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         return sum(len(ids) > self.max_length for ids in found)
 
     @torch.inference_mode()

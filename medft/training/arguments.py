@@ -20,6 +20,7 @@ from medft.compat import reporting_integrations
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
 from medft.models.resolved import Recorded, recorded_fields
+from medft.training.deepspeed import start_deepspeed
 from medft.training.launched import check_environment, find_launch
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def training_arguments(
     mixed = _mixed_precision(dtype)
     if (train.max_steps or -1) > 0 and train.num_train_epochs is not None:
         logger.info("train.max_steps ends the run, train.num_train_epochs is not used")
+    if train.learning_rate == 0:
+        logger.warning("train.learning_rate is 0, so that no weight will change")
     fields = {
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.accelerator.is_available(),
@@ -99,6 +102,7 @@ def training_arguments(
             f"or set CUDA_VISIBLE_DEVICES=0"
         )
     find_launch(arguments)
+    start_deepspeed()
     return arguments
 
 

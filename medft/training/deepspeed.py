@@ -1,12 +1,28 @@
-"""DeepSpeed's configuration may change how a run is sharded, and nothing of what it trains."""
+"""DeepSpeed's configuration may change how a run is sharded, and nothing of what it trains.
 
+And its start, which compiles on a CPU, is said beforehand.
+"""
+
+import logging
+import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
 
 from medft.errors import RecipeError
 from medft.files import packaged_file
 from medft.foreign import read_json
+
+logger = logging.getLogger(__name__)
+
+_OF_CPU = "deepspeed_shm_comm"
+"""What DeepSpeed compiles for a CPU, once for each Python and torch."""
 
 _OF_SIZE_AND_TIME = {
     "allgather_bucket_size",
@@ -92,3 +108,39 @@ def _differences(config: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
     gathers = {_GATHERS} if own.get(_GATHERS) != theirs.get(_GATHERS) else set()
     unknown = own.keys() - theirs.keys() - _OF_SIZE_AND_TIME
     return wrong + [f"zero_optimization.{name}" for name in sorted(unknown | gathers)]
+
+
+def start_deepspeed() -> None:
+    """Start DeepSpeed on a CPU, where it compiles once, after saying so.
+
+    It would start later, while the base is loaded or after. Each process prints then to standard
+    output that it has compiled, even where it has not: that line is left out, and what else is
+    printed goes to standard error.
+    """
+    if not _runs_on_cpu():
+        return
+    import deepspeed
+
+    if compiles_first():
+        logger.info("DeepSpeed compiles its exchange between processes now, once, about a minute")
+    with redirect_stdout(StringIO()) as printed:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    for line in printed.getvalue().splitlines(keepends=True):
+        if line != f"DeepSpeed deepspeed.ops.comm.{_OF_CPU}_op built successfully\n":
+            sys.stderr.write(line)
+
+
+def _runs_on_cpu() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.accelerator.is_available()
+
+
+def compiles_first() -> bool:
+    """Whether DeepSpeed compiles when it starts: torch keeps what it has, for each Python."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_*"
+    folders = [Path(root)] if root else Path(get_default_build_root()).glob(version)
+    return _runs_on_cpu() and not any(
+        (folder / _OF_CPU / f"{_OF_CPU}.so").is_file() for folder in folders
+    )

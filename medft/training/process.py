@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,27 +25,22 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @contextmanager
-def process_setup(*, quiet: bool = False) -> Iterator[None]:
+def process_setup(*, level: int = logging.INFO) -> Iterator[None]:
     """Set up logging for the block, and destroy the process group after it.
 
     Args:
-        quiet: show warnings only.
+        level: the lowest of log lines that are shown; from ERROR on, warnings of libraries are not.
     """
-    import datasets
     import torch
-    import transformers
 
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(handlers=[log_handler()])
-    level = logging.WARNING if quiet else logging.INFO
-    logging.getLogger("medft").setLevel(level if is_first else logging.ERROR)
     # meant for other libraries, not for the user
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    if not torch.accelerator.is_available():
+        # else DeepSpeed says in a launcher, to standard output, that it has looked for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        yield
+        with _logging_from(level if os.environ.get("RANK", "0") == "0" else logging.ERROR):
+            yield
     except MedftError as error:
         error.is_shown_elsewhere = another_ended_first()
         raise
@@ -94,6 +89,34 @@ def another_ended_first() -> bool | None:
         return store.add("medft/ended", 1) > 1
     except RuntimeError:  # the process that holds it is gone
         return None
+
+
+@contextmanager
+def _logging_from(level: int) -> Iterator[None]:
+    """Show medft's log lines from a level on, and progress bars below them on a terminal alone.
+
+    From ERROR on, warnings of transformers are not shown either.
+    """
+    import datasets
+    import transformers
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logging.basicConfig(handlers=[log_handler()])
+    medft, of_transformers = logging.getLogger("medft"), transformers.utils.logging
+    before = medft.level, of_transformers.get_verbosity()
+    medft.setLevel(level)
+    if level >= logging.ERROR:
+        of_transformers.set_verbosity_error()
+    is_terminal = sys.stderr.isatty()
+    if not is_terminal:
+        of_transformers.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        with logging_redirect_tqdm() if is_terminal else nullcontext():
+            yield
+    finally:
+        medft.setLevel(before[0])
+        of_transformers.set_verbosity(before[1])
 
 
 def num_threads() -> int:

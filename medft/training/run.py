@@ -44,13 +44,15 @@ from medft.training.callbacks import (
     NonFiniteCallback,
     UntrainedParameterCallback,
 )
-from medft.training.checkpoints import evaluation_is_missing, state_of
+from medft.training.checkpoints import evaluation_is_missing, seconds_to_save, state_of
 from medft.training.curves import draw_curves
+from medft.training.doubts import LossFallsCallback
 from medft.training.failures import cleared, named_failures
-from medft.training.launched import find_launch
+from medft.training.launched import Launch, find_launch, how_to_stop
 from medft.training.overflow import OverflowCallback
 from medft.training.parts import SavedStepCallback, first_entries, go_on, update_part
 from medft.training.process import wait_for_everyone
+from medft.training.progress import last_line, show_training
 from medft.training.results import final_metrics, save_best, save_result
 from medft.training.resume import OutputDir, clear_output_dir
 from medft.training.run_lock import RunLock
@@ -131,7 +133,7 @@ class Run:
         if self._recorded:
             check_applied(resolved, self._recorded)
         trainer.signals = self._signals
-        self._add_callbacks(trainer)
+        self._add_callbacks(trainer, checkpoint)
         parameters = list(trainer.model.parameters())
         self.update(
             trainable_parameters=sum(num_weights(p) for p in parameters if p.requires_grad),
@@ -158,6 +160,9 @@ class Run:
             peak_memory_bytes=peak_memory(),
             ended=now(),
         )
+        if self._writes:
+            has_validation = trainer.eval_dataset is not None
+            logger.info("%s", last_line(self.layout, trainer.state, evaluates=has_validation))
         wait_for_everyone()  # a launcher ends the others where one process fails as it exits
 
     def _train_until_stopped(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
@@ -175,13 +180,17 @@ class Run:
                 self.write_history(state)
             raise
 
-    def _add_callbacks(self, trainer: RowTrackingTrainer) -> None:
+    def _add_callbacks(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
+        seconds = seconds_to_save(checkpoint) if checkpoint else 0.0
+        stop = how_to_stop(Launch(**self.record["launch"]), seconds)
+        show_training(trainer, self.record["batch"], stop)
         manifests = CheckpointManifestCallback(trainer.args.save_total_limit)
         trainer.args.save_total_limit = None  # `manifests` deletes, once the new one is complete
         trainer.add_callback(IntervalCallback())
         trainer.add_callback(LostLockCallback(self._lock))
         trainer.add_callback(NonFiniteCallback(lambda: trainer.row_ids))
         trainer.add_callback(UntrainedParameterCallback())
+        trainer.add_callback(LossFallsCallback())
         if trainer.args.fp16:
             trainer.add_callback(OverflowCallback())
         trainer.add_callback(LogHistoryCallback(self.write_history))
@@ -217,7 +226,12 @@ class Run:
                 for entry in state.log_history
             ]
             write_json(self.layout.history, history)
-            draw_curves(history, self.layout.curves)
+            draw_curves(
+                history,
+                self.layout.curves,
+                best_by=self.record["recipe"]["train"].get("metric_for_best_model") or "eval_loss",
+                best_step=state.best_global_step,
+            )
 
 
 @contextmanager

@@ -13,7 +13,12 @@ def test_defaults_are_filled_in_and_a_bare_exponent_is_a_number(load):
     assert (recipe.quantization.bits, recipe.quantization.type) == (4, "nf4")
     assert (recipe.train.adam_beta2, recipe.train.warmup_steps) == (0.95, 0.1)
     assert recipe.train.eval_strategy is None
-    assert load(GOOD, "data.validation=v.jsonl").train.eval_strategy == "epoch"
+    assert recipe.train.save_steps == 0.1
+    validated = load(GOOD, "data.validation=v.jsonl").train
+    assert (validated.eval_strategy, validated.eval_steps) == ("steps", 0.1)
+    assert load(GOOD, "data.validation=v.jsonl", "train.eval_steps=null").train.eval_steps == 0.1
+    by_epoch = load(GOOD, "data.validation=v.jsonl", "train.eval_strategy=epoch").train
+    assert (by_epoch.eval_strategy, by_epoch.eval_steps) == ("epoch", None)
 
 
 def test_null_switches_a_section_off(load):

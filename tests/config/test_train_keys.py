@@ -85,8 +85,8 @@ def test_steps_that_mean_what_they_say_are_taken(load):
     assert load(GOOD, "train.warmup_steps=7").train.warmup_steps == 7
 
 
-def test_evaluation_steps_that_the_default_strategy_ignores_are_an_error(load):
+def test_evaluation_steps_that_the_strategy_ignores_are_an_error(load):
     words = ["data.validation=v.jsonl", "train.eval_steps=50"]
-    [problem] = problems(load, GOOD, *words)
+    [problem] = problems(load, GOOD, *words, "train.eval_strategy=epoch")
     assert "train.eval_strategy is epoch: write train.eval_strategy: steps" in problem
-    assert load(GOOD, *words, "train.eval_strategy=steps").train.eval_steps == 50
+    assert load(GOOD, *words).train.eval_steps == 50

@@ -102,8 +102,8 @@ def same(left, right):
         pytest.param(
             "siglip", {"dataloader_num_workers": 2}, "in the middle", marks=pytest.mark.proof
         ),
-        ("decoder", {"eval_strategy": "epoch"}, "in the second epoch"),
-        ("siglip", {"eval_strategy": "epoch"}, "in the second epoch"),
+        ("decoder", {"eval_strategy": "epoch", "eval_steps": None}, "in the second epoch"),
+        ("siglip", {"eval_strategy": "epoch", "eval_steps": None}, "in the second epoch"),
     ],
 )
 def test_a_run_goes_on_bit_for_bit_once_the_image_is_restored(

@@ -10,7 +10,7 @@ from itertools import cycle, product
 import psutil
 import pytest
 import yaml
-from test_signals import ROOT, SIGNALLED, STEPS, complete, listen, record_of, results
+from stopped_runs import ROOT, SIGNALLED, STEPS, complete, listen, record_of, results
 
 pytestmark = pytest.mark.proof
 MOMENTS = ["first second", "loading", "1", "7", "evaluation:5", "checkpoint:8", "best_model"]

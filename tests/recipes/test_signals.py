@@ -1,20 +1,15 @@
 """Signals end a training with a complete checkpoint, from which it goes on as if undisturbed."""
 
-import json
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from safetensors.torch import load_file
+from stopped_runs import ROOT, SIGNALLED, STEPS, complete, listen, record_of, results
 
-ROOT = Path(__file__).parents[2]
-SIGNALLED = Path(__file__).parent / "signalled.py"
-STEPS = {"max_steps": 12, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 5}
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
@@ -54,32 +49,6 @@ def finished(*command, launcher=()):
         [sys.executable, *launcher, *map(str, command)],
         capture_output=True, text=True, check=False, cwd=ROOT, preexec_fn=listen,
     )  # fmt: skip
-
-
-def listen():
-    """Undo what a shell does to its background jobs, which a user's terminal does not."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def record_of(run):
-    return json.loads((run / "run.json").read_text())
-
-
-def results(run):
-    """What a run comes to: weights of adapter/ and best_model/, and each loss with its step."""
-    history = json.loads((run / "log_history.json").read_text())
-    names = ("loss", "eval_loss", "grad_norm", "learning_rate")
-    losses = [(e["step"], name, e[name]) for e in history for name in names if name in e]
-    weights = [
-        {name: weight.tolist() for name, weight in load_file(file).items()}
-        for file in (run / part / "adapter_model.safetensors" for part in ("adapter", "best_model"))
-    ]
-    return losses, weights, record_of(run)["best_metric"]
-
-
-def complete(run):
-    return sorted(int(p.parent.name[11:]) for p in run.glob("checkpoint-*/manifest.json"))
 
 
 @pytest.mark.slow

@@ -4,32 +4,13 @@ import math
 
 import pytest
 import torch
+from straight_line import Line, Squares
 from transformers import Trainer, TrainingArguments
 
 from medft.config.train_keys import TrainSection
 from medft.errors import RecipeError
 from medft.files import packaged_file
 from medft.training.arguments import batch_arithmetic, training_arguments
-
-
-class Squares(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return self.rows
-
-    def __getitem__(self, index):
-        return {"x": torch.tensor([float(index)])}
-
-
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        return {"loss": (self.weight * x).mean()}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +65,14 @@ def test_the_key_that_does_not_count_is_said(tmp_path, caplog):
         )
         training_arguments(TrainingArguments, train, dtype="float32", metrics={})
         assert (sentence in caplog.messages) == said
+
+
+def test_a_learning_rate_of_zero_is_said(tmp_path, caplog):
+    for rate, said in ((1e-9, False), (0, True)):
+        train = TrainSection(output_dir=str(tmp_path), use_cpu=True, learning_rate=rate)
+        training_arguments(TrainingArguments, train, dtype="float32", metrics={})
+        sentence = "train.learning_rate is 0, so that no weight will change"
+        assert (caplog.messages == [sentence]) == said
 
 
 def test_a_process_that_sees_several_gpus_is_refused(monkeypatch, tmp_path):
