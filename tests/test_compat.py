@@ -87,7 +87,7 @@ def test_a_run_on_an_untested_version_says_so_once_and_records_it(
     recipe = sections("siglip")
     recipe["train"] |= {"max_steps": 2, "save_strategy": "no", "warmup_steps": 0}
     file = write_recipe(recipe)
-    monkeypatch.setattr("medft.training.run.untested_versions", lambda: {"peft": "0.1.2"})
+    monkeypatch.setattr("medft.training.parts.untested_versions", lambda: {"peft": "0.1.2"})
     run_script("siglip", file)
     [line] = [message for message in caplog.messages if "was tested with" in message]
     record = json.loads((file.with_suffix("") / "run.json").read_text())

@@ -12,7 +12,8 @@ LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "deepspeed", "huggingface
              "torch", "transformers", "trl")  # fmt: skip
 
 PUBLIC_MODULES = {"accelerate.utils", "bitsandbytes.nn", "huggingface_hub.errors",
-                  "torch.autograd.graph", "torch.nn", "torch.nn.utils.rnn",
+                  "torch.autograd.graph", "torch.distributed.elastic.multiprocessing.errors",
+                  "torch.nn", "torch.nn.utils.rnn",
                   "torch.utils.cpp_extension", "torch.utils.data",
                   "torch.utils.flop_counter", "transformers.modeling_outputs"}  # fmt: skip
 """Modules below a library's top that its documentation names."""

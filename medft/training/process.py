@@ -79,13 +79,14 @@ def training_setup(seed: int) -> Iterator[StopSignals]:
 def another_ended_first() -> bool | None:
     """Whether another process of the run has called this before; None if that cannot be known."""
     from torch import distributed
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = TCPStore(*address, is_master=False, timeout=_WAIT_FOR_STORE)
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            *address, is_master=False, timeout=_WAIT_FOR_STORE
+        )
         return store.add("medft/ended", 1) > 1
     except RuntimeError:  # the process that holds it is gone
         return None

@@ -84,7 +84,7 @@ FREE = ["train.dataloader_num_workers=2", "train.dataloader_prefetch_factor=3",
         "train.gradient_checkpointing_kwargs={use_reentrant: false}",
         "train.torch_empty_cache_steps=2", "train.save_steps=2", "train.save_total_limit=2",
         "train.logging_steps=3"]  # fmt: skip
-EVALUATED = ["train.eval_strategy=epoch", "train.eval_steps=1", "train.eval_delay=9",
+EVALUATED = ["train.eval_strategy=steps", "train.eval_steps=1", "train.eval_delay=9",
              "train.eval_on_start=true", "train.per_device_eval_batch_size=3",
              "train.eval_accumulation_steps=1"]  # fmt: skip
 
@@ -199,13 +199,13 @@ CONSTANT = {"lr_scheduler_type": "constant"}
         ({}, ["train.per_device_train_batch_size=4"], "train.per_device_train_batch_size"),
         (
             {"early_stopping_patience": 3},
-            ["train.eval_strategy=epoch", "train.per_device_eval_batch_size=5"],
-            r"differ: train.eval_strategy .*train.per_device_eval_batch_size",
+            ["train.eval_steps=1", "train.per_device_eval_batch_size=5"],
+            r"differ: train.eval_steps .*train.per_device_eval_batch_size",
         ),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau"},
-            ["train.eval_strategy=epoch"],
-            "differ: train.eval_strategy",
+            ["train.eval_steps=1"],
+            "differ: train.eval_steps",
         ),
         (
             {},
@@ -231,7 +231,7 @@ def test_what_would_change_what_was_trained_is_refused(completed, train, words, 
     ("train", "words"),
     [
         (CONSTANT, [LONGER]),
-        ({"lr_scheduler_type": "inverse_sqrt"}, [LONGER, "train.eval_strategy=epoch"]),
+        ({"lr_scheduler_type": "inverse_sqrt"}, [LONGER, "train.eval_strategy=steps"]),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}, ["train.max_steps=80"]),
         (CONSTANT | {"max_steps": -1, "num_train_epochs": 0.1}, [LONGER]),
     ],

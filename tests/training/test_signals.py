@@ -1,5 +1,6 @@
 """Which signals stop a training, when, and which do not."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -83,12 +84,16 @@ def test_what_was_ignored_before_stays_ignored_and_handlers_come_back(signals):
 
 def test_a_worker_is_left_to_its_process(signals):
     """A signal to all processes of a job must not end the workers before the last step is done."""
-    worker = os.fork()
-    if worker == 0:
+
+    def work():
         send(signal.SIGTERM)
         send(signal.SIGINT)
-        os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+        sys.exit(7)
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 7
     with signals.deferred():
         signals.raise_agreed(CPU)
 
