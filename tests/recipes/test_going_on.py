@@ -103,7 +103,8 @@ def test_what_does_not_change_the_training_may_change_where_a_run_goes_on(train,
     found = record(run)
     assert found["parts"][1]["from_step"] == 7
     assert found["parts"][1]["changed"].keys() >= {word.partition("=")[0] for word in changes} - {
-        "train.gradient_checkpointing_kwargs"
+        "train.gradient_checkpointing_kwargs",
+        "train.eval_strategy",
     }
     if changes == EVALUATED:
         assert history(run, "loss") == losses
@@ -335,14 +336,15 @@ def test_best_model_and_its_metric_agree_whatever_is_evaluated_after_a_stop(trai
 
 @pytest.mark.slow
 def test_the_evaluation_at_an_epochs_end_is_in_the_checkpoint_of_its_last_step(train):
-    run = train("run", "siglip", max_steps=7, save_steps=5)
+    epochs = {"eval_strategy": "epoch", "eval_steps": None}
+    run = train("run", "siglip", max_steps=7, save_steps=5, **epochs)
     losses = history(run, "eval_loss")
     assert list(losses) == [5, 7]
     for step in (5, 7):
         state = json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert state["log_history"][-1]["eval_loss"] == losses[step]
     lose_checkpoints(run, after=5)
-    train("run", "siglip", RESUME, max_steps=7, save_steps=5)
+    train("run", "siglip", RESUME, max_steps=7, save_steps=5, **epochs)
     assert history(run, "eval_loss") == losses
 
 
