@@ -220,12 +220,14 @@ class LostLockCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look before a save or an evaluation, which may write best_model/."""
-        if (control.should_save or control.should_evaluate) and self._lock.lost:
-            raise RunError(
-                f"expected {self._lock.path} to be this run's, another run has taken it, as after "
-                f"minutes in which this process stood still: its checkpoints count, start this "
-                f"run again in another folder"
-            )
+        if control.should_save or control.should_evaluate:
+            self._lock.check()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look before what is due at the end of an epoch."""
+        self._lock.check()
 
 
 class CheckpointManifestCallback(TrainerCallback):

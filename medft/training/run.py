@@ -100,11 +100,16 @@ class Run:
         """What identifies the base, as from `identify_base`."""
         return self.record["base"]
 
+    @property
+    def _may_write(self) -> bool:
+        """Whether this is the process that writes, and the folder still the run's."""
+        return self._writes and not self._lock.lost
+
     def update(self, **entries: Any) -> None:
         """Add entries to run.json."""
         self.record.update(entries)
         update_part(self.record)
-        if self._writes and not self._lock.lost:
+        if self._may_write:
             write_json(self.layout.record, masked(self.record))
 
     def end(self, status: Literal["interrupted", "failed"], reason: str) -> None:
@@ -123,7 +128,8 @@ class Run:
         Raises:
             Stopped: a signal arrived; a checkpoint to resume from was saved.
             RunError: the loss, a gradient or a weight is NaN or infinite, or an adapter tensor had
-                no gradient in an epoch; or what a record holds could not be applied.
+                no gradient in an epoch; what a record holds could not be applied; or another run
+                has taken the folder.
         """
         resolved = (
             self._resolved
@@ -132,7 +138,7 @@ class Run:
         )
         if self._recorded:
             check_applied(resolved, self._recorded)
-        trainer.signals = self._signals
+        trainer.signals, trainer.check_folder = self._signals, self._lock.check
         self._add_callbacks(trainer, checkpoint)
         parameters = list(trainer.model.parameters())
         self.update(
@@ -149,6 +155,7 @@ class Run:
             if checkpoint:
                 trainer.args.eval_on_start = evaluation_is_missing(checkpoint)
             self._train_until_stopped(trainer, checkpoint)
+        self._lock.check()
         self.write_history(trainer.state)
         is_adapter = hasattr(trainer.model, "peft_config")
         save_result(trainer, self.layout.adapter if is_adapter else self.layout.model)
@@ -220,7 +227,7 @@ class Run:
 
     def write_history(self, state: TrainerState) -> None:
         """Write log_history.json and curves.png."""
-        if self._writes:
+        if self._may_write:
             history = [
                 {k: v if math.isfinite(v) else None for k, v in entry.items()}
                 for entry in state.log_history
@@ -281,6 +288,7 @@ def open_run(
         **identity,
     }
     if writes:
+        folder.lock.check()
         layout.directory.mkdir(parents=True, exist_ok=True)
         go_on(layout, entries, checkpoint)
         if checkpoint is None:

@@ -151,6 +151,19 @@ class RunLock:
         except OSError:  # what does not answer says nothing
             return False
 
+    def check(self) -> None:
+        """Raise if the lock was held and is lost, before anything is written into its folder.
+
+        Raises:
+            RunError: another run took it.
+        """
+        if self.lost:
+            raise RunError(
+                f"expected {self.path} to be this run's, another run has taken it, as after "
+                f"minutes in which this process stood still: its checkpoints count, start this "
+                f"run again in another folder"
+            )
+
     def take(self) -> None:
         """Hold the lock until `close`; its folder is made if it is missing.
 

@@ -4,7 +4,7 @@ Where a row cannot be read or a signal asks it to stop, it saves a checkpoint fi
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ class RowTrackingTrainer(HookedTrainer):
         self.row_ids: list[str] = []
         self.signals = StopSignals()
         """What is looked at before each step and each batch of an evaluation."""
+
+        self.check_folder: Callable[[], None] = lambda: None
+        """Raises if another run has the folder; called before a stopped training is saved."""
 
         self.kept = ""
         """What a stopped training has kept and how it goes on, as a part of a sentence."""
@@ -123,6 +126,7 @@ class RowTrackingTrainer(HookedTrainer):
             return "no step was done yet, start again with train.resume_from_checkpoint=auto"
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if what_is_missing(folder) is not None:
+            self.check_folder()
             self._epoch_start.put_back(step)
             try:
                 self.save_checkpoint()
