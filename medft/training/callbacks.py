@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from medft.errors import BaseModelError, RunError
 from medft.models.saved import RunLayout
-from medft.training.checkpoints import checkpoints_of, write_manifest
+from medft.training.checkpoints import checkpoints_of, step_of, write_manifest
 from medft.training.process import wait_for_everyone
 from medft.training.run_lock import RunLock
 
@@ -264,7 +264,9 @@ class CheckpointManifestCallback(TrainerCallback):
         seconds = time.monotonic() - self._since
         write_manifest(checkpoint, world_size=args.world_size, seconds=seconds)
         if self.save_total_limit:
-            for old in checkpoints_of(run)[self.save_total_limit :]:
+            # later ones are left of a run that went on from before them, complete or not
+            saved = [path for path in checkpoints_of(run) if step_of(path) <= state.global_step]
+            for old in saved[self.save_total_limit :]:
                 shutil.rmtree(old)
 
 

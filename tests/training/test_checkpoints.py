@@ -7,11 +7,14 @@ import pickle
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from medft.errors import RunError
+from medft.training.callbacks import CheckpointManifestCallback
 from medft.training.checkpoints import (
     checkpoint_to_resume,
     checkpoints_of,
+    step_of,
     what_is_missing,
     world_size_of,
     write_manifest,
@@ -238,3 +241,16 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(run):
     (run / "checkpoint-20").rename(run / "checkpoint-30")
     assert what_is_missing(run / "checkpoint-30") == "its trainer_state.json is of step 20"
     assert checkpoint_to_resume(run, True).name == "checkpoint-10"
+
+
+def test_a_limit_never_deletes_the_checkpoint_that_was_just_saved(tmp_path):
+    """A run that goes on leaves later checkpoints, which are not complete, where they are."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    for limit, kept in ((1, [4]), (2, [3, 4])):
+        for step in (1, 2, 3, 4, 6, 8):
+            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+        callback = CheckpointManifestCallback(limit)
+        callback.on_save(arguments, TrainerState(global_step=4), TrainerControl())
+        left = sorted(step_of(path) for path in checkpoints_of(tmp_path))
+        assert left == [*kept, 6, 8]
+        assert (tmp_path / "checkpoint-4" / "manifest.json").is_file()
