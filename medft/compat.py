@@ -90,6 +90,14 @@ class HookedTrainer(Trainer):
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
+    def make_up_for_evaluation(self) -> None:
+        """Evaluate as after a step, which may end the training; called as it begins."""
+        self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # Trainer looks after a step alone
+            super()._run_epoch(**kwargs)
+
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint."""
         self._load_from_checkpoint(str(checkpoint))
@@ -196,11 +204,7 @@ def keep_trainable_on_cpu(layer: Any) -> None:
 
 @contextmanager
 def unsharded(plugin: DeepSpeedPlugin | None) -> Iterator[None]:
-    """A block in which models are built whole, even under ZeRO-3.
-
-    Args:
-        plugin: of the training arguments.
-    """
+    """A block in which models are built whole, even under ZeRO-3, whose plugin is given."""
     unset_hf_deepspeed_config()
     try:
         yield
@@ -219,9 +223,7 @@ _DEEPSPEED_STATES = {
 
 
 def names_in_pickle(path: Path) -> list[str]:
-    """Classes and functions that unpickling a file of torch would import, beyond torch's own.
-
-    The file is disassembled, nothing of it runs.
+    """What unpickling a file of torch, of which nothing runs here, would import beyond torch's own.
 
     Raises:
         Exception: it is no file of torch.save, or has instructions that torch never writes.

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -210,6 +211,22 @@ def test_save_checkpoint_saves_what_resumes_from_it(recorded, tmp_path):
     assert folder.name == f"checkpoint-{recorded.state.global_step}"
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {p.name for p in folder.iterdir()}
     assert saved == [True]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_make_up_for_evaluation_counts_and_may_end_training(tmp_path, stops):
+    again = Recorded(tmp_path, metric_for_best_model="loss")
+    again.evaluate = lambda ignore_keys: {"eval_loss": 5.0}
+
+    class Evaluated(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            again.make_up_for_evaluation()
+            control.should_training_stop = stops
+
+    again.add_callback(Evaluated())
+    again.train()
+    assert again.seen == ([] if stops else [3, 1, 4, 0])
+    assert again.state.best_metric == 5.0
 
 
 def test_load_checkpoint_loads_the_weights(recorded, tmp_path):

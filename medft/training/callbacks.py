@@ -172,6 +172,23 @@ class IntervalCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
+class MissingEvaluationCallback(TrainerCallback):
+    """Makes the evaluation in which a run was stopped, before it goes on; it stands last.
+
+    It counts for the best model, early stopping and schedules that follow evaluations, for none of
+    which Trainer's `eval_on_start` does.
+    """
+
+    def __init__(self, evaluate: Callable[[], None]) -> None:
+        self._evaluate = evaluate
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make it."""
+        self._evaluate()
+
+
 class FirstValidationCallback(TrainerCallback):
     """Computes a validation batch before the first step, so that what cannot run fails at once."""
 

@@ -273,6 +273,17 @@ def evaluation_is_missing(checkpoint: Path) -> bool:
     return bool(control["args"].get("should_evaluate"))
 
 
+def has_ended(checkpoint: Path, *, steps: int) -> bool:
+    """Whether nothing is left to be trained after a checkpoint, of a run of so many steps."""
+    state = state_of(checkpoint)
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+    is_stopped_early = stopping is not None and (
+        stopping["attributes"]["early_stopping_patience_counter"]
+        >= stopping["args"]["early_stopping_patience"]
+    )
+    return state.global_step >= steps or is_stopped_early
+
+
 def world_size_of(checkpoint: Path) -> int:
     """The number of processes that wrote a complete checkpoint."""
     return _manifest(checkpoint).world_size

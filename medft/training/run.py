@@ -41,10 +41,11 @@ from medft.training.callbacks import (
     IntervalCallback,
     LogHistoryCallback,
     LostLockCallback,
+    MissingEvaluationCallback,
     NonFiniteCallback,
     UntrainedParameterCallback,
 )
-from medft.training.checkpoints import evaluation_is_missing, seconds_to_save, state_of
+from medft.training.checkpoints import evaluation_is_missing, has_ended, seconds_to_save, state_of
 from medft.training.curves import draw_curves
 from medft.training.doubts import LossFallsCallback
 from medft.training.failures import cleared, named_failures
@@ -147,13 +148,10 @@ class Run:
             resumed_from=checkpoint.name if checkpoint else None,
             resolved=resolved,
         )
-        steps = self.record["batch"]["steps"]
-        if checkpoint and (saved := state_of(checkpoint)).global_step >= steps:
+        if checkpoint and has_ended(checkpoint, steps=self.record["batch"]["steps"]):
             trainer.load_checkpoint(checkpoint)  # only the result was not written
-            trainer.state = saved
+            trainer.state = state_of(checkpoint)
         else:
-            if checkpoint:
-                trainer.args.eval_on_start = evaluation_is_missing(checkpoint)
             self._train_until_stopped(trainer, checkpoint)
         self._lock.check()
         self.write_history(trainer.state)
@@ -210,6 +208,10 @@ class Run:
             trainer.add_callback(KnownBestCallback(self.layout.best_model))
         if trainer.eval_dataset is not None:
             trainer.add_callback(BestModelCallback(lambda folder: save_best(trainer, folder)))
+        if checkpoint:
+            trainer.args.eval_on_start = False
+            if evaluation_is_missing(checkpoint):
+                trainer.add_callback(MissingEvaluationCallback(trainer.make_up_for_evaluation))
 
     def _best_metric(self, state: TrainerState) -> float | None:
         """The metric of best_model/; None if there is none, as when the untrained base was best."""

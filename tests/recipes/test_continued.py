@@ -23,6 +23,9 @@ from medft.models.saved import find_saved_adapter
 from medft.training.callbacks import UntrainedParameterCallback
 from medft.training.trainer import RowTrackingTrainer
 
+EARLY = {"early_stopping_patience": 1, "early_stopping_threshold": 100.0, "save_steps": 1}
+EARLY |= {"eval_strategy": "steps", "eval_steps": 1}
+
 
 @pytest.fixture
 def train(sections, tmp_path, run_script):
@@ -321,10 +324,9 @@ def test_a_resumed_run_needs_its_source_no_more_and_keeps_its_record(train, runs
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({}, 4), ({"early_stopping_patience": 1, "early_stopping_threshold": 100.0}, 2)],
+    [({"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}, 4), (EARLY, 2)],
 )
 def test_a_run_that_is_at_its_end_is_not_trained_further(train, options, steps):
-    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     run = train("run", **options)
     with pytest.raises(RunError, match=rf"an unfinished run .*checkpoint-{steps} is its last"):
         train("run", **options, changes=["train.resume_from_checkpoint=true"])
@@ -332,19 +334,23 @@ def test_a_run_that_is_at_its_end_is_not_trained_further(train, options, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["decoder", "siglip"])
-def test_a_result_that_was_not_written_is_written_without_training_further(train, kind):
-    run = train("run", kind)
+@pytest.mark.parametrize(
+    ("kind", "options", "steps"), [("decoder", {}, 4), ("siglip", {}, 4), ("siglip", EARLY, 2)]
+)
+def test_a_result_that_was_not_written_is_written_without_training_further(
+    train, kind, options, steps
+):
+    run = train("run", kind, **options)
     before = weights(run / "adapter")
     notes = (run / "adapter" / "medft.json").read_text()
     shutil.rmtree(run / "adapter")
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "failed"}))
-    train("run", kind, changes=["train.resume_from_checkpoint=true"])
+    train("run", kind, **options, changes=["train.resume_from_checkpoint=true"])
     assert all(torch.equal(w, before[name]) for name, w in weights(run / "adapter").items())
     assert (run / "adapter" / "medft.json").read_text() == notes
     record = json.loads((run / "run.json").read_text())
-    assert (record["status"], record["steps_done"]) == ("completed", 4)
+    assert (record["status"], record["steps_done"]) == ("completed", steps)
 
 
 def test_sigterm_in_the_last_evaluation_loses_nothing(train, monkeypatch):
