@@ -394,7 +394,16 @@ def test_a_run_resumed_with_another_interval_of_its_log_is_compared_where_both_h
     assert first_different_step(compare_histories([*then, *evaluated], now[1:], [4])) == 3
 
 
-@pytest.mark.parametrize("key", ["train.eval_steps", "train.save_steps"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train.eval_steps",
+        "train.max_steps",  # of which the interval is a share
+        "train.num_train_epochs",
+        "train.per_device_eval_batch_size",
+        "train.save_steps",
+    ],
+)
 def test_evaluations_are_compared_unless_a_run_went_on_with_others(run, tmp_path, key):
     again = shutil.copytree(run, tmp_path / "again")
     part = {"started": "x", "from_step": 4, "changed": {key: [1, 2]}}

@@ -24,6 +24,11 @@ _SINCE_START = ("train_loss", "num_tokens")
 _MEANS = ("loss", "perplexity", "entropy", "mean_token_accuracy")
 """Entries that are means since the entry before, or since the process began."""
 
+_OF_EVALUATIONS = re.compile(
+    r"train\.(eval_.*|per_device_eval_batch_size|max_steps|num_train_epochs)"
+)
+"""Recipe keys that decide at which steps a run evaluates, or in which batches."""
+
 Difference = dict[str, Any]
 """What differs, with the values then and now."""
 
@@ -61,9 +66,9 @@ def compare_runs(then: RunLayout, now: RunLayout) -> list[Difference]:
 
 
 def _changed_evaluations(record: dict[str, Any]) -> bool:
-    """Whether a run went on with evaluations at other steps than it began with."""
+    """Whether a run went on with other evaluations than it began with, as where it got longer."""
     changed = [part.get("changed", {}) for part in parts_of(record) if part["from_step"]]
-    return any(key.startswith("train.eval_") for keys in changed for key in keys)
+    return any(_OF_EVALUATIONS.fullmatch(key) for keys in changed for key in keys)
 
 
 def first_different_step(differences: list[Difference]) -> int | None:

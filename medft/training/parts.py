@@ -157,7 +157,7 @@ def machine_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def changes_between_parts(record: dict[str, Any]) -> list[str]:
-    """Sentences on what changed from one part of a run to the next, machine and recipe."""
+    """Sentences on what changed of the machine from one part of a run to the next."""
     parts = parts_of(record)
     return [
         f"from step {part['from_step']} on, {sentence}"
