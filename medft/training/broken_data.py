@@ -42,6 +42,7 @@ def lost_worker(error: BaseException, arguments: TrainingArguments) -> str | Non
         f"expected the {workers} worker processes that prepare batches to go on, one ended, as "
         f"where the system or its /dev/shm runs out of memory: write "
         f"train.dataloader_num_workers={workers // 2}"
+        f"{' train.dataloader_prefetch_factor=null' * (workers == 1)}"
     )
 
 

@@ -16,9 +16,10 @@ from medft.errors import MedftError, RunError
 from medft.files import named_if_full
 from medft.full_disk import causes, is_disk_full, named_file
 from medft.training.checkpoints import MANIFEST, checkpoints_of, what_is_missing
-from medft.training.memory import Where, changes_that_help, memory_that_ran_out
+from medft.training.memory import Change, Where, changes_that_help, memory_that_ran_out
 from medft.training.process import another_ended_first
 from medft.training.run_lock import RunLock
+from medft.training.same_run import free_on_resume
 
 _RESERVED_BYTES = 2**16
 
@@ -87,9 +88,28 @@ def _problem(
         listed = (f"{i}. {change.keys} ({change.loss})" for i, change in enumerate(changes, 1))
         return (
             f"expected {memory} to hold {_NAMES[where]}, it ran out: write, in the order of what "
-            f"is lost, {', '.join(listed)}"
+            f"is lost, {', '.join(listed)}{_with_which_it_goes_on(recipe, changes)}"
         )
     return None
+
+
+def _with_which_it_goes_on(recipe: Recipe, changes: list[Change]) -> str:
+    """With which of the changes a run that has saved may go on; the others train something else."""
+    checkpoint = _newest_complete(Path(recipe.train.output_dir))
+    if checkpoint is None:
+        return ""
+    free = free_on_resume(recipe.train)
+    may = [
+        str(i)
+        for i, change in enumerate(changes, 1)
+        if all(
+            any(keys.fullmatch(word.partition("=")[0]) for keys in free)
+            for word in change.keys.split()
+        )
+    ]
+    resumed = f"the run goes on from {checkpoint.name} with train.resume_from_checkpoint=true and"
+    goes_on = f"{resumed} {' or '.join(may)}, " if may else ""
+    return f"; {goes_on}with {'another' if may else 'these'} start a new run in another folder"
 
 
 def _of_another_process(error: Exception) -> str | None:
@@ -117,13 +137,17 @@ def _of_disk(error: BaseException, run: Path) -> str:
 
 
 def _how_to_go_on(run: Path) -> str:
-    for checkpoint in checkpoints_of(run):
-        if what_is_missing(checkpoint) is None:
-            return (
-                f"{checkpoint.name} is complete and the run goes on from it with "
-                f"train.resume_from_checkpoint=true"
-            )
+    if checkpoint := _newest_complete(run):
+        return (
+            f"{checkpoint.name} is complete and the run goes on from it with "
+            f"train.resume_from_checkpoint=true"
+        )
     return f"no checkpoint is complete, remove {run} and start again"
+
+
+def _newest_complete(run: Path) -> Path | None:
+    found = (path for path in checkpoints_of(run) if what_is_missing(path) is None)
+    return next(found, None)
 
 
 @contextmanager

@@ -129,9 +129,12 @@ def _of_evaluation(arguments: TrainingArguments) -> Iterator[Change]:
 
 def _of_workers(arguments: TrainingArguments) -> Iterator[Change]:
     workers = arguments.dataloader_num_workers
-    if workers:
+    if workers == 1:  # without them there is nothing to be prefetched
+        keys = "train.dataloader_num_workers=0 train.dataloader_prefetch_factor=null"
+        yield Change(keys, "slower, the same result")
+    elif workers:
         yield Change(f"train.dataloader_num_workers={workers // 2}", "slower, the same result")
-    if workers and arguments.dataloader_prefetch_factor != 1:
+    if workers > 1 and arguments.dataloader_prefetch_factor != 1:
         yield Change("train.dataloader_prefetch_factor=1", "slower, the same result")
 
 

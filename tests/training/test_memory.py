@@ -17,6 +17,7 @@ from medft.errors import BaseModelError, DataError, RunError
 from medft.training.memory import changes_that_help, memory_that_ran_out
 
 STARVED = Path(__file__).parents[1] / "recipes" / "starved.py"
+WITH = "with train.resume_from_checkpoint=true and"
 DATA = {"train": {"tokens_a_row": {"median": 40, "p95": 70, "p99": 75, "longest": 90}}}
 
 
@@ -116,6 +117,9 @@ def test_an_evaluation_a_base_and_rows_have_keys_of_their_own(keys_of):
         "train.dataloader_num_workers=2",
         "train.dataloader_prefetch_factor=1",
     ]
+    assert keys_of("decoder", "rows", dataloader_num_workers=1)[0] == (
+        "train.dataloader_num_workers=0 train.dataloader_prefetch_factor=null"
+    )
     every_weight = keys_of("decoder", "step", "lora=null")
     assert every_weight[0] == "lora='{r: 16, alpha: 32}'"
     apart = keys_of(
@@ -126,15 +130,29 @@ def test_an_evaluation_a_base_and_rows_have_keys_of_their_own(keys_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("moment", "megabytes", "where", "first", "complete"),
+    ("moment", "megabytes", "where", "first", "goes_on", "complete"),
     [
-        ("loading", 4, "the loading of the base", "1. another model.base", []),
-        ("step", 10, "a training step", "1. train.gradient_checkpointing=true", [1, 2]),
-        ("evaluation", 6, "an evaluation", "1. train.per_device_eval_batch_size=2", [1]),
+        ("loading", 4, "the loading of the base", "1. another model.base", "", []),
+        (
+            "step",
+            10,
+            "a training step",
+            "1. train.gradient_checkpointing=true",
+            f"checkpoint-2 {WITH} 1, with another start a new run in another folder",
+            [1, 2],
+        ),
+        (
+            "evaluation",
+            6,
+            "an evaluation",
+            "1. train.per_device_eval_batch_size=2",
+            f"checkpoint-1 {WITH} 1, with another start a new run in another folder",
+            [1],
+        ),
     ],
 )
 def test_memory_of_the_host_that_runs_out(
-    sections, tmp_path, moment, megabytes, where, first, complete
+    sections, tmp_path, moment, megabytes, where, first, goes_on, complete
 ):
     recipe = sections("siglip")
     recipe["data"]["image_size"] = 560
@@ -150,6 +168,7 @@ def test_memory_of_the_host_that_runs_out(
     [sentence] = [x for x in done.stderr.splitlines() if x.startswith("medft: error: ")]
     assert "expected the host (" in sentence
     assert f"to hold {where}, it ran out: write, in the order of what is lost, {first}" in sentence
+    assert sentence.endswith(goes_on)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "failed"
     assert record["error"] == f"RunError: {sentence.removeprefix('medft: error: ')}"
