@@ -127,13 +127,15 @@ def check_output_dir(train: TrainSection) -> Path | None:
 
 
 def _has_saved(run: RunLayout) -> bool:
-    """Whether a checkpoint of a run was ever complete, though it may be corrupt or gone now.
+    """Whether a run ever had a complete checkpoint, or a result, though it may be gone now.
 
     Raises:
         RunError: its record cannot be read.
     """
     saved = any((path / MANIFEST).exists() for path in checkpoints_of(run.directory))
-    parts = parts_of(run.read_record())
+    record = run.read_record()
+    saved = saved or record["status"] == "completed"
+    parts = parts_of(record)
     return saved or any("saved_step" in part or part["from_step"] != 0 for part in parts)
 
 

@@ -174,13 +174,17 @@ def test_auto_starts_afresh_only_if_nothing_was_ever_saved(begun, caplog):
         check_output_dir(TrainSection(output_dir=str(begun), resume_from_checkpoint=True))
 
 
-@pytest.mark.parametrize("trace", ["manifest", "saved_step", "earlier part", "older record"])
+@pytest.mark.parametrize(
+    "trace", ["manifest", "saved_step", "earlier part", "older record", "completed"]
+)
 def test_auto_never_starts_afresh_where_something_was_saved(begun, trace):
     record = json.loads((begun / "run.json").read_text())
     if trace == "manifest":
         (begun / "checkpoint-8" / "manifest.json").write_text("{}")
     elif trace == "saved_step":
         record["parts"][0]["saved_step"] = 4
+    elif trace == "completed":  # its result was moved, best_model/ was not
+        record["status"] = "completed"
     elif trace == "earlier part":
         record["parts"].append({"started": "x", "from_step": 4})
     else:
