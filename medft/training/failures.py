@@ -5,7 +5,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,4 +172,5 @@ def _clear(run: Path) -> None:
         if not (checkpoint / MANIFEST).exists():
             shutil.rmtree(checkpoint, ignore_errors=True)
     for draft in run.glob(".*.draft"):
-        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
+        with suppress(OSError):  # the disk gave out: the run's own error says more
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
