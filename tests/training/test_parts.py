@@ -103,3 +103,10 @@ def test_what_differs_from_the_part_before_is_one_warning(begin, caplog):
     without = {key: OLD[key] for key in OLD if key != "launch"}
     begin(without, checkpoint=4, launch={"threads": 2})
     assert not caplog.text
+
+
+def test_a_part_that_began_afresh_goes_on_with_nothing_of_the_one_before():
+    parts = [MACHINE, MACHINE | {"launch": {"threads": 2}}]
+    for step, found in ((4, 1), (0, 0)):
+        begun = [{**part, "started": "x", "from_step": step} for part in parts]
+        assert len(changes_between_parts({"parts": begun})) == found
