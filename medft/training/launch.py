@@ -19,7 +19,7 @@ from medft.config.strict_yaml import StrictYaml
 from medft.errors import EXIT_BAD_INPUT, EXIT_NO, EXIT_SIGNAL, RecipeError
 from medft.files import packaged_file
 from medft.training.launched import ASKED
-from medft.training.signals import STOPPING, listened_to
+from medft.training.signals import PASSED_ON, STOPPING, listened_to
 
 _SECONDS_TO_START = 1.0
 """Of a process, in which Python would show a traceback for Ctrl-C."""
@@ -88,12 +88,13 @@ def supervised(module: str, words: list[str], environment: Mapping[str, str]) ->
         environment: of the launcher.
     """
     launcher = [sys.executable, "-m", "medft.training.quiet_launcher", str(os.getpid()), module]
+    environment = {**environment, PASSED_ON: "1"}
     with _Forwarded() as forwarded:
         forwarded.launcher = subprocess.Popen([*launcher, *words], env=environment, process_group=0)
         code = forwarded.wait()
-    if code > EXIT_SIGNAL and code - EXIT_SIGNAL not in STOPPING:
-        _show_end(signal.Signals(code - EXIT_SIGNAL))
     first = next(iter(forwarded.received), None)
+    if code > EXIT_SIGNAL and code - EXIT_SIGNAL not in STOPPING:
+        _show_end(signal.Signals(code - EXIT_SIGNAL), was_stopped=first is not None)
     return code if first is None or code in (0, EXIT_NO, EXIT_BAD_INPUT) else EXIT_SIGNAL + first
 
 
@@ -119,15 +120,16 @@ class _Forwarded:
             signal.signal(number, handler)
 
     def wait(self) -> int:
-        """Pass signals on until the launcher ends; returns its exit code."""
+        """Pass signals on until the launcher ends; returns its exit code, 128 + N for signal N."""
         while (code := self.launcher.poll()) is None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(self.launcher.pid).children():
-                    self._pass_on(child)
+            if self.received:  # else looking at every process of the machine is in vain
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for child in psutil.Process(self.launcher.pid).children():
+                        self._pass_on(child)
             if time.monotonic() > self._killed_at:
-                self._signal_group(signal.SIGKILL)
+                self._signal_all(signal.SIGKILL)
             time.sleep(0.1)
-        return code
+        return code if code >= 0 else EXIT_SIGNAL - code
 
     def _pass_on(self, child: psutil.Process) -> None:
         """Send a child what it has not got yet, once it is old enough to handle it."""
@@ -143,23 +145,29 @@ class _Forwarded:
             self._killed_at = time.monotonic() + _SECONDS_TO_END
 
     def _quit(self, number: int, frame: FrameType | None) -> None:
-        """Let all processes end at once."""
-        self._signal_group(number)
+        """Let all processes end at once; torch's agent would show a traceback for SIGQUIT."""
+        self.received.append(number)
+        self._signal_all(signal.SIGKILL)
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z stops the processes, too, until this one goes on."""
-        self._signal_group(signal.SIGSTOP)
+        self._signal_all(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
-        self._signal_group(signal.SIGCONT)
+        self._signal_all(signal.SIGCONT)
 
-    def _signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.launcher.pid, number)
+    def _signal_all(self, number: int) -> None:
+        """Send a signal to the launcher and all below it, which torch's agent puts into groups."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self.launcher.pid)
+            for process in (launcher, *launcher.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
 
-def _show_end(number: signal.Signals) -> None:
+def _show_end(number: signal.Signals, *, was_stopped: bool) -> None:
     """Say which signal ended a process, which could not do so itself."""
-    memory = ", as the kernel does where memory runs out" if number == signal.SIGKILL else ""
+    is_unasked = number == signal.SIGKILL and not was_stopped
+    memory = ", as the kernel does where memory runs out" if is_unasked else ""
     sys.stderr.write(
         f"medft: error: expected every process to train to the end, one was ended by "
         f"{number.name}{memory}: go on with train.resume_from_checkpoint=auto\n"

@@ -16,6 +16,9 @@ from medft.errors import Stopped
 STOPPING = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """Signals that end a training after it has saved."""
 
+PASSED_ON = "MEDFT_SIGNALS_PASSED_ON"
+"""Environment variable: a parent passes each signal on once, and no launcher repeats it."""
+
 _SECONDS_OF_ONE = 2.0
 """Within which a launcher that got Ctrl-C from the terminal repeats it to its processes."""
 
@@ -29,7 +32,8 @@ class StopSignals:
     """Whether a signal has asked this process to stop, and when it stops.
 
     A signal stops the process at once while nothing is trained, and where it is deferred as soon
-    as all processes agree. A second Ctrl-C always stops it at once.
+    as all processes agree. A second Ctrl-C stops it there at once. While a process ends, further
+    signals leave it the time.
     """
 
     def __init__(self) -> None:
@@ -92,11 +96,12 @@ class StopSignals:
             if not self._defers:
                 raise Stopped(self._first)
             _announce(self._first)
-        elif number == signal.SIGINT and not self._is_repeated():
+        elif number == signal.SIGINT and self._defers and not self._is_repeated():
+            self._defers = False
             raise Stopped(signal.SIGINT, at_once=True)
 
     def _is_repeated(self) -> bool:
-        has_agent = "TORCHELASTIC_RUN_ID" in os.environ
+        has_agent = "TORCHELASTIC_RUN_ID" in os.environ and PASSED_ON not in os.environ
         return has_agent and time.monotonic() - self._first_at < _SECONDS_OF_ONE
 
 

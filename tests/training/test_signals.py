@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medft.errors import Stopped
-from medft.training.signals import STOPPING, StopSignals
+from medft.training.signals import PASSED_ON, STOPPING, StopSignals
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 def signals(monkeypatch):
     """Signals that are listened to, whatever the process that runs the tests ignores."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name in ("TORCHELASTIC_RUN_ID", PASSED_ON):
+        monkeypatch.delenv(name, raising=False)
     found = StopSignals()
     with found.listening():
         yield found
@@ -36,7 +37,8 @@ def test_a_signal_stops_at_once_where_nothing_is_trained(signals, number):
     with pytest.raises(Stopped) as stopped:
         send(number)
     assert (stopped.value.number, stopped.value.at_once) == (number, False)
-    send(signal.SIGTERM)  # what follows leaves the process the time to end
+    for again in (signal.SIGTERM, signal.SIGINT):
+        send(again)  # what follows leaves the process the time to end
     with pytest.raises(Stopped), signals.deferred():
         pytest.fail("a library caught the first one, and training began")
 
@@ -59,6 +61,7 @@ def test_a_second_ctrl_c_stops_at_once(signals, first):
         send(first)
         with pytest.raises(Stopped) as stopped:
             send(signal.SIGINT)
+        send(signal.SIGINT)  # impatience must not keep it from recording how it ended
     assert stopped.value.at_once
 
 
@@ -68,6 +71,16 @@ def test_a_ctrl_c_that_a_launcher_repeats_is_one(signals, monkeypatch):
         send(signal.SIGINT)
         send(signal.SIGINT)
         monkeypatch.setattr("medft.training.signals._SECONDS_OF_ONE", 0.0)
+        with pytest.raises(Stopped) as stopped:
+            send(signal.SIGINT)
+    assert stopped.value.at_once
+
+
+def test_a_second_ctrl_c_that_medft_train_passes_on_counts_at_once(signals, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv(PASSED_ON, "1")
+    with signals.deferred():
+        send(signal.SIGINT)
         with pytest.raises(Stopped) as stopped:
             send(signal.SIGINT)
     assert stopped.value.at_once
