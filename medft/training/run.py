@@ -148,11 +148,24 @@ class Run:
             resumed_from=checkpoint.name if checkpoint else None,
             resolved=resolved,
         )
+        try:
+            with self._signals.deferred():
+                self._train(trainer, checkpoint)
+                self._write_result(trainer)
+        except Stopped as stop:
+            self._note_stop(trainer, stop)
+            raise
+        self.stopped = "after its result was written"
+
+    def _train(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
         if checkpoint and has_ended(checkpoint, steps=self.record["batch"]["steps"]):
             trainer.load_checkpoint(checkpoint)  # only the result was not written
             trainer.state = state_of(checkpoint)
         else:
-            self._train_until_stopped(trainer, checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _write_result(self, trainer: RowTrackingTrainer) -> None:
+        """Write adapter/ or model/; a signal waits for it, since no step is left to stop after."""
         self._lock.check()
         self.write_history(trainer.state)
         is_adapter = hasattr(trainer.model, "peft_config")
@@ -170,20 +183,17 @@ class Run:
             logger.info("%s", last_line(self.layout, trainer.state, evaluates=has_validation))
         wait_for_everyone()  # a launcher ends the others where one process fails as it exits
 
-    def _train_until_stopped(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
-        try:
-            with self._signals.deferred():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except Stopped as stop:
-            state = trainer.state
-            if state.max_steps:
-                kept = trainer.kept or "at once, go on with train.resume_from_checkpoint=auto"
-                self.stopped = f"after step {state.global_step} of {state.max_steps}: {kept}"
-                self.update(steps_done=state.global_step)
-            if not stop.at_once:
-                trainer.end_early()
-                self.write_history(state)
-            raise
+    def _note_stop(self, trainer: RowTrackingTrainer, stop: Stopped) -> None:
+        """Record after which step a signal has stopped the run, and end what callbacks began."""
+        state = trainer.state
+        if not state.max_steps:  # training has not begun
+            return
+        kept = trainer.kept or "at once, go on with train.resume_from_checkpoint=auto"
+        self.stopped = f"after step {state.global_step} of {state.max_steps}: {kept}"
+        self.update(steps_done=state.global_step)
+        if not stop.at_once:
+            trainer.end_early()
+            self.write_history(state)
 
     def _add_callbacks(self, trainer: RowTrackingTrainer, checkpoint: Path | None) -> None:
         seconds = seconds_to_save(checkpoint) if checkpoint else 0.0

@@ -53,7 +53,7 @@ def send_when_written(name):
 
     def watch(event, words):
         path = str(words[0]) if event == "open" else ""
-        folder = f"checkpoint-{STEP}/" if MOMENT == "checkpoint" else ".best_model.draft/"
+        folder = f"checkpoint-{STEP}/" if MOMENT == "checkpoint" else f".{MOMENT}.draft/"
         if folder in path and path.endswith(name):
             send()
 
@@ -62,7 +62,7 @@ def send_when_written(name):
 
 if __name__ == "__main__":
     trainer.DEFAULT_CALLBACKS.append(SignalAt)
-    if MOMENT in ("checkpoint", "best_model"):
+    if MOMENT in ("checkpoint", "best_model", "adapter"):
         send_when_written("adapter_config.json")
     script = Path(__file__).parents[2] / "recipes" / SCRIPTS[sys.argv[3]]
     names = runpy.run_path(str(script))

@@ -91,6 +91,19 @@ def test_a_signal_while_the_model_is_loaded_ends_the_run_and_is_recorded(recipe_
 
 
 @pytest.mark.slow
+def test_a_signal_while_the_result_is_written_waits_for_it(recipe_of):
+    file = recipe_of("siglip")
+    done = finished(SIGNALLED, "SIGTERM", "adapter", "siglip", file)
+    run = file.parent / "run"
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("medft: SIGTERM: ") == 1
+    assert done.stderr.splitlines()[-1].startswith(f"done: {run}/adapter")
+    assert "stopped by" not in done.stderr
+    assert (record_of(run)["status"], complete(run)) == ("completed", [4, 8, 12])
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_run_unsaved(recipe_of):
     file = recipe_of("siglip")
     code = f"""
