@@ -4,6 +4,7 @@ The lines are the same on a terminal, above the progress bar, and in a file.
 """
 
 import logging
+import shlex
 import time
 from datetime import timedelta
 from typing import Any
@@ -218,4 +219,5 @@ def last_line(layout: RunLayout, state: TrainerState, *, evaluates: bool) -> str
         where += f" (step {state.global_step}), {layout.best_model} (step {state.best_global_step})"
     against = " --against base" if result == layout.adapter else ""
     data = "" if evaluates else " --data FILE"
-    return f"{where}; next: medft evaluate {run}{data}{against} --out {run}_evaluation"
+    out = shlex.quote(f"{run}_evaluation")
+    return f"{where}; next: medft evaluate {shlex.quote(str(run))}{data}{against} --out {out}"

@@ -1,6 +1,7 @@
 """What a training shows: one line at its start, one a log entry, one at its end."""
 
 import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -124,3 +125,13 @@ def test_the_last_line_says_where_the_result_is(tmp_path, folders, best, evaluat
     assert said.startswith(f"done: {run}/{line.format(run=run)}")
     assert said.endswith(f" --out {run}_evaluation")
     assert re.search(r"--against base", said) is None or folders[0] == "adapter"
+
+
+def test_the_next_command_can_be_run_whatever_the_folder_is_called(tmp_path):
+    run = tmp_path / "knee & hip"
+    (run / "adapter").mkdir(parents=True)
+    said = last_line(RunLayout(run), state(165), evaluates=True)
+    words = shlex.split(said.partition("next: ")[2])
+    assert words == [
+        "medft", "evaluate", str(run), "--against", "base", "--out", f"{run}_evaluation",
+    ]  # fmt: skip
