@@ -91,6 +91,7 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.config_file,
         num_processes=arguments.num_processes,
         machine={option: value for option, value in machine.items() if value is not None},
+        debug="--debug" in sys.argv,
     )
 
 

@@ -35,6 +35,7 @@ def train(
     *,
     num_processes: int | None = None,
     machine: Mapping[str, int | str] = MappingProxyType({}),
+    debug: bool = False,
 ) -> int:
     """Launch the recipe's script under accelerate; returns its exit code.
 
@@ -49,6 +50,7 @@ def train(
             there is one, else the CPU.
         num_processes: on all machines, instead of the configuration's.
         machine: options of accelerate by which several machines find each other, as passed on.
+        debug: whether the processes show the traceback of an error.
 
     Raises:
         RecipeError: accelerate would start other processes than these.
@@ -61,6 +63,8 @@ def train(
     _check_configuration(config, config_file, processes=processes, machines=machines)
     command = ["--config_file", str(config_file), "--num_processes", str(processes)]
     command += ["--num_cpu_threads_per_process", "1"]  # each process sets its own number
+    if processes > 1 and machines == 1 and "main_process_port" not in config:
+        machine = {"main-process-port": 0, **machine}  # a free one: others may train here, too
     command += [word for name, value in machine.items() for word in (f"--{name}", str(value))]
     deepspeed = config.get("deepspeed_config") or {}
     if "deepspeed_config_file" in deepspeed:
@@ -71,7 +75,7 @@ def train(
         ]
     script = packaged_file(f"recipes/{recipe_class(file, overrides).script}")
     environment = {**os.environ, ASKED: str(processes)}
-    words = [*command, str(script), str(file), *overrides]
+    words = [*command, str(script), str(file), *overrides, *["--debug"] * debug]
     return supervised("accelerate.commands.launch", words, environment)
 
 

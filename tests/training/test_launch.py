@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import psutil
 import pytest
+
+from medft.training import launch
 
 
 @pytest.fixture
@@ -74,3 +77,21 @@ def test_processes_that_do_not_end_by_a_second_ctrl_c_are_killed(supervised):
     assert process.returncode == 130
     assert errors.count("one was ended by SIGKILL: go on with") == 1  # not for want of memory
     assert not psutil.wait_procs(below, timeout=20)[1]
+
+
+@pytest.mark.parametrize(
+    ("processes", "machine", "port"),
+    [(1, {}, None), (2, {}, "0"), (2, {"main-process-port": 29501}, "29501")],
+)
+def test_trainings_of_one_machine_have_ports_of_their_own_and_debug_reaches_them(
+    sections, write_recipe, monkeypatch, processes, machine, port
+):
+    started = []
+    monkeypatch.setattr(launch, "supervised", lambda module, words, _: started.append(words) or 0)
+    recipe = write_recipe(sections("siglip"))
+    launch.train(recipe, [], None, num_processes=processes, machine=machine, debug=True)
+    launch.train(recipe, [], None, num_processes=processes, machine=machine)
+    with_debug, without = started
+    assert with_debug == [*without, "--debug"]
+    ports = [b for a, b in pairwise(without) if a == "--main-process-port"]
+    assert ports == ([port] if port else [])
