@@ -94,7 +94,7 @@ def another_ended_first() -> bool | None:
 
 @contextmanager
 def _logging_from(level: int) -> Iterator[None]:
-    """Show medft's log lines from a level on, and progress bars below them on a terminal alone.
+    """Show medft's log lines from a level on, and rank 0's progress bars below them on a terminal.
 
     From ERROR on, warnings of transformers are not shown either.
     """
@@ -108,12 +108,12 @@ def _logging_from(level: int) -> Iterator[None]:
     medft.setLevel(level)
     if level >= logging.ERROR:
         of_transformers.set_verbosity_error()
-    is_terminal = sys.stderr.isatty()
-    if not is_terminal:
+    has_bars = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    if not has_bars:
         of_transformers.disable_progress_bar()
         datasets.disable_progress_bars()
     try:
-        with logging_redirect_tqdm() if is_terminal else nullcontext():
+        with logging_redirect_tqdm() if has_bars else nullcontext():
             yield
     finally:
         medft.setLevel(before[0])

@@ -4,12 +4,15 @@ import re
 import shlex
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from straight_line import Line, Squares
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers.utils import logging as hub_logging
 
 from medft.models.saved import RunLayout
 from medft.training.arguments import batch_arithmetic
+from medft.training.process import process_setup
 from medft.training.progress import LinesCallback, last_line, log_line, show_training
 
 
@@ -135,3 +138,17 @@ def test_the_next_command_can_be_run_whatever_the_folder_is_called(tmp_path):
     assert words == [
         "medft", "evaluate", str(run), "--against", "base", "--out", f"{run}_evaluation",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "is_terminal"), [("0", True), ("1", True), ("0", False)])
+def test_bars_of_libraries_come_on_a_terminal_once_for_all_ranks(monkeypatch, rank, is_terminal):
+    for enable in (hub_logging.enable_progress_bar, datasets.enable_progress_bars):
+        enable()
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    with process_setup():
+        enabled = [hub_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()]
+    for enable in (hub_logging.enable_progress_bar, datasets.enable_progress_bars):
+        enable()
+    has_bars = rank == "0" and is_terminal
+    assert enabled == [has_bars, not has_bars]
