@@ -71,7 +71,7 @@ def test_the_evaluation_before_the_first_step_counts(
     recipe["train"] |= {"max_steps": 9, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     recipe["train"] |= {"early_stopping_patience": 2, "eval_on_start": True, "warmup_steps": 0}
     found = {}
-    for name, learning_rate in (("worse", 1.0), ("better", 1e-2)):
+    for name, learning_rate in (("worse", 2.0), ("better", 1e-2)):
         recipe["train"]["learning_rate"] = learning_rate
         file = write_recipe(recipe, name)
         run_script("decoder", file)
