@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from medft.command_parser import MACHINE_OPTIONS, parse
 from medft.errors import EXIT_NO, run_command
-from medft.masking import log_handler
+from medft.masking import log_handler, printable
 
 
 def main() -> int:
@@ -77,6 +77,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    # the libraries take seconds to be imported
+    sys.stderr.write(f"checking {printable(str(arguments.recipe))}\n")
     from medft.check import check
     from medft.training.launch import train
     from medft.training.process import process_setup

@@ -124,7 +124,8 @@ def install_tower(
         prepared: from `prepare_decoder_data`.
     """
     frozen = run_frozen_parts_without_grad(base, prepared.family)
-    logger.info("without backward pass: %s", ", ".join(frozen) or "nothing")
+    if frozen:
+        logger.info("frozen, without backward pass: %s", ", ".join(frozen))
     cache = prepared.collator.cache = prepared.open_cache(base)
     isolated = model.cross_attention_fix
     install_image_hook(base, prepared.family, drops_padding_tiles=isolated, cache=cache)

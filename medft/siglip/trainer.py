@@ -87,7 +87,8 @@ class SiglipTrainer(RowTrackingTrainer):
             record: written beside every saved adapter or model, scale and bias added.
         """
         self._locked = LockedTowers(model)
-        logger.info("without backward pass: %s", ", ".join(self._locked.parts) or "nothing")
+        if self._locked.parts:
+            logger.info("frozen, without backward pass: %s", ", ".join(self._locked.parts))
         super().__init__(
             model=model,
             args=args,

@@ -160,6 +160,8 @@ def log_line(
     if "eval_loss" in logs:
         where += ", evaluation"
     named = {name.removeprefix("eval_"): value for name, value in logs.items()}
+    if named.get("floor") == 0:
+        named.pop("excess")  # the loss again
     order = [name for name in dict.fromkeys((best_by, *_FIRST)) if name in named]
     order += [name for name in named if name not in order and name not in _LEFT_OUT]
     return f"{where}: {', '.join(f'{name} {_shown(named[name])}' for name in order)}"

@@ -133,7 +133,7 @@ class RowTrackingTrainer(HookedTrainer):
             except OSError as error:
                 return f"step {step} could not be saved ({error}), resume from an earlier one"
         return (
-            f"{folder} is saved {left_out}and the run goes on from it with "
+            f"{folder} is saved {left_out}and the run goes on from it with the same command and "
             f"train.resume_from_checkpoint=true"
         )
 

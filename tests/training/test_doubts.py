@@ -64,5 +64,5 @@ def test_a_large_base_on_the_cpu_is_said_before_it_is_loaded(
     assert bool(said) == (weights > limit)
     if said:
         assert caplog.messages[said[0]].startswith(f"a base of {weights / 1e9:.1f} billion weights")
-        loaded = [text.startswith("without backward pass") for text in caplog.messages]
+        loaded = [text.startswith("frozen, without backward pass") for text in caplog.messages]
         assert said[0] < loaded.index(True)

@@ -40,6 +40,13 @@ def test_the_line_of_an_evaluation_begins_with_the_metric_that_chooses():
     assert line == ("step 0/165 (0 %), evaluation: text_to_image_recall@10 0.8, loss 6.358, pool 5")
 
 
+def test_what_stands_above_the_floor_is_the_loss_again_where_that_is_zero():
+    for floor in (0.0, 0.5):
+        logs = {"loss": 2.0, "floor": floor, "excess": 2.0 - floor, "learning_rate": 1e-3}
+        line = log_line(logs, state(5), best_by="", seconds_left=None)
+        assert ("excess 1.5" in line) == (floor > 0) == ("excess" in line)
+
+
 def trained(tmp_path, *callbacks, disable_tqdm=True, resume=None):
     arguments = TrainingArguments(
         tmp_path, report_to="none", use_cpu=True, per_device_train_batch_size=1, logging_steps=5,
