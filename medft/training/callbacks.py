@@ -253,17 +253,28 @@ class CheckpointManifestCallback(TrainerCallback):
     Trainer would delete old checkpoints before the new one is known to be complete.
     """
 
-    def __init__(self, save_total_limit: int | None) -> None:
+    def __init__(
+        self, save_total_limit: int | None, took: Callable[[float], None] = lambda seconds: None
+    ) -> None:
+        """Create the callback.
+
+        Args:
+            save_total_limit: checkpoints that are kept; None for all.
+            took: called on every process with the seconds of each save.
+        """
         self.save_total_limit = save_total_limit
+        self._took = took
         self._since = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note when a save may begin: after a step, or the evaluation that follows it."""
+        """Note when a save may begin: after a step, or what follows it."""
+        if control.should_save and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # the step's computation is none of the save
         self._since = time.monotonic()
 
-    on_evaluate = on_step_end
+    on_log = on_evaluate = on_step_end
 
     def on_save(
         self,
@@ -274,11 +285,12 @@ class CheckpointManifestCallback(TrainerCallback):
     ) -> None:
         """Write the manifest of the checkpoint that was just saved."""
         wait_for_everyone()
+        seconds = time.monotonic() - self._since
+        self._took(seconds)
         if not args.should_save:
             return
         run = Path(args.output_dir)
         checkpoint = run / f"checkpoint-{state.global_step}"
-        seconds = time.monotonic() - self._since
         write_manifest(checkpoint, world_size=args.world_size, seconds=seconds)
         if self.save_total_limit:
             # later ones are left of a run that went on from before them, complete or not

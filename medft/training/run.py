@@ -199,7 +199,8 @@ class Run:
         seconds = seconds_to_save(checkpoint) if checkpoint else 0.0
         stop = how_to_stop(Launch(**self.record["launch"]), seconds)
         show_training(trainer, self.record["batch"], stop)
-        manifests = CheckpointManifestCallback(trainer.args.save_total_limit)
+        limit = trainer.args.save_total_limit
+        manifests = CheckpointManifestCallback(limit, trainer.leave_out_of_rates)
         trainer.args.save_total_limit = None  # `manifests` deletes, once the new one is complete
         trainer.add_callback(IntervalCallback())
         trainer.add_callback(LostLockCallback(self._lock))

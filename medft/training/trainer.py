@@ -91,8 +91,12 @@ class RowTrackingTrainer(HookedTrainer):
             with self._saving_what_is_done(left_out), same_numbers_after():
                 return super().evaluate(*args, **kwargs)
         finally:
-            if self._since is not None:
-                self._since += time.perf_counter() - started
+            self.leave_out_of_rates(time.perf_counter() - started)
+
+    def leave_out_of_rates(self, seconds: float) -> None:
+        """Count seconds, since the last log entry, as none of training."""
+        if self._since is not None:
+            self._since += seconds
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, whose batches every process can read or none goes on."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from medft.data.images import open_image
@@ -15,6 +15,7 @@ from medft.data.rows import image_source
 from medft.decoder.families.mllama import MLLAMA
 from medft.errors import MedftError, RecipeError
 from medft.training import trainer as training_trainer
+from medft.training.callbacks import CheckpointManifestCallback
 
 
 @pytest.fixture
@@ -269,6 +270,29 @@ def test_the_log_tells_rows_and_tokens_a_second_and_the_share_of_waiting(trainer
         )
         assert 0 < entry["data_wait"] < 1
     assert made.row_ids == taken[2][0]
+
+
+@pytest.mark.parametrize("is_left_out", [True, False])
+def test_the_seconds_of_a_save_are_none_of_training(trainer, monkeypatch, is_left_out):
+    made = trainer(["data.validation=null"], max_steps=2, save_steps=1, save_strategy="steps")
+    seconds = [0.0]
+
+    def now():
+        seconds[0] += 1
+        return seconds[0]
+
+    class SlowSave(TrainerCallback):
+        def on_log(self, *args, **kwargs):
+            seconds[0] += 1e6  # after the rates were computed, before the save
+
+    monkeypatch.setattr(training_trainer.time, "perf_counter", now)
+    monkeypatch.setattr(training_trainer.time, "monotonic", now)
+    took = made.leave_out_of_rates if is_left_out else lambda seconds: None
+    made.add_callback(CheckpointManifestCallback(None, took))
+    made.add_callback(SlowSave())
+    made.train()
+    _, rate = (e["rows_per_second"] for e in made.state.log_history if "loss" in e)
+    assert (rate > 1e-2) == is_left_out
 
 
 def test_a_validation_batch_that_cannot_be_computed_stops_before_the_first_step(trainer):
