@@ -97,8 +97,9 @@ def supervised(module: str, words: list[str], environment: Mapping[str, str]) ->
         forwarded.launcher = subprocess.Popen([*launcher, *words], env=environment, process_group=0)
         code = forwarded.wait()
     first = next(iter(forwarded.received), None)
-    if code > EXIT_SIGNAL and code - EXIT_SIGNAL not in STOPPING:
-        _show_end(signal.Signals(code - EXIT_SIGNAL), was_stopped=first is not None)
+    number = code - EXIT_SIGNAL
+    if number in signal.valid_signals() and number not in STOPPING:
+        _show_end(signal.Signals(number), was_stopped=first is not None)
     return code if first is None or code in (0, EXIT_NO, EXIT_BAD_INPUT) else EXIT_SIGNAL + first
 
 

@@ -95,3 +95,13 @@ def test_trainings_of_one_machine_have_ports_of_their_own_and_debug_reaches_them
     assert with_debug == [*without, "--debug"]
     ports = [b for a, b in pairwise(without) if a == "--main-process-port"]
     assert ports == ([port] if port else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "is_signal"), [(0, False), (3, False), (255, False), (137, True)])
+def test_an_exit_code_of_a_script_is_its_own_and_no_signals(tmp_path, capsys, code, is_signal):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.exit({code})")
+    words = ["--standalone", "--nproc_per_node=1", str(script)]
+    assert launch.supervised("torch.distributed.run", words, os.environ) == code
+    assert ("one was ended by SIGKILL" in capsys.readouterr().err) == is_signal
