@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from medft import full_disk
 from medft.full_disk import is_disk_full, named_file
 from medft.library_lines import leave_out_untrue_lines
 from medft.masking import printable
@@ -159,8 +160,7 @@ def _no_bug_of_ours(error: BaseException) -> str | None:
     if type(error).__name__ == "PanicException":
         return _PANIC.format(str(error))
     if is_disk_full(error):
-        file = named_file(error) or "all that this command writes"
-        return f"expected room to write {file}, its disk is full: make room, and start again"
+        return full_disk.sentence(named_file(error) or "all that this command writes")
     return None
 
 

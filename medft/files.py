@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
 import medft
+from medft import full_disk
 from medft.errors import RecipeError, RunError
 from medft.full_disk import is_disk_full
 
@@ -203,9 +204,7 @@ def _draft(draft: Path, *, shown: Path) -> Iterator[Path]:
             if _is_at(held, draft):
                 shutil.rmtree(draft, ignore_errors=True)
             if is_full:
-                raise RunError(
-                    f"expected room to write {shown}, its disk is full: make room, and start again"
-                ) from error
+                raise RunError(full_disk.sentence(shown)) from error
             raise
     finally:
         os.close(held)

@@ -53,6 +53,15 @@ def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
     return False
 
 
+def sentence(path: Path | str) -> str:
+    """What a user is told who may start again: no room for a file or folder.
+
+    Args:
+        path: of it, or what else it is called.
+    """
+    return f"expected room to write {path}, its disk is full: make room, and start again"
+
+
 def named_file(error: BaseException) -> str | None:
     """The file that the system could not write, where the error names it."""
     for cause in causes(error):

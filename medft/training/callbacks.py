@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from medft.errors import BaseModelError, RunError
 from medft.models.saved import RunLayout
+from medft.training.best_model import metric_name
 from medft.training.checkpoints import checkpoints_of, step_of, write_manifest
 from medft.training.process import wait_for_everyone
 from medft.training.run_lock import RunLock
@@ -318,8 +319,7 @@ class BestModelCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Compare with the best value so far, which Trainer updates after this call."""
-        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-        value, best = metrics[name], state.best_metric
+        value, best = metrics[metric_name(args)], state.best_metric
         if best is None or (value > best if args.greater_is_better else value < best):
             try:
                 self.save(RunLayout(Path(args.output_dir)).best_model)

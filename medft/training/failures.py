@@ -19,7 +19,7 @@ from medft.training.checkpoints import MANIFEST, checkpoints_of, what_is_missing
 from medft.training.memory import Change, Where, changes_that_help, memory_that_ran_out
 from medft.training.process import another_ended_first
 from medft.training.run_lock import RunLock
-from medft.training.same_run import free_on_resume
+from medft.training.same_run import is_free_on_resume
 
 _RESERVED_BYTES = 2**16
 
@@ -98,13 +98,11 @@ def _with_which_it_goes_on(recipe: Recipe, changes: list[Change]) -> str:
     checkpoint = _newest_complete(Path(recipe.train.output_dir))
     if checkpoint is None:
         return ""
-    free = free_on_resume(recipe.train)
     may = [
         str(i)
         for i, change in enumerate(changes, 1)
         if all(
-            any(keys.fullmatch(word.partition("=")[0]) for keys in free)
-            for word in change.keys.split()
+            is_free_on_resume(word.partition("=")[0], recipe.train) for word in change.keys.split()
         )
     ]
     resumed = f"the run goes on from {checkpoint.name} with train.resume_from_checkpoint=true and"

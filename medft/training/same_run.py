@@ -204,23 +204,24 @@ def _as_text(changed: dict[str, tuple[Any, Any]]) -> str:
 
 def _changed_on_resume(recipe: Recipe, earlier: dict[str, Any]) -> str:
     """Keys that a run may not change as it goes on, as text with both values."""
-    free = free_on_resume(recipe.train)
-    if earlier["batch"].get("steps_per_epoch") is not None:  # an older medft did not write it
-        free.append(_COUNTED)
-    changed = _changed_keys(recipe, earlier["recipe"])
+    has_count = earlier["batch"].get("steps_per_epoch") is not None  # an older medft wrote none
     return _as_text(
-        {k: both for k, both in changed.items() if not any(keys.fullmatch(k) for keys in free)}
+        {
+            key: both
+            for key, both in _changed_keys(recipe, earlier["recipe"]).items()
+            if not (is_free_on_resume(key, recipe.train) or (has_count and _COUNTED.fullmatch(key)))
+        }
     )
 
 
-def free_on_resume(train: TrainSection) -> list[re.Pattern[str]]:
-    """Recipe keys that may differ where a run with this section goes on, beyond `_FREE`."""
+def is_free_on_resume(key: str, train: TrainSection) -> bool:
+    """Whether a recipe key may differ where a run with this section goes on, beyond `_FREE`."""
     free = [_FREE_ON_RESUME]
     if (train.gradient_checkpointing_kwargs or {}).get("preserve_rng_state", True):
         free.append(_RECOMPUTED)
     if train.early_stopping_patience is None and train.lr_scheduler_type not in _STEERED:
         free.append(_EVALUATED)
-    return free
+    return any(keys.fullmatch(key) for keys in free)
 
 
 def _check_length(train: TrainSection, batch: dict[str, Any]) -> int:
